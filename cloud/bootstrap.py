@@ -1,0 +1,282 @@
+"""Puts the cloud together: the one place that names concrete parts and the order in which they start and stop.
+
+Start: lock the workspace, open the database and folders, start Triton and check it, load the heavy models, then listen.
+Stop: say NOT_SERVING, let running requests end, then stop Triton. Nothing listens before everything works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cloud.blobs import Blobs, Deltas
+from cloud.catalog import Catalog
+from cloud.config import CloudSettings
+from cloud.database import open_database
+from cloud.fleet import FleetService
+from cloud.gateway import Gateway
+from cloud.heavy import HeavyPool
+from cloud.publish import Publisher
+from cloud.registry import RegistryService
+from cloud.supervisor import TritonServer
+from cloud.triton import TritonClient, check_link
+from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.oip import SERVICE
+from isthmus.status import StatusInterceptor
+from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc
+from security.enrolment import IssuingCa
+from security.interceptors import AuthInterceptor
+from security.repository import CloudRepository
+from security.tls import server_credentials
+from security.tokens import TokenIssuer
+
+_WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", "tuf/1.root.json")
+_REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
+_SERVICES: Final = (SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Cloud:
+    """A running cloud."""
+
+    address: str
+    pool: HeavyPool
+    triton: TritonServer | None  # None where an external one is used
+    _stack: AsyncExitStack
+
+    async def stop(self) -> None:
+        """Stop in order: requests first, Triton last."""
+        await self._stack.aclose()
+
+
+async def start_cloud(settings: CloudSettings) -> Cloud:
+    """Start everything that `settings` ask for and return it once it serves.
+
+    Raises:
+        ConfigError: The workspace, the address or the machine cannot work as they are.
+        ConflictError: Another cloud runs on this workspace.
+        UnavailableError: Triton cannot be reached.
+    """
+    async with AsyncExitStack() as stack:
+        state = _open_state(settings.home, stack)
+        issuer, authority = TokenIssuer.load(settings.home), IssuingCa.load(settings.home)
+        repository = CloudRepository(settings.home)
+        database = open_database(state / "isthmus.db")
+        stack.callback(database.close)
+        blobs, deltas, catalog = Blobs(str(state / "blobs")), Deltas(str(state / "deltas")), Catalog()
+
+        triton, client = _triton(settings, state, stack)
+        pool = HeavyPool(
+            client,
+            state / "triton",
+            push=triton is None,
+            load_s=settings.triton_load_s,
+            drain_s=settings.default_deadline_s,
+            count_stubs=triton.count_stubs if triton is not None else lambda: None,
+        )
+        stack.push_async_callback(pool.close)
+        publisher = Publisher(
+            database, blobs, deltas, repository, catalog, pool,
+            heavy_versions=settings.heavy_versions, delta_bases=settings.delta_bases,
+        )  # fmt: skip
+        server, address = _server(settings, issuer)
+        server.add_generic_rpc_handlers(
+            [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
+        )
+        fleet = FleetService(database, catalog, issuer, authority, token_ttl_s=settings.token_ttl_s)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(
+            RegistryService(database, blobs, deltas, repository, catalog, publisher), server
+        )
+
+        ready_file = _ReadyFile(settings.ready_file, address, triton)
+        stack.callback(ready_file.remove)
+        await _start_triton(triton, client, pool, ready_file)
+        await publisher.restore()
+        await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
+        await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
+        await _listen(server, settings.drain_s, stack)
+        stack.callback(catalog.close)
+        ready_file.write()
+        log.info("cloud serves", address=address, models=catalog.models)
+        return Cloud(address, pool, triton, stack.pop_all())
+
+
+def _open_state(home: Path, stack: AsyncExitStack) -> Path:
+    """Return the state folder of a workspace that nobody else serves."""
+    missing = [name for name in _WORKSPACE_FILES if not (home / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{home} is not the cloud folder of a workspace: it lacks {', '.join(missing)}",
+            hint="isthmus keys init DIR --host localhost makes one; its cloud folder is DIR/cloud",
+        )
+    state = home / "state"
+    state.mkdir(mode=0o700, exist_ok=True)
+    (state / "triton").mkdir(exist_ok=True)
+    lock = stack.enter_context((state / "lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConflictError(f"another cloud runs on {home}", reason="workspace-in-use") from error
+    return state
+
+
+def _triton(settings: CloudSettings, state: Path, stack: AsyncExitStack) -> tuple[TritonServer | None, TritonClient]:
+    if settings.triton:
+        check_link(settings.triton, ca=settings.triton_ca, plaintext=settings.triton_plaintext)
+        server, client = None, TritonClient(settings.triton, ca=settings.triton_ca)
+    else:
+        server = TritonServer(
+            state / "triton",
+            log_file=state / "triton.log",
+            start_s=settings.triton_start_s,
+            stop_s=settings.triton_stop_s,
+        )
+        stack.push_async_callback(server.stop)
+        client = TritonClient(server.address)
+    stack.push_async_callback(client.close)
+    return server, client
+
+
+async def _start_triton(
+    triton: TritonServer | None, client: TritonClient, pool: HeavyPool, ready_file: _ReadyFile
+) -> None:
+    if triton is None:
+        log.info("using an external Triton", address=client.address, version=await client.server_version())
+        await pool.restore()
+        return
+
+    async def on_started() -> None:
+        await pool.restore()
+        ready_file.rewrite()
+
+    await triton.start(on_started)
+
+
+def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Server, str]:
+    """Return a server that is bound to its address, and that address."""
+    server = grpc.aio.server(
+        interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())),
+        options=(
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.max_send_message_length", settings.max_message_bytes),
+            ("grpc.so_reuseport", 0),  # or a second cloud would silently share the port
+            ("grpc.keepalive_time_ms", 60_000),  # finds watchers that went away without a word
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ),
+    )
+    credentials = server_credentials(settings.home / "server.key", settings.home / "server.pem")
+    try:
+        port = server.add_secure_port(settings.listen, credentials)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise ConfigError(
+            f"cannot listen on {settings.listen}",
+            hint="another program may have the port, or the address is not this machine's; --listen takes another one",
+            reason="address-in-use",
+        )
+    return server, f"{settings.listen.rpartition(':')[0]}:{port}"
+
+
+async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack) -> None:
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), server)
+    for service in ("", *_SERVICES):
+        await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    await server.start()
+    stack.push_async_callback(server.stop, drain_s)
+    stack.push_async_callback(servicer.enter_graceful_shutdown)
+
+
+@contextlib.asynccontextmanager
+async def _background(work: Any, *, name: str) -> AsyncIterator[None]:
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _keep_fresh(repository: CloudRepository) -> None:
+    """Re-sign the metadata that is about to expire, now and every hour."""
+    while True:
+        try:
+            await asyncio.to_thread(repository.refresh_if_due, datetime.now(UTC))
+        except IsthmusError as error:
+            log.exception("signed metadata not renewed", reason=error.reason)
+        await asyncio.sleep(_REFRESH_S)
+
+
+class _ReadyFile:
+    """Tells scripts where the cloud listens; exists while it serves."""
+
+    def __init__(self, path: Path | None, address: str, triton: TritonServer | None) -> None:
+        self._path, self._address, self._triton = path, address, triton
+        self._written = False
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        if self._path is None:
+            return
+        record = {"address": self._address, "pid": os.getpid(), "triton_pid": self._triton.pid if self._triton else 0}
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(record) + "\n")
+        temporary.replace(self._path)
+        self._written = True
+
+    def rewrite(self) -> None:
+        """Write the file again when it was written: Triton has another process id."""
+        if self._written:
+            self.write()
+
+    def remove(self) -> None:
+        """Remove the file."""
+        if self._written and self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+async def serve_until_signal(settings: CloudSettings) -> None:
+    """Run a cloud until SIGTERM or SIGINT, then stop it in order.
+
+    Raises:
+        IsthmusError: As start_cloud.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    starting = asyncio.create_task(start_cloud(settings))
+    asked = asyncio.create_task(stopping.wait())
+    await asyncio.wait((starting, asked), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():  # asked to stop while starting: take back what has been started
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return
+    try:
+        cloud = await starting
+    finally:
+        if starting.exception() is not None:
+            asked.cancel()
+    await asked
+    log.info("cloud stops")
+    await cloud.stop()

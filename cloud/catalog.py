@@ -1,0 +1,102 @@
+"""Which versions exist, which is released, and where each one's heavy half is served: the gateway's view, in memory.
+
+The database is the record; this is filled from it at the start and follows it after every commit. It lives in one event
+loop and is never touched from another thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Collection
+from dataclasses import dataclass, field
+
+from cloud.heavy import HeavyId
+from isthmus.errors import NotFoundError
+
+
+@dataclass(slots=True)
+class _Entry:
+    heavy: dict[int, HeavyId] = field(default_factory=dict)  # by bundle version
+    released: int | None = None
+
+
+class Catalog:
+    """Published models."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, _Entry] = {}
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Return the names of all models, in order."""
+        return tuple(sorted(self._models))
+
+    def publish(self, model: str, version: int, heavy: HeavyId) -> None:
+        """Make a bundle version known."""
+        self._models.setdefault(model, _Entry()).heavy[version] = heavy
+
+    def release(self, model: str, version: int) -> None:
+        """Make a known version the one that devices should run, and tell the watchers."""
+        self._models[model].released = version
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def close(self) -> None:
+        """Send all watchers home: the process is about to stop."""
+        self._closed = True
+        self._changed.set()
+
+    def released(self, model: str) -> int | None:
+        """Return the version that devices should run, or None."""
+        entry = self._models.get(model)
+        return None if entry is None else entry.released
+
+    def versions(self, model: str) -> list[int]:
+        """Return the versions of a model, oldest first; none when it is unknown."""
+        return sorted(self._models[model].heavy) if model in self._models else []
+
+    def heavy(self, model: str, version: int) -> HeavyId:
+        """Return the heavy version that belongs to a known bundle version."""
+        return self._models[model].heavy[version]
+
+    def wanted(self, model: str, newest: int) -> set[HeavyId]:
+        """Return the heavy versions that should be loaded: the released one's and those of the `newest` versions."""
+        entry = self._models[model]
+        keep = {entry.heavy[version] for version in sorted(entry.heavy)[-newest:]}
+        return keep if entry.released is None else keep | {entry.heavy[entry.released]}
+
+    def resolve(self, model: str, version: str) -> tuple[int, HeavyId]:
+        """Return the bundle version that a request means (none named: the released one) and its heavy version.
+
+        Raises:
+            NotFoundError: There is no such model or version.
+        """
+        entry = self._models.get(model)
+        if entry is None:
+            raise unknown_model(model)
+        number = (
+            entry.released if version == "" else int(version) if version.isdecimal() and version.isascii() else None
+        )
+        if number is None or number not in entry.heavy:
+            what = f"has no version {version[:20]!r}" if version else "has no released version"
+            raise NotFoundError(f"model {model!r} {what}", reason="unknown-version")
+        return number, entry.heavy[number]
+
+    async def watch(self, models: Collection[str]) -> AsyncGenerator[tuple[str, int], None]:
+        """Yield (model, version) for each released version now, and whenever one changes, until the catalog closes."""
+        told: dict[str, int] = {}
+        while not self._closed:
+            changed = self._changed  # taken before looking, so that no change falls in between
+            for model in models:
+                version = self.released(model)
+                if version is not None and told.get(model) != version:
+                    told[model] = version
+                    yield model, version
+            await changed.wait()
+
+
+def unknown_model(model: str) -> NotFoundError:
+    """Return the error for a model that does not exist, or that the caller must not know of: they look the same."""
+    return NotFoundError(f"there is no model {model[:80]!r}", reason="unknown-model")

@@ -1,0 +1,54 @@
+"""`isthmus cloud`: run the cloud, and ask a running one how it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.settings import load_settings
+from isthmus.terminal import JsonOption, show_record, show_table
+
+app = typer.Typer(no_args_is_help=True, help="Run the gateway, registry and Triton.")
+
+ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings.", envvar="ISTHMUS_CONFIG")]
+
+
+@app.command()
+def serve(
+    home: Annotated[Path | None, typer.Option(help="The workspace's cloud folder.")] = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = None,
+    triton: Annotated[str | None, typer.Option(help="HOST:PORT of a running Triton instead of a child.")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="Gets address and process ids once serving.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then let running requests end and exit with 0."""
+    import asyncio
+
+    from cloud.bootstrap import serve_until_signal
+    from cloud.config import CloudSettings
+
+    flags = {"home": home, "listen": listen, "triton": triton, "ready_file": ready_file}
+    asyncio.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
+
+
+@app.command()
+def status(
+    cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
+    trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with an operator's token.")] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show Triton's version, the loaded heavy models and their counters."""
+    from cloud.operator_cli import connect
+
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        record = client.status()
+    if as_json:
+        show_record("cloud", record, as_json=True)
+        return
+    models = record.pop("models")
+    show_record("cloud", record)
+    show_table("heavy models", models)

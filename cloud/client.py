@@ -1,0 +1,276 @@
+"""The operator's side of the registry and fleet services: calls over TLS with a token, one method for each thing to do.
+
+Used by the command line and by tests; knows nothing of how the cloud keeps what it is given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import grpc
+
+from isthmus.bundle import MANIFEST, Manifest, open_bundle
+from isthmus.errors import ConfigError, InputError, NotFoundError
+from isthmus.oip import service_pb2, service_pb2_grpc
+from isthmus.status import from_rpc
+from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc
+from security.keyfiles import read_file
+from security.repository import OperatorRepository
+from security.tls import channel_credentials
+
+CHUNK: Final = 256 << 10  # bytes of one upload message
+PUBLISH_S: Final = 1800.0  # deltas and loading a large heavy model take their time
+MAX_MESSAGE_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a cloud is and what proves who we are."""
+
+    cloud: str
+    trust: Path  # folder with ca.pem
+    token_file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a publish tells while it runs; every function may be called many times."""
+
+    found: Callable[[int], None] = lambda _total_bytes: None
+    sent: Callable[[int], None] = lambda _bytes: None
+    waiting: Callable[[str], None] = lambda _what: None
+
+
+class CloudClient:
+    """A connection to a cloud; use it as a context manager."""
+
+    def __init__(self, address: Address, *, timeout_s: float = 30.0) -> None:
+        token = read_file(address.token_file).decode("ascii", "replace").strip()
+        if not token:
+            raise ConfigError(f"{address.token_file} holds no token", hint="isthmus token mint makes one")
+        credentials = grpc.composite_channel_credentials(
+            channel_credentials(address.trust / "ca.pem"), grpc.access_token_call_credentials(token)
+        )
+        options = (
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.keepalive_time_ms", 30_000),  # a publish may be silent for minutes
+        )
+        self._channel = grpc.secure_channel(address.cloud, credentials, options=options)
+        self._cloud, self._timeout_s = address.cloud, timeout_s
+        self._registry: Any = registry_pb2_grpc.RegistryServiceStub(self._channel)
+        self._fleet: Any = fleet_pb2_grpc.FleetServiceStub(self._channel)
+        self._inference: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+    def publish(
+        self, bundle: Path, operator: Path, *, release: bool = True, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Upload a bundle, sign its manifest and make the version known.
+
+        Args:
+            bundle: The bundle's folder.
+            operator: The workspace's operator folder, which holds the signing key.
+            release: Whether devices should move to the version at once.
+            progress: Gets told how far it is.
+
+        Raises:
+            IsthmusError: The bundle is not whole, or the cloud refuses it; nothing is visible then.
+        """
+        told = progress or Progress()
+        manifest = open_bundle(bundle)
+        self._check_new(manifest)
+        uploaded = self._upload_missing(bundle, manifest, told)
+        data = (bundle / MANIFEST).read_bytes()
+        repository = OperatorRepository(operator)
+        targets = repository.sign_manifest(manifest.name, manifest.version, data, self.current_targets())
+        told.waiting("deltas and heavy model")
+        request = registry_pb2.PublishRequest(
+            model=manifest.name, version=manifest.version, manifest_json=data, targets_json=targets, release=release
+        )
+        answer = self._call(f"publish {manifest.name}@{manifest.version}", self._registry.Publish, request, PUBLISH_S)
+        return {
+            "model": manifest.name,
+            "version": manifest.version,
+            "released": release,
+            "heavy_version": answer.heavy_version,
+            "uploaded_bytes": uploaded,
+            "deltas": [
+                {
+                    "file": delta.path,
+                    "from_version": delta.from_version,
+                    "delta_bytes": delta.delta_bytes,
+                    "full_bytes": delta.full_bytes,
+                    "percent": round(100 * delta.delta_bytes / max(delta.full_bytes, 1), 1),
+                }
+                for delta in answer.deltas
+            ],
+        }
+
+    def _check_new(self, manifest: Manifest) -> None:
+        """Refuse early what the cloud would refuse after an upload."""
+        published = [row["version"] for row in self.list_versions() if row["model"] == manifest.name]
+        if published and manifest.version <= max(published):
+            newest = max(published)
+            raise InputError(
+                f"version {manifest.version} of {manifest.name!r} cannot be published: the newest is {newest}",
+                hint=f"compile it with version = {newest + 1} in the recipe",
+                reason="already-published",
+            )
+
+    def _upload_missing(self, bundle: Path, manifest: Manifest, told: Progress) -> int:
+        paths = {entry.sha256: path for path, entry in manifest.files.items()}
+        asked = registry_pb2.FindMissingRequest(sha256=sorted(paths))
+        missing = self._call("ask for missing files", self._registry.FindMissing, asked).sha256
+        total = sum(manifest.files[paths[digest]].length for digest in missing)
+        told.found(total)
+        for digest in missing:
+            entry = manifest.files[paths[digest]]
+            messages = _upload_messages(bundle / paths[digest], digest, entry.length, told)
+            self._call(f"upload {paths[digest]}", self._registry.UploadBlob, messages, PUBLISH_S)
+        return total
+
+    def current_targets(self) -> bytes:
+        """Return the targets metadata that the cloud serves now, as it came: whoever signs checks it.
+
+        Raises:
+            NotFoundError: The cloud serves none.
+        """
+        timestamp = json.loads(self.metadata("timestamp.json"))
+        snapshot_version = timestamp["signed"]["meta"]["snapshot.json"]["version"]
+        snapshot = json.loads(self.metadata(f"{snapshot_version}.snapshot.json"))
+        return self.metadata(f"{snapshot['signed']['meta']['targets.json']['version']}.targets.json")
+
+    def metadata(self, name: str) -> bytes:
+        """Return one signed metadata file.
+
+        Raises:
+            NotFoundError: There is none of this name.
+        """
+        request = registry_pb2.FetchMetadataRequest(name=name)
+        try:
+            return b"".join(part.data for part in self._registry.FetchMetadata(request, timeout=self._timeout_s))
+        except grpc.RpcError as error:
+            raise from_rpc(error, f"cannot fetch {name}") from error
+
+    def release(self, model: str, version: int) -> None:
+        """Set the version that devices should run.
+
+        Raises:
+            NotFoundError: There is no such version; the hint lists what there is.
+        """
+        known: dict[str, list[int]] = {}
+        for row in self.list_versions():
+            known.setdefault(row["model"], []).append(row["version"])
+        if model not in known:
+            close = get_close_matches(model, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"published models: {', '.join(known) or 'none yet'}"
+            raise NotFoundError(f"there is no model {model!r}", hint=hint)
+        if version not in known[model]:
+            versions = ", ".join(map(str, known[model]))
+            raise NotFoundError(f"{model} has no version {version}", hint=f"published versions: {versions}")
+        request = registry_pb2.ReleaseRequest(model=model, version=version)
+        self._call(f"release {model}@{version}", self._registry.Release, request, PUBLISH_S)
+
+    def list_versions(self) -> list[dict[str, Any]]:
+        """Return the published versions of all models."""
+        answer = self._call("list versions", self._registry.ListVersions, registry_pb2.ListVersionsRequest())
+        return [
+            {
+                "model": row.model,
+                "version": row.version,
+                "released": row.released,
+                "heavy_version": row.heavy_version,
+                "bytes": row.bytes,
+                "variants": list(row.variants),
+            }
+            for row in answer.versions
+        ]
+
+    def invite(self, device_id: str, *, ttl_s: int = 0) -> dict[str, Any]:
+        """Return a one-time enrolment code for a device."""
+        request = fleet_pb2.InviteRequest(device_id=device_id, ttl_s=ttl_s)
+        answer = self._call(f"invite {device_id}", self._fleet.Invite, request)
+        return {"device": device_id, "code": answer.code, "expires_at": _moment(answer.expires_at)}
+
+    def list_devices(self) -> list[dict[str, Any]]:
+        """Return one row for each device and model that it reported on."""
+        answer = self._call("list devices", self._fleet.ListDevices, fleet_pb2.ListDevicesRequest())
+        return [
+            _device_row(device, report)
+            for device in answer.devices
+            for report in (device.reports or [fleet_pb2.ReportRequest()])
+        ]
+
+    def status(self) -> dict[str, Any]:
+        """Return what the cloud runs: Triton's version and each loaded heavy model with its counters."""
+        about = self._call("ask for status", self._inference.ServerMetadata, service_pb2.ServerMetadataRequest())
+        request = service_pb2.ModelStatisticsRequest()
+        statistics = self._call("read statistics", self._inference.ModelStatistics, request)
+        who = self._call("ask who we are", self._fleet.WhoAmI, fleet_pb2.WhoAmIRequest())
+        triton = next((name.removeprefix("triton:") for name in about.extensions if name.startswith("triton:")), "")
+        return {
+            "cloud": self._cloud,
+            "version": about.version,
+            "triton": triton,
+            "tls": f"{who.tls_version} {who.tls_group}".strip(),
+            "subject": who.subject,
+            "models": [_statistics_row(model) for model in statistics.model_stats],
+        }
+
+    def _call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        try:
+            return method(request, timeout=timeout_s or self._timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc(error, f"cannot {what}") from error
+
+
+def _upload_messages(path: Path, sha256: str, length: int, told: Progress) -> Iterator[Any]:
+    yield registry_pb2.UploadBlobRequest(sha256=sha256, length=length)
+    with path.open("rb") as file:
+        while data := file.read(CHUNK):
+            yield registry_pb2.UploadBlobRequest(data=data)
+            told.sent(len(data))
+
+
+def _device_row(device: Any, report: Any) -> dict[str, Any]:
+    state = fleet_pb2.UpdateState.Name(report.state).removeprefix("UPDATE_STATE_").lower()
+    return {
+        "device": device.device_id,
+        "last_seen": _moment(device.last_seen_at),
+        "model": report.model or None,
+        "serving": report.serving_version or None,
+        "variant": report.variant or None,
+        "last_update": f"{report.version} {state}" if report.model else None,
+        "reason": report.reason or None,
+        "bytes_fetched": report.bytes_fetched if report.model else None,
+    }
+
+
+def _statistics_row(model: Any) -> dict[str, Any]:
+    success = model.inference_stats.success
+    return {
+        "model": model.name,
+        "heavy_version": int(model.version),
+        "inferences": model.inference_count,
+        "executions": model.execution_count,
+        "mean_ms": round(success.ns / success.count / 1e6, 3) if success.count else None,
+    }
+
+
+def _moment(stamp: Any) -> str:
+    return datetime.fromtimestamp(stamp.seconds, UTC).isoformat()

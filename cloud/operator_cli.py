@@ -1,0 +1,149 @@
+"""`isthmus model` and `isthmus device`: what an operator does with a cloud."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloud.config import OperatorSettings
+from isthmus.errors import ConfigError, InputError
+from isthmus.settings import load_settings
+from isthmus.terminal import JsonOption, note, progress, show_record, show_table
+
+if TYPE_CHECKING:
+    from cloud.client import CloudClient
+
+model_app = typer.Typer(no_args_is_help=True, help="Publish, release and list model versions.")
+device_app = typer.Typer(no_args_is_help=True, help="Invite and list devices.")
+
+CloudOption = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")]
+TrustOption = Annotated[Path | None, typer.Option(help="Folder with ca.pem.")]
+TokenOption = Annotated[Path | None, typer.Option(help="File with an operator's token.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with these settings.")]
+
+
+@contextmanager
+def connect(flags: Mapping[str, object], config: Path | None) -> Iterator[tuple[CloudClient, OperatorSettings]]:
+    """Yield a connection that is made of flags, environment and file.
+
+    Raises:
+        ConfigError: A setting is missing.
+    """
+    from cloud.client import Address, CloudClient
+
+    settings = load_settings(OperatorSettings, config, flags).value
+    if settings.trust is None or settings.token_file is None:
+        missing = "trust" if settings.trust is None else "token_file"
+        raise ConfigError(
+            f"the setting {missing} is not set", hint=f"--{missing.replace('_', '-')} or ISTHMUS_{missing.upper()}"
+        )
+    with CloudClient(
+        Address(settings.cloud, settings.trust, settings.token_file), timeout_s=settings.timeout_s
+    ) as client:
+        yield client, settings
+
+
+@model_app.command()
+def publish(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `isthmus compile` made.")],
+    cloud: CloudOption = None,
+    operator: Annotated[Path | None, typer.Option(help="The workspace's operator folder.")] = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    release: Annotated[bool, typer.Option("--release/--no-release", help="Move devices to it at once.")] = True,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload, sign and publish BUNDLE; devices move to it unless --no-release is given."""
+    from cloud.client import Progress
+
+    flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file}
+    started = time.monotonic()
+    with connect(flags, config) as (client, settings):
+        if settings.operator is None:
+            raise ConfigError("the setting operator is not set", hint="--operator or ISTHMUS_OPERATOR")
+        with progress() as display:
+            task = display.add_task("upload", total=None)
+            told = Progress(
+                found=lambda total: display.update(task, total=max(total, 1)),
+                sent=lambda count: display.advance(task, count),
+                waiting=lambda what: display.update(display.add_task(what, total=None), visible=True),
+            )
+            record = client.publish(bundle, settings.operator, release=release, progress=told)
+    if as_json:
+        show_record("published", record, as_json=True)
+        return
+    deltas = record.pop("deltas")
+    show_record("published", record)
+    if deltas:
+        show_table("deltas that were prepared", deltas)
+    note(f"done in {time.monotonic() - started:.1f} s")
+
+
+@model_app.command()
+def release(
+    version: Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="For example triage@3.")],
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Make a published version the one that devices run; an older one rolls back."""
+    model, number = _parse_version(version)
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        client.release(model, number)
+    note(f"devices move to {model}@{number}")
+
+
+@model_app.command("list")
+def list_models(
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the published versions of all models."""
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        show_table("published versions", client.list_versions(), as_json=as_json)
+
+
+@device_app.command()
+def invite(
+    device: Annotated[str, typer.Argument(help="How the device shall be called.")],
+    ttl: Annotated[int, typer.Option(help="Seconds until the code expires.", min=1)] = 3600,
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a one-time enrolment code for DEVICE."""
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        record = client.invite(device, ttl_s=ttl)
+    show_record("invitation", record, as_json=as_json)
+
+
+@device_app.command("list")
+def list_devices(
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the devices with what they last reported."""
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        show_table("devices", client.list_devices(), as_json=as_json)
+
+
+def _parse_version(text: str) -> tuple[str, int]:
+    model, at, number = text.rpartition("@")
+    if not at or not model or not number.isdecimal():
+        raise InputError(f"expected MODEL@VERSION, for example triage@3, got {text!r}")
+    return model, int(number)

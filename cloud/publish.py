@@ -1,0 +1,281 @@
+"""Publishing and releasing: how a bundle version becomes one that devices run.
+
+A publish is done in this order, so that a crash or a refusal at any point leaves nothing half visible; what is there
+already is found and kept when the operator tries again:
+
+(1) the manifest is the one that was asked for, its model accepts the version, and the calibration record belongs to it;
+(2) the signed metadata vouches for exactly this manifest;
+(3) all blobs are stored with the right lengths;
+(4) deltas from the last versions are prepared, and each is applied once to see that it gives the right bytes;
+(5) Triton has loaded the heavy model and answered the golden inputs in the declared form;
+(6) the signed metadata is committed: from here on devices can verify the version;
+(7) the database is told: from here on it exists. A release, and retiring what nobody needs any more, come after.
+
+One publish or release runs at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from sqlalchemy import func, select
+
+from cloud import database as db
+from cloud.blobs import Blobs, Deltas
+from cloud.catalog import Catalog, unknown_model
+from cloud.deltas import PreparedDelta, prepare_deltas
+from cloud.heavy import HeavyId, HeavyPool
+from isthmus.bundle import CALIBRATION, GOLDEN, Manifest, parse_calibration, parse_manifest
+from isthmus.digests import sha256_bytes
+from isthmus.errors import BundleError, ConflictError, NotFoundError, TrustError
+from isthmus.tensors import Array
+from security.repository import CloudRepository
+
+_GOLDEN_ROWS: Final = 4  # enough to see the form of an answer
+_INPUT: Final = "input."
+
+log = structlog.get_logger(__name__)
+
+
+class Publisher:
+    """Takes bundle versions in and decides which one devices run.
+
+    Args:
+        database: The record of versions.
+        blobs: The bundles' files.
+        deltas: Gets the prepared deltas.
+        repository: The signed metadata.
+        catalog: Follows the database.
+        pool: Loads heavy models.
+        heavy_versions: How many of a model's newest versions stay loaded beside the released one.
+        delta_bases: From how many earlier versions deltas are prepared.
+        clock: Returns Unix seconds.
+    """
+
+    def __init__(
+        self,
+        database: db.Database,
+        blobs: Blobs,
+        deltas: Deltas,
+        repository: CloudRepository,
+        catalog: Catalog,
+        pool: HeavyPool,
+        *,
+        heavy_versions: int = 3,
+        delta_bases: int = 3,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database, self._blobs, self._deltas = database, blobs, deltas
+        self._repository, self._catalog, self._pool = repository, catalog, pool
+        self._heavy_versions, self._delta_bases, self._clock = heavy_versions, delta_bases, clock
+        self._lock = asyncio.Lock()
+
+    async def restore(self) -> None:
+        """Fill the catalog from the database and load every heavy version that is wanted.
+
+        A heavy model that does not load any more is logged: the others must serve.
+        """
+        with self._database.read() as session:
+            versions = session.scalars(select(db.Version)).all()
+            released = {model.name: model.released for model in session.scalars(select(db.Model))}
+        for row in versions:
+            self._catalog.publish(row.model, row.version, HeavyId(row.model, row.heavy_version))
+        manifests = {(row.model, row.version): row.manifest_sha256 for row in versions}
+        for model, version in released.items():
+            if version is not None:
+                self._catalog.release(model, version)
+            for heavy in sorted(self._catalog.wanted(model, self._heavy_versions)):
+                try:
+                    manifest = parse_manifest(self._blobs.read_all(manifests[heavy.model, heavy.version]))
+                    await self._load_heavy(heavy, manifest)
+                except (BundleError, TrustError, NotFoundError) as error:
+                    log.exception("heavy model cannot be served", heavy=heavy.name, reason=error.reason)
+
+    async def publish(
+        self, model: str, version: int, manifest_json: bytes, targets_json: bytes, *, release: bool
+    ) -> tuple[int, list[PreparedDelta]]:
+        """Take in one bundle version; return its heavy version and the deltas that were prepared.
+
+        Raises:
+            BundleError: The bundle is inconsistent or its heavy model does not work.
+            ConflictError: The version exists, or a newer one does.
+            NotFoundError: Blobs are missing.
+            TrustError: The signed metadata does not vouch for the manifest.
+            UnavailableError: Triton is down.
+        """
+        async with self._lock:
+            manifest = parse_manifest(manifest_json)  # (1)
+            _check_identity(manifest, model, version)
+            self._check_newest(model, version)
+            self._repository.accept_targets(targets_json)  # (2)
+            _check_vouched(targets_json, manifest, manifest_json)
+            await asyncio.to_thread(self._check_blobs, manifest)  # (3)
+            bases = self._catalog.versions(model)[-self._delta_bases :] if self._delta_bases else []
+            old = [self.manifest(model, base) for base in bases]
+            deltas = await prepare_deltas(self._blobs, self._deltas, manifest, old)  # (4)
+            heavy = self._heavy_id(manifest)
+            fresh = heavy not in self._pool.loaded
+            try:
+                await self._load_heavy(heavy, manifest)  # (5)
+                await self._pool.try_out(heavy, manifest, self._golden_inputs(manifest))
+                digest = await asyncio.to_thread(self._blobs.store, manifest_json)
+                await asyncio.to_thread(self._repository.commit, targets_json)  # (6)
+                await asyncio.to_thread(self._record, manifest, digest, heavy)  # (7)
+            except BaseException:
+                if fresh:  # a second attempt may bring another heavy model under the same version
+                    await self._pool.retire(heavy)
+                raise
+            self._catalog.publish(model, version, heavy)
+            log.info("version published", model=model, version=version, heavy=heavy.name, deltas=len(deltas))
+            if release:
+                await self._release(model, version)
+            await self._retire_unwanted(model)
+            return heavy.version, deltas
+
+    async def release(self, model: str, version: int) -> None:
+        """Make a published version, newer or older, the one that devices run.
+
+        Raises:
+            NotFoundError: There is no such version.
+            UnavailableError: Its heavy model cannot be loaded now.
+        """
+        async with self._lock:
+            known = self._catalog.versions(model)
+            if not known:
+                raise unknown_model(model)
+            if version not in known:
+                raise NotFoundError(
+                    f"model {model!r} has no version {version}; it has {', '.join(map(str, known[-5:]))}",
+                    reason="unknown-version",
+                )
+            heavy = self._catalog.heavy(model, version)
+            await self._load_heavy(heavy, self.manifest(model, heavy.version))
+            await self._release(model, version)
+            await self._retire_unwanted(model)
+
+    def manifest(self, model: str, version: int) -> Manifest:
+        """Return the manifest of a published version.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        with self._database.read() as session:
+            row = session.get(db.Version, (model, version))
+        if row is None:
+            raise NotFoundError(f"model {model!r} has no version {version}", reason="unknown-version")
+        return parse_manifest(self._blobs.read_all(row.manifest_sha256))
+
+    async def _release(self, model: str, version: int) -> None:
+        await asyncio.to_thread(self._record_release, model, version)
+        self._catalog.release(model, version)
+        log.info("version released", model=model, version=version)
+
+    async def _retire_unwanted(self, model: str) -> None:
+        wanted = self._catalog.wanted(model, self._heavy_versions)
+        for heavy in self._pool.loaded:
+            if heavy.model == model and heavy not in wanted:
+                await self._pool.retire(heavy)
+
+    def _check_newest(self, model: str, version: int) -> None:
+        with self._database.read() as session:
+            newest = session.scalar(select(func.max(db.Version.version)).where(db.Version.model == model))
+        if newest is not None and version <= newest:
+            raise ConflictError(
+                f"version {version} of {model!r} cannot be published: {newest} is there; compile it as {newest + 1}",
+                reason="already-published",
+            )
+
+    def _check_blobs(self, manifest: Manifest) -> None:
+        missing = [
+            path
+            for path, entry in manifest.files.items()
+            if not self._blobs.has(entry.sha256) or self._blobs.length(entry.sha256) != entry.length
+        ]
+        if missing:
+            raise NotFoundError(f"blobs of {len(missing)} files are not stored: {missing[:3]}", reason="missing-blobs")
+        calibration = parse_calibration(self._blobs.read_all(manifest.files[CALIBRATION].sha256))
+        if (calibration.model, calibration.version) != (manifest.name, manifest.version):
+            raise BundleError(
+                f"{CALIBRATION} belongs to {calibration.model}@{calibration.version}, "
+                f"the bundle is {manifest.name}@{manifest.version}"
+            )
+
+    def _heavy_id(self, manifest: Manifest) -> HeavyId:
+        """Return where the heavy model is served: with an earlier version whose heavy folder is the same, or anew."""
+        same = select(db.Version.heavy_version).where(
+            db.Version.model == manifest.name, db.Version.heavy_digest == manifest.heavy.digest
+        )
+        with self._database.read() as session:
+            found = session.scalar(same.limit(1))
+        return HeavyId(manifest.name, manifest.version if found is None else found)
+
+    async def _load_heavy(self, heavy: HeavyId, manifest: Manifest) -> None:
+        if heavy not in self._pool.loaded:
+            await asyncio.to_thread(self._materialise, self._pool.folder(heavy), manifest)
+            await self._pool.load(heavy)
+
+    def _materialise(self, folder: Path, manifest: Manifest) -> None:
+        """Write the heavy files into a Triton model folder: whole or not at all, verified."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
+        try:
+            for path, entry in manifest.files_below("heavy/"):
+                self._blobs.copy_to(entry.sha256, temporary / path.removeprefix("heavy/"))
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.replace(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _golden_inputs(self, manifest: Manifest) -> dict[str, Array]:
+        try:
+            tensors = load_safetensors(self._blobs.read_all(manifest.files[GOLDEN].sha256))
+            return {spec.name: tensors[_INPUT + spec.name][:_GOLDEN_ROWS] for spec in manifest.inputs}
+        except (SafetensorError, KeyError) as error:
+            raise BundleError(f"{GOLDEN} does not hold inputs of the model: {error}") from error
+
+    def _record(self, manifest: Manifest, manifest_sha256: str, heavy: HeavyId) -> None:
+        with self._database.write() as session:
+            if session.get(db.Model, manifest.name) is None:
+                session.add(db.Model(name=manifest.name))
+                session.flush()
+            session.add(
+                db.Version(
+                    model=manifest.name,
+                    version=manifest.version,
+                    manifest_sha256=manifest_sha256,
+                    heavy_digest=manifest.heavy.digest,
+                    heavy_version=heavy.version,
+                    published_at=self._clock(),
+                )
+            )
+
+    def _record_release(self, model: str, version: int) -> None:
+        with self._database.write() as session:
+            session.get_one(db.Model, model).released = version
+
+
+def _check_identity(manifest: Manifest, model: str, version: int) -> None:
+    if (manifest.name, manifest.version) != (model, version):
+        raise BundleError(f"expected the manifest of {model}@{version}, got {manifest.name}@{manifest.version}")
+
+
+def _check_vouched(targets_json: bytes, manifest: Manifest, manifest_json: bytes) -> None:
+    path = f"{manifest.name}/{manifest.version}/manifest.json"
+    target = json.loads(targets_json)["signed"]["targets"].get(path)
+    if target is None:
+        raise TrustError(f"the signed metadata does not list {path}", reason="unsigned")
+    same_digest = hmac.compare_digest(target["hashes"].get("sha256", ""), sha256_bytes(manifest_json))
+    if target["length"] != len(manifest_json) or not same_digest:
+        raise TrustError(f"the signed metadata vouches for another {path}", reason="digest-mismatch")

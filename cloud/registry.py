@@ -1,0 +1,167 @@
+"""The registry's door: signed metadata, blobs and deltas out to devices; bundles in from operators.
+
+Nothing is decided here: cloud.publish decides, cloud.blobs stores. What a device fetches needs no trust in this
+process, because signed metadata vouches for every byte of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Final
+
+from sqlalchemy import select
+
+from cloud import database as db
+from cloud.blobs import CHUNK, Blobs, Deltas
+from cloud.catalog import Catalog, unknown_model
+from cloud.publish import Publisher
+from isthmus.errors import InputError
+from isthmus.v1 import registry_pb2, registry_pb2_grpc
+from security.interceptors import current_claims
+from security.repository import CloudRepository
+
+MAX_BLOB_BYTES: Final = 16 << 30
+MAX_ASKED: Final = 20_000  # digests in one FindMissing
+_END: Final = object()
+
+
+class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
+    """Signed metadata, content-addressed blobs, and deltas between them."""
+
+    def __init__(
+        self,
+        database: db.Database,
+        blobs: Blobs,
+        deltas: Deltas,
+        repository: CloudRepository,
+        catalog: Catalog,
+        publisher: Publisher,
+    ) -> None:
+        self._database, self._blobs, self._deltas = database, blobs, deltas
+        self._repository, self._catalog, self._publisher = repository, catalog, publisher
+
+    async def FetchMetadata(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """Stream one metadata file.
+
+        Raises:
+            NotFoundError: There is none of this name.
+        """
+        del context
+        data = await asyncio.to_thread(self._repository.metadata, request.name)
+        for start in range(0, len(data), CHUNK):
+            yield registry_pb2.FetchMetadataResponse(data=data[start : start + CHUNK])
+
+    async def FetchBlob(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """Stream one blob from an offset on.
+
+        Raises:
+            InputError: The digest or offset is not valid.
+            NotFoundError: There is no such blob.
+        """
+        del context
+        async for data in _chunks(self._blobs.read(request.sha256, request.offset)):
+            yield registry_pb2.FetchBlobResponse(data=data)
+
+    async def FetchDelta(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """Stream one delta from an offset on.
+
+        Raises:
+            InputError: A digest or the offset is not valid.
+            NotFoundError: There is no such delta.
+        """
+        del context
+        async for data in _chunks(self._deltas.read(request.from_sha256, request.to_sha256, request.offset)):
+            yield registry_pb2.FetchDeltaResponse(data=data)
+
+    async def FindMissing(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Tell which blobs are not stored.
+
+        Raises:
+            InputError: Too many digests, or one that is none.
+        """
+        del context
+        if len(request.sha256) > MAX_ASKED:
+            raise InputError(f"sha256: expected at most {MAX_ASKED} digests, got {len(request.sha256)}")
+        missing = await asyncio.to_thread(lambda: [digest for digest in request.sha256 if not self._blobs.has(digest)])
+        return registry_pb2.FindMissingResponse(sha256=missing)
+
+    async def UploadBlob(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+        """Store one blob.
+
+        Raises:
+            InputError: The stream does not begin with a digest and an acceptable length.
+            DigestMismatchError: The bytes are not those that were announced.
+        """
+        del context
+        first = await anext(aiter(request_iterator), None)
+        if first is None or not first.sha256:
+            raise InputError("expected a first message with the blob's sha256 and length")
+        if first.length > MAX_BLOB_BYTES:
+            raise InputError(f"length: expected at most {MAX_BLOB_BYTES} bytes, got {first.length}")
+        with self._blobs.upload(first.sha256, first.length) as upload:
+            await asyncio.to_thread(upload.write, first.data)
+            async for message in request_iterator:
+                await asyncio.to_thread(upload.write, message.data)
+        return registry_pb2.UploadBlobResponse()
+
+    async def Publish(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Take in a bundle version.
+
+        Raises:
+            IsthmusError: As Publisher.publish.
+        """
+        del context
+        if not current_claims().may_use(request.model):
+            raise unknown_model(request.model)
+        heavy_version, deltas = await self._publisher.publish(
+            request.model, request.version, request.manifest_json, request.targets_json, release=request.release
+        )
+        prepared = [
+            registry_pb2.PreparedDelta(
+                path=row.path, from_version=row.from_version, delta_bytes=row.delta_bytes, full_bytes=row.full_bytes
+            )
+            for row in deltas
+        ]
+        return registry_pb2.PublishResponse(heavy_version=heavy_version, deltas=prepared)
+
+    async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Set the version that devices should run.
+
+        Raises:
+            NotFoundError: There is no such version for this caller.
+            UnavailableError: Its heavy model cannot be loaded now.
+        """
+        del context
+        if not current_claims().may_use(request.model):
+            raise unknown_model(request.model)
+        await self._publisher.release(request.model, request.version)
+        return registry_pb2.ReleaseResponse()
+
+    async def ListVersions(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """List the versions that the caller may use."""
+        del request, context
+        claims = current_claims()
+        with self._database.read() as session:
+            rows = session.scalars(select(db.Version).order_by(db.Version.model, db.Version.version)).all()
+        mine = [row for row in rows if claims.may_use(row.model)]
+        return registry_pb2.ListVersionsResponse(
+            versions=await asyncio.to_thread(lambda: [self._describe(row) for row in mine])
+        )
+
+    def _describe(self, row: db.Version) -> Any:
+        manifest = self._publisher.manifest(row.model, row.version)
+        return registry_pb2.ModelVersion(
+            model=row.model,
+            version=row.version,
+            heavy_version=row.heavy_version,
+            released=self._catalog.released(row.model) == row.version,
+            bytes=sum(entry.length for entry in manifest.files.values()),
+            variants=[variant.id for variant in manifest.variants],
+        )
+
+
+async def _chunks(source: Iterator[bytes]) -> AsyncIterator[bytes]:
+    while (chunk := await asyncio.to_thread(next, source, _END)) is not _END:
+        assert isinstance(chunk, bytes)  # noqa: S101 - tells mypy that it is not _END
+        yield chunk

@@ -1,0 +1,199 @@
+"""The client of Triton: the only file that speaks to it, over the Open Inference Protocol.
+
+Rules:
+1. A call never waits for a connection: a Triton that is down is UnavailableError in milliseconds.
+2. Inference requests and answers pass as the bytes they are; nothing here decodes a tensor on the request path.
+3. Every call has a deadline: a load whose stub cannot start would hang for ever.
+4. Triton's error texts reach callers only where they describe the caller's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+from google.protobuf import json_format, text_format
+
+from isthmus.errors import BundleError, ConfigError, InputError, IsthmusError, UnavailableError
+from isthmus.oip import MODEL_INFER, model_config_pb2, service_pb2, service_pb2_grpc
+
+CONFIG: Final = "config.pbtxt"
+CONTROL_S: Final = 5.0  # deadline of calls that neither infer nor load
+_DEAD_STUB: Final = "is not healthy"
+_OPTIONS: Final = (
+    # A restarted Triton is found again within half a second, not after gRPC's default back-off of up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 1 << 30),
+    ("grpc.max_send_message_length", -1),  # a model pushed to an external Triton is one message
+)
+
+
+class DeadStubError(UnavailableError):
+    """The process that runs a model is gone; Triton does not restart it, an unload and a load do."""
+
+    reason = "heavy-failed"
+
+
+class TritonClient:
+    """One connection to one Triton server."""
+
+    def __init__(self, address: str, *, ca: Path | None = None) -> None:
+        self.address = address
+        if ca is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            credentials = grpc.ssl_channel_credentials(root_certificates=ca.read_bytes())
+            self._channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+        self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._infer: Any = self._channel.unary_unary(MODEL_INFER)  # no serializers: bytes in, bytes out
+
+    async def close(self) -> None:
+        """Close the connection; calls that run are cancelled."""
+        await self._channel.close()
+
+    async def infer(self, request: bytes, *, timeout_s: float) -> bytes:
+        """Return the serialized answer to a serialized ModelInferRequest.
+
+        Raises:
+            InputError: Triton refused the tensors.
+            DeadStubError: The model's process is dead.
+            UnavailableError: Triton is down, the model is not loaded, its queue is full, or time ran out.
+            IsthmusError: The model itself failed on this request.
+        """
+        try:
+            answer: bytes = await self._infer(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise _inference_error(error) from error
+        return answer
+
+    async def is_live(self) -> bool:
+        """Return whether Triton answers."""
+        try:
+            answer = await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=CONTROL_S)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.live)
+
+    async def is_ready(self, name: str) -> bool:
+        """Return whether Triton says that the model is ready (it says so of a model with a dead stub, too)."""
+        try:
+            answer = await self._stub.ModelReady(service_pb2.ModelReadyRequest(name=name), timeout=CONTROL_S)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.ready)
+
+    async def server_version(self) -> str:
+        """Return Triton's version.
+
+        Raises:
+            UnavailableError: It does not answer.
+        """
+        answer = await self._control("ask Triton's version", "ServerMetadata", service_pb2.ServerMetadataRequest())
+        return str(answer.version)
+
+    async def metadata(self, name: str) -> Any:
+        """Return the model's ModelMetadataResponse.
+
+        Raises:
+            UnavailableError: Triton is down or the model is not loaded.
+        """
+        return await self._control(f"describe {name}", "ModelMetadata", service_pb2.ModelMetadataRequest(name=name))
+
+    async def statistics(self) -> list[Any]:
+        """Return the ModelStatistics messages of all loaded models.
+
+        Raises:
+            UnavailableError: Triton does not answer.
+        """
+        answer = await self._control("read statistics", "ModelStatistics", service_pb2.ModelStatisticsRequest())
+        return list(answer.model_stats)
+
+    async def load(self, name: str, config: str, *, files: Mapping[str, bytes] | None = None, timeout_s: float) -> None:
+        """Load a model, or load it again when its configuration differs.
+
+        Args:
+            name: Triton's name for the model.
+            config: Its configuration as JSON.
+            files: Path below the model folder to content, for a Triton that does not share our disk.
+            timeout_s: How long it may take.
+
+        Raises:
+            BundleError: Triton cannot load the model; the message says why.
+            UnavailableError: Triton is down, or the load did not end in time.
+        """
+        request = service_pb2.RepositoryModelLoadRequest(model_name=name)
+        request.parameters["config"].string_param = config
+        for path, data in (files or {}).items():
+            request.parameters[f"file:{path}"].bytes_param = data
+        try:
+            await self._stub.RepositoryModelLoad(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                raise UnavailableError(
+                    f"Triton did not load {name} within {timeout_s:g} s: {error.details()}"
+                ) from error
+            raise BundleError(f"Triton cannot load {name}: {error.details()}", reason="heavy-not-loadable") from error
+
+    async def unload(self, name: str) -> None:
+        """Unload a model; requests that run finish first.
+
+        Raises:
+            UnavailableError: Triton does not answer.
+        """
+        request = service_pb2.RepositoryModelUnloadRequest(model_name=name)
+        await self._control(f"unload {name}", "RepositoryModelUnload", request)
+
+    async def _control(self, what: str, method: str, request: Any) -> Any:
+        try:
+            return await getattr(self._stub, method)(request, timeout=CONTROL_S)
+        except grpc.aio.AioRpcError as error:
+            raise UnavailableError(f"cannot {what}: {error.details()}", reason="triton-unavailable") from error
+
+
+def _inference_error(error: grpc.aio.AioRpcError) -> IsthmusError:
+    code, detail = error.code(), error.details() or ""
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return InputError(detail.removeprefix("[request id: <id_unknown>] "))
+    if code is grpc.StatusCode.INTERNAL and _DEAD_STUB in detail:
+        return DeadStubError("the heavy model's process died; it is being started again")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UnavailableError("the heavy model did not answer in time", reason="deadline-exceeded")
+    if code is grpc.StatusCode.NOT_FOUND:
+        return UnavailableError("the heavy model is not loaded now", reason="heavy-not-loaded")
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return UnavailableError("the heavy model is not available now", reason="triton-unavailable")
+    return IsthmusError("the heavy model failed on this request", reason="heavy-failed")
+
+
+def read_config(text: str, *, name: str, what: str) -> tuple[str, int]:
+    """Return a config.pbtxt as the JSON that Triton takes, under another model name, and its number of instances.
+
+    Raises:
+        BundleError: It is not a model configuration; `what` names it.
+    """
+    try:
+        config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    except text_format.ParseError as error:
+        raise BundleError(f"{what}: not a Triton model configuration: {error}") from error
+    config.name = name
+    instances = sum(max(group.count, 1) for group in config.instance_group) or 1
+    return json_format.MessageToJson(config, preserving_proto_field_name=True), instances
+
+
+def check_link(address: str, *, ca: Path | None, plaintext: bool) -> None:
+    """Check that the way to an external Triton is allowed.
+
+    Raises:
+        ConfigError: It would carry requests in plain text over a network, and nobody said that this is meant.
+    """
+    host = address.rpartition(":")[0].strip("[]")
+    if ca is None and not plaintext and host not in ("localhost", "127.0.0.1", "::1"):
+        raise ConfigError(
+            f"the link to Triton at {address} would be plain text over a network",
+            hint="set triton_ca, or triton_plaintext where the network itself is private",
+        )

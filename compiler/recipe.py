@@ -1,0 +1,184 @@
+"""The recipe: one TOML file that says what to compile, from which data, and what may not get worse.
+
+Rules: unknown fields are refused; every error names the file and the field; paths are relative to the recipe's folder.
+What the fields mean together (inputs, labels, data) is checked where the files are read, not here.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from isthmus.bundle import Name, Version
+from isthmus.digests import sha256_bytes
+from isthmus.errors import InputError
+
+MAX_RECIPE_BYTES: Final = 1 << 20
+MAX_LABELS: Final = 65_536
+
+Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """What the bundle is called."""
+
+    name: Name
+    version: Version
+    labels: tuple[str, ...] = Field(default=(), max_length=MAX_LABELS)
+    labels_file: Path | None = None  # one label a line, instead of `labels`
+    max_batch: int = Field(default=64, ge=1, le=65_536)
+
+    @model_validator(mode="after")
+    def _one_source_of_labels(self) -> ModelSection:
+        if self.labels and self.labels_file is not None:
+            raise ValueError("give labels or labels_file, not both")
+        return self
+
+
+class LightSection(_Section):
+    """The model that devices run."""
+
+    source: Path
+
+
+class HeavySection(_Section):
+    """The model that the cloud runs."""
+
+    source: Path
+    target: Name = "triton-python"
+    instances: int = Field(default=1, ge=1, le=64)
+    threads: int = Field(default=2, ge=1, le=256)  # of each instance
+
+
+class VariantSection(_Section):
+    """One artefact of the light model."""
+
+    target: Name
+    precision: Literal["fp32", "int8"] = "fp32"
+
+    @property
+    def id(self) -> str:
+        """Return the variant's name in the bundle."""
+        return f"{self.target}-{self.precision}"
+
+
+class DataSection(_Section):
+    """Safetensors files with tensors named as the model's inputs."""
+
+    calibration: Path  # and the tensor "labels", int64
+    quantization: Path | None = None  # needed for int8
+
+
+class GuardSection(_Section):
+    """How much worse than the source a variant may be before it is refused."""
+
+    max_accuracy_drop: Share = 0.02  # int8
+    max_difference: float = Field(default=1e-3, gt=0, allow_inf_nan=False)  # fp32: largest absolute one of any output
+
+
+class CalibrationSection(_Section):
+    """The operating point: at most `max_escalation` of all requests go up, with confidence 1 - `delta`."""
+
+    max_escalation: Share = 0.3
+    delta: float = Field(default=0.1, gt=0, lt=1, allow_inf_nan=False)
+    output: str = ""  # the output with one logit per class; empty: "logits", or the only one there is
+
+
+class UpdateSection(_Section):
+    """The version that devices have now, so that the way to this one can be short."""
+
+    delta_from: Path | None = None
+
+
+class Recipe(_Section):
+    """A whole recipe, paths made absolute."""
+
+    model: ModelSection
+    light: LightSection
+    heavy: HeavySection
+    variants: tuple[VariantSection, ...] = Field(min_length=1, max_length=32)
+    data: DataSection
+    guard: GuardSection = GuardSection()
+    calibration: CalibrationSection = CalibrationSection()
+    update: UpdateSection = UpdateSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        ids = [variant.id for variant in self.variants]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"variants must differ, got {', '.join(ids)}")
+        if any(variant.precision == "int8" for variant in self.variants) and self.data.quantization is None:
+            raise ValueError("data.quantization is needed, for a variant has precision int8")
+        return self
+
+
+def load_recipe(path: Path) -> tuple[Recipe, str]:
+    """Return the recipe in `path` with absolute paths and labels read, and the SHA-256 of the file.
+
+    Raises:
+        InputError: It cannot be read, is not TOML, or a field is missing, unknown or out of range.
+    """
+    data = _read(path, MAX_RECIPE_BYTES)
+    try:
+        document = tomllib.loads(data.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a TOML document: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply for a recipe") from error
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise InputError(f"{path}: {where}: {first['msg']}") from error
+    return _resolve(recipe, path.resolve().parent), sha256_bytes(data)
+
+
+def _resolve(recipe: Recipe, folder: Path) -> Recipe:
+    quantization, delta_from = recipe.data.quantization, recipe.update.delta_from
+    data = DataSection(
+        calibration=folder / recipe.data.calibration,
+        quantization=None if quantization is None else folder / quantization,
+    )
+    return recipe.model_copy(
+        update={
+            "model": _with_labels(recipe.model, folder),
+            "light": LightSection(source=folder / recipe.light.source),
+            "heavy": recipe.heavy.model_copy(update={"source": folder / recipe.heavy.source}),
+            "data": data,
+            "update": UpdateSection(delta_from=None if delta_from is None else folder / delta_from),
+        }
+    )
+
+
+def _with_labels(model: ModelSection, folder: Path) -> ModelSection:
+    if model.labels_file is None:
+        return model
+    path = folder / model.labels_file
+    try:
+        labels = tuple(_read(path, MAX_RECIPE_BYTES).decode().splitlines())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: labels must be UTF-8 text") from error
+    if not 0 < len(labels) <= MAX_LABELS or not all(labels):
+        raise InputError(
+            f"{path}: expected 1 to {MAX_LABELS} labels, one a line and none empty, got {len(labels)} lines"
+        )
+    return model.model_copy(update={"labels": labels, "labels_file": None})
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > limit:
+        raise InputError(f"{path}: expected at most {limit} bytes")
+    return data

@@ -1,0 +1,161 @@
+"""OpenVINO on the device: an IR of two files, model.xml (the graph) and model.bin (the weights).
+
+Rules:
+* Always with the hint inference_precision=f32: left alone, OpenVINO computes in bfloat16 where the processor can, with
+  relative errors up to 0.4.
+* Same model, same bytes: names that OpenVINO makes up from a counter of the process are replaced by ones that depend on
+  the operator's place in the graph, and the paths and versions that it notes down are dropped.
+* Weights stay in the precision that was verified: no silent fp16.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal
+
+from compiler.capture import CapturedModel
+from compiler.privacy import forbid_usage_reports
+from compiler.targets import BuildOptions, Built
+from isthmus.bundle import TensorSpec
+from isthmus.errors import InputError
+from isthmus.tensors import Array
+
+forbid_usage_reports()
+import openvino  # noqa: E402  # after usage reports are off
+from openvino import properties  # noqa: E402
+
+ENTRY: Final = "model.xml"
+_MADE_UP: Final = re.compile(r"(?P<stem>[A-Z][A-Za-z0-9]*)_\d+(?P<rest>/.*)?")
+_NOTED: Final = ("conversion_parameters", "nncf", "Runtime_version")
+
+
+class OpenVinoTarget:
+    """The light model as OpenVINO IR, in full precision or INT8."""
+
+    role: ClassVar[Literal["light", "heavy"]] = "light"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+
+    def build(self, model: CapturedModel, folder: Path, options: BuildOptions) -> Built:
+        """Convert the model, and quantize it for int8: on the grid of the version before where that works."""
+        if options.precision == "fp32":
+            save_ir(convert(model), folder / ENTRY)
+            return Built(ENTRY)
+        from compiler.grid import GridError, keep_grid
+        from compiler.quantize import quantize
+
+        note = ""
+        if options.previous is not None:
+            try:
+                clipped = keep_grid(options.previous, convert(model), folder / ENTRY)
+                return Built(ENTRY, "kept", clipped=clipped)
+            except GridError as error:
+                note = str(error)
+        if options.samples is None:
+            raise InputError("int8 needs samples of typical inputs")
+        quantized = quantize(convert(model), options.samples, attention=model.attention)
+        name_by_place(quantized)
+        save_ir(quantized, folder / ENTRY)
+        return Built(ENTRY, "new", note)
+
+    def open(self, entry: Path, *, threads: int) -> OpenVinoRunner:
+        """Load the IR."""
+        return OpenVinoRunner(entry, threads=threads)
+
+
+class OpenVinoRunner:
+    """A compiled IR on the CPU."""
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        config = {
+            properties.hint.inference_precision(): "f32",
+            properties.inference_num_threads(): threads,
+            properties.num_streams(): 1,
+        }
+        try:
+            compiled = openvino.Core().compile_model(read_ir(path), "CPU", config)
+        except RuntimeError as error:
+            raise InputError(f"OpenVINO cannot load {path.name}: {str(error)[:300]}") from error
+        self._request: Any = compiled.create_infer_request()
+        self._inputs = {port.get_any_name(): (port.get_element_type(), port.get_partial_shape()) for port in compiled.inputs}
+        self._names = [output.get_any_name() for output in compiled.outputs]
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the outputs by name.
+
+        Raises:
+            InputError: The model cannot take these inputs.
+        """
+        # OpenVINO itself would answer a wrong shape with the results of the request before, and convert a wrong dtype.
+        for name, (dtype, shape) in self._inputs.items():
+            array = inputs.get(name)
+            fits = array is not None and array.dtype == dtype.to_dtype() and shape.compatible(list(array.shape))
+            if not fits:
+                came = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+                raise InputError(f"OpenVINO cannot run the model: {name!r} must be {dtype.to_dtype()}{shape}, got {came}")
+        try:
+            results = self._request.infer(dict(inputs))
+        except RuntimeError as error:
+            raise InputError(f"OpenVINO cannot run the model: {str(error)[:300]}") from error
+        return {name: results[index].copy() for index, name in enumerate(self._names)}
+
+
+def convert(model: CapturedModel) -> Any:
+    """Return the captured model as an OpenVINO graph with stable names.
+
+    Raises:
+        InputError: OpenVINO cannot convert it.
+    """
+    try:
+        graph = openvino.convert_model(str(model.path))
+    except Exception as error:  # conversion raises whatever its frontends raise
+        raise InputError(f"OpenVINO cannot convert the model: {str(error).strip()[:300]}") from error
+    for ports, specs in ((graph.inputs, model.inputs), (graph.outputs, model.outputs)):
+        _name_ports(ports, specs)
+    name_by_place(graph)
+    return graph
+
+
+def _name_ports(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
+    """Leave each port the one name that the model declares: OpenVINO keeps aliases, in no certain order."""
+    for spec in specs:
+        found = [port for port in ports if spec.name in port.get_names()]
+        if len(found) != 1:
+            raise InputError(f"OpenVINO lost or merged tensor {spec.name!r} while it converted the model")
+        found[0].get_tensor().set_names({spec.name})
+
+
+def name_by_place(graph: Any) -> None:
+    """Replace names made from a counter of the process by names made from the place in the graph."""
+    ops = graph.get_ordered_ops()
+    kept = {op.get_friendly_name() for op in ops if not _MADE_UP.fullmatch(op.get_friendly_name())}
+    place = 0
+    for op in ops:
+        made_up = _MADE_UP.fullmatch(op.get_friendly_name())
+        if made_up is None or op.get_type_name() in {"Parameter", "Result"}:
+            continue
+        while (name := f"{made_up['stem']}.{place}") in kept:
+            place += 1
+        op.set_friendly_name(name)
+        place += 1
+
+
+def save_ir(graph: Any, path: Path) -> None:
+    """Write the graph as `path` and its weights beside it, without notes on who made it where."""
+    for key in _NOTED:
+        if graph.has_rt_info(key):
+            del graph.rt_info[key]
+    openvino.save_model(graph, str(path), compress_to_fp16=False)
+
+
+def read_ir(path: Path) -> Any:
+    """Return the graph in `path`.
+
+    Raises:
+        InputError: It is not an IR.
+    """
+    try:
+        return openvino.Core().read_model(str(path))
+    except RuntimeError as error:
+        raise InputError(f"OpenVINO cannot read {path.name}: {str(error)[:300]}") from error

@@ -1,0 +1,207 @@
+"""The running agent: one listener, and the loops that keep it current. Structured concurrency throughout.
+
+Serving depends on nothing else: the listener starts before any model is open and before the cloud is reached, and a
+loop that fails is logged and started again. SIGTERM or SIGINT stops taking calls, lets those in progress finish
+within `shutdown_s`, then ends the loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import grpc
+import structlog
+
+from edge.backoff import Backoff
+from edge.fleet import Desired, FleetLink
+from edge.identity import AccessToken
+from edge.model import ServedModels
+from edge.server import AgentServer
+from edge.spool import Spool
+from edge.store import write_atomically
+from edge.updater import Updater
+from edge.uplink import Uplink, watch_connection
+from isthmus.errors import UnavailableError
+from isthmus.v1 import agent_pb2
+
+_RESTART_S: Final = 60.0  # longest pause before a loop that failed starts again
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Agent:
+    """All parts of an agent, wired by edge.bootstrap."""
+
+    channel: grpc.aio.Channel
+    server: AgentServer
+    models: ServedModels
+    token: AccessToken
+    uplink: Uplink
+    fleet: FleetLink
+    desired: Desired
+    updaters: Mapping[str, Updater]
+    spools: Mapping[str, Spool]
+    spool_full: asyncio.Event
+    flush_s: float
+    shutdown_s: float
+    ready_file: Path | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set.
+
+        Raises:
+            ConfigError: The address cannot be bound.
+        """
+        address = await self.server.start()
+        log.info("listening", address=address)
+        async with asyncio.TaskGroup() as group:
+            loops = [group.create_task(_outlasting(name, loop)) for name, loop in self._loops().items()]
+            if self.ready_file is not None:
+                ready = {"address": address, "pid": os.getpid()}
+                write_atomically(self.ready_file, json.dumps(ready).encode() + b"\n")
+            await stop.wait()
+            log.info("stopping")
+            await self.server.stop(self.shutdown_s)
+            for task in loops:
+                task.cancel()
+        await self._close()
+
+    def _loops(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        loops: dict[str, Callable[[], Awaitable[None]]] = {
+            "connection": lambda: watch_connection(self.channel, self._connected),
+            "token": self.token.keep,
+            "watch": self.fleet.watch,
+            "reports": self.fleet.send_reports,
+        }
+        for model, updater in self.updaters.items():
+            loops[f"update {model}"] = partial(self._keep_current, model, updater)
+        if self.spools:
+            loops["captures"] = self._keep_captures
+        return loops
+
+    def _connected(self) -> None:
+        log.info("connected to the cloud")
+        self.uplink.breaker.nudge()
+        self.token.connected()
+        self.fleet.connected()
+
+    async def _keep_current(self, model: str, updater: Updater) -> None:
+        if not self.models.version(model):
+            await updater.start()
+        backoff = Backoff(first_s=1.0, longest_s=60.0)
+        settled = 0  # the version that was activated or refused last
+        while True:
+            await self.server.set_ready(ready=self.models.ready)
+            version = self.desired.version(model)
+            if version in (0, settled, self.models.version(model)):
+                await self.desired.change(model)
+                settled = 0 if self.desired.version(model) != settled else settled
+                continue
+            try:
+                outcome = await updater.update(version)
+            except UnavailableError as error:
+                log.info("update postponed", model=model, version=version, error=error.message)
+                await backoff.pause()
+                continue
+            if not outcome.final:
+                await backoff.pause()
+                continue
+            settled = version
+            backoff.reset()
+
+    async def _keep_captures(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self.flush_s):
+                    await self.spool_full.wait()
+            except TimeoutError:
+                pass
+            self.spool_full.clear()
+            for spool in self.spools.values():
+                await spool.flush()
+
+    async def _close(self) -> None:
+        for spool in self.spools.values():
+            await spool.flush()
+        for name, _ in self.models:
+            self.models.swap(name, None)
+        await self.channel.close()
+
+
+async def _outlasting(name: str, loop: Callable[[], Awaitable[None]]) -> None:
+    backoff = Backoff(first_s=1.0, longest_s=_RESTART_S)
+    while True:
+        try:
+            await loop()
+        except Exception:  # a defect in one loop must not end the serving of the others
+            log.exception("loop failed", loop=name)
+        await backoff.pause()
+
+
+async def run_until_signal(agent: Agent) -> None:
+    """Run the agent until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await agent.run(stop)
+
+
+def describe_status(
+    device_id: str, models: ServedModels, updaters: Mapping[str, Updater], uplink: Uplink
+) -> agent_pb2.GetStatusResponse:
+    """Return the agent's counters and versions."""
+    counters = uplink.counters
+    status = agent_pb2.GetStatusResponse(
+        device_id=device_id,
+        uplink=agent_pb2.UplinkStatus(
+            breaker=uplink.breaker.state,
+            attempts=counters.attempts,
+            successes=counters.successes,
+            failures=counters.failures,
+            skipped=counters.skipped,
+            bytes_up=counters.bytes_up,
+        ),
+    )
+    for name, live in models:
+        counted = models.counters[name]
+        model = status.models.add(model=name, version=models.version(name), errors=counted.errors)
+        model.answers.update({route: count.answers for route, count in counted.routes.items()})
+        if live is not None:
+            model.variant, model.calibration = live.variant.id, live.calibration_id
+            model.threshold = live.operating_point.threshold
+        if name in updaters:
+            _add_update(model, updaters[name])
+    return status
+
+
+def _add_update(model: agent_pb2.ModelStatus, updater: Updater) -> None:
+    last = updater.last
+    if last is None:
+        return
+    model.last_update.CopyFrom(
+        agent_pb2.UpdateStatus(
+            from_version=last.from_version,
+            to_version=last.to_version,
+            outcome="active" if last.active else "refused",
+            reason=last.reason,
+            detail=last.detail,
+            bytes_fetched=last.bytes_fetched,
+            bytes_full=last.bytes_full,
+            files=[
+                agent_pb2.FileUpdate(
+                    path=file.path, method=file.method, bytes_fetched=file.bytes_fetched, bytes_full=file.bytes_full
+                )
+                for file in last.files
+            ],
+        )
+    )

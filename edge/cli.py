@@ -1,0 +1,115 @@
+"""`isthmus edge`: enrol a device, run its agent, ask it how it is, take its captures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from isthmus.terminal import JsonOption, note, show_record, show_table
+
+app = typer.Typer(no_args_is_help=True, help="Enrol a device and run its agent.")
+captures_app = typer.Typer(no_args_is_help=True, help="Escalated requests with the cloud's answers.")
+app.add_typer(captures_app, name="captures")
+
+Home = Annotated[Path, typer.Option(help="The device's folder.")]
+
+
+@app.command()
+def enrol(
+    cloud: Annotated[str, typer.Option(help="HOST:PORT of the cloud.", envvar="ISTHMUS_CLOUD")],
+    code: Annotated[str, typer.Option(help="One-time code from `isthmus device invite`.")],
+    trust: Annotated[Path, typer.Option(help="Folder with the cloud's ca.pem and root.json.")],
+    home: Home,
+    host: Annotated[
+        list[str] | None, typer.Option(help="Name or address under which other machines call this device.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make this device's key, and exchange an enrolment code for its identity."""
+    import asyncio
+
+    from edge import identity
+
+    device = identity.DeviceHome(home)
+    enrolment = asyncio.run(identity.enrol(device, cloud=cloud, code=code, trust=trust, hosts=host or ()))
+    show_record("enrolled", enrolment.model_dump() | {"home": str(home)}, as_json=as_json)
+
+
+@app.command()
+def run(
+    home: Annotated[Path | None, typer.Option(help="The device's folder.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model to serve; may be given again.")] = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT or unix:PATH.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant to install; the first that fits by default.")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="Written when the agent listens.")] = None,
+    capture: Annotated[
+        bool | None, typer.Option("--capture/--no-capture", help="Keep escalated requests with their answers.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+) -> None:
+    """Serve the light model, escalate hard requests, keep the model current; until SIGTERM."""
+    import asyncio
+
+    from edge.config import EdgeSettings
+    from isthmus.settings import load_settings
+
+    flags = {
+        "home": home,
+        "models": tuple(model) if model else None,
+        "listen": listen,
+        "variant": variant,
+        "ready_file": ready_file,
+        "capture": capture,
+    }
+    settings = load_settings(EdgeSettings, config, flags).value
+    from edge.agent import run_until_signal
+    from edge.bootstrap import build_agent
+
+    async def serve() -> None:
+        await run_until_signal(build_agent(settings))
+
+    asyncio.run(serve())
+
+
+@app.command()
+def status(
+    address: Annotated[str, typer.Option(help="Where the agent listens.")] = "127.0.0.1:8001",
+    ca: Annotated[Path | None, typer.Option(help="CA of an agent that listens with TLS.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with an access token, with --ca.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print versions, answers by route, the uplink and the last update of a running agent."""
+    from edge.status_client import fetch_status
+
+    answer: dict[str, Any] = fetch_status(address, ca=ca, token_file=token_file)
+    if as_json:
+        show_record("agent", answer, as_json=True)
+        return
+    uplink: dict[str, Any] = answer["uplink"]
+    show_record("agent", {"device": answer["device_id"], **{f"uplink {k}": v for k, v in uplink.items()}})
+    show_table("models", [_row(model) for model in answer["models"]])
+
+
+def _row(model: dict[str, Any]) -> dict[str, Any]:
+    last = model.get("last_update") or {}
+    update = f"{last['from_version']} -> {last['to_version']} {last['outcome']} {last['reason']}" if last else None
+    plain = {name: model[name] for name in ("model", "version", "variant", "threshold", "errors")}
+    return {**plain, **model["answers"], "last_update": update, "bytes_fetched": last.get("bytes_fetched")}
+
+
+@captures_app.command()
+def export(
+    home: Home,
+    output: Annotated[Path, typer.Option(help="safetensors file to write.")],
+    model: Annotated[str | None, typer.Option(help="The model; may be left out when there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Join a model's captures into one safetensors file."""
+    from edge.spool import export_captures, find_spool
+
+    folder = find_spool(home / "spool", model)
+    rows = export_captures(folder, output)
+    note(f"{rows} rows of {folder.name}")
+    show_record("captures", {"model": folder.name, "rows": rows, "output": str(output)}, as_json=as_json)

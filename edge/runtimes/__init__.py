@@ -1,0 +1,109 @@
+"""What executes the light model: one adapter file for each runtime, loaded only when it is chosen.
+
+A runtime is added with one file, one line in `RUNTIMES` and one extra in pyproject.toml; one contract suite
+(tests/edge/test_runtimes.py) runs over the whole table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, Protocol
+
+from isthmus.errors import BundleError, ConfigError, MissingExtraError, UnavailableError
+from isthmus.tensors import Array
+
+RUNTIMES: Final[Mapping[str, str]] = {
+    "openvino": "edge.runtimes.openvino:OpenVinoRuntime",
+    "onnxruntime": "edge.runtimes.onnxruntime:OnnxRuntime",
+}
+
+
+class Runtime(Protocol):
+    """An opened light model. Calls come from one thread at a time."""
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the outputs by name, as arrays that nothing else writes to; `inputs` may be read-only.
+
+        Raises:
+            InputError: The model cannot compute these values.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model; nothing is called afterwards."""
+        ...
+
+
+class _Adapter(Protocol):
+    def __call__(self, path: Path, *, threads: int, inference_precision: str) -> Runtime: ...
+
+
+def is_installed(name: str) -> bool:
+    """Return whether the runtime is known and its library can be imported here."""
+    return name in RUNTIMES and importlib.util.find_spec(name) is not None
+
+
+def open_runtime(name: str, path: Path, *, threads: int = 1, inference_precision: str = "f32") -> Runtime:
+    """Open the model file at `path` (seconds for a large model).
+
+    Args:
+        name: A key of `RUNTIMES`.
+        path: The variant's entry file.
+        threads: Threads that one inference may use.
+        inference_precision: The precision that the variant was verified with: "f32", "bf16" or "f16".
+
+    Raises:
+        ConfigError: There is no such runtime, or it cannot compute in this precision.
+        MissingExtraError: Its library is not installed.
+        BundleError: It refuses the file.
+    """
+    if name not in RUNTIMES:
+        raise ConfigError(f"no runtime {name!r}; there are {', '.join(RUNTIMES)}")
+    if not is_installed(name):
+        raise MissingExtraError(f"runtime {name}", f"edge-{name}")
+    if not path.is_file():
+        raise BundleError(f"runtime {name}: there is no model file {path.name}", reason="model-file-missing")
+    module, _, attribute = RUNTIMES[name].partition(":")
+    adapter: _Adapter = getattr(importlib.import_module(module), attribute)
+    return adapter(path, threads=threads, inference_precision=inference_precision)
+
+
+class Worker:
+    """Runs one runtime's blocking calls on one thread of its own, with a bounded queue before it.
+
+    Args:
+        runtime: Used and closed by this worker's thread only.
+        queue: Calls that may wait; one more is refused.
+    """
+
+    def __init__(self, runtime: Runtime, *, queue: int = 64) -> None:
+        self._runtime = runtime
+        self._limit = queue + 1  # the one that runs
+        self._pending = 0
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="light-model")
+
+    async def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the outputs; a caller that is cancelled while it waits frees its place in the queue.
+
+        Raises:
+            UnavailableError: The queue is full.
+        """
+        if self._pending >= self._limit:
+            raise UnavailableError(
+                f"the light model is busy: {self._pending} requests are waiting", reason="overloaded"
+            )
+        self._pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, self._runtime.infer, inputs)
+        finally:
+            self._pending -= 1
+
+    def close(self) -> None:
+        """Close the runtime after the calls that are queued; returns at once."""
+        self._executor.submit(self._runtime.close)
+        self._executor.shutdown(wait=False)

@@ -1,0 +1,54 @@
+"""OpenVINO on the CPU.
+
+OpenVINO computes in bf16 by default where the CPU can, which changes answers: the precision that the variant
+was verified with is always set.
+
+`import openvino` reports its use to its maker from a forked process. A device speaks to its own cloud only, and
+forking a process with gRPC's threads can crash it: the package that does so is kept from being imported, which
+OpenVINO takes as its not being installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+sys.modules.setdefault("openvino_telemetry", cast("Any", None))
+
+import openvino  # noqa: E402 - after the line above
+
+from isthmus.errors import BundleError, InputError
+from isthmus.tensors import Array
+
+
+class OpenVinoRuntime:
+    """One compiled model with one inference request."""
+
+    def __init__(self, path: Path, *, threads: int, inference_precision: str) -> None:
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(threads),
+            "INFERENCE_PRECISION_HINT": inference_precision,
+        }
+        try:
+            model = openvino.Core().compile_model(str(path), "CPU", settings)
+        except RuntimeError as error:
+            raise BundleError(f"OpenVINO cannot open {path.name}: {str(error)[-300:]}", reason="cannot-open") from error
+        self._request: Any = model.create_infer_request()
+        self._outputs = [(index, sorted(port.get_names())) for index, port in enumerate(model.outputs)]
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the outputs by name."""
+        try:
+            results = self._request.infer(dict(inputs), share_inputs=True)
+        except RuntimeError as error:
+            raise InputError(f"OpenVINO cannot compute: {str(error)[-300:]}", reason="cannot-infer") from error
+        # A port may have several names (an ONNX output and the tensor it aliases); callers know one of them.
+        return {name: results[index] for index, names in self._outputs for name in names}
+
+    def close(self) -> None:
+        """Drop the compiled model."""
+        self._request = None

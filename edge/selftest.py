@@ -1,0 +1,95 @@
+"""Self-test: golden inputs through the device's own runtime, before a version may serve and at every start.
+
+The checks, in order; each failure has its own reason:
+
+1. The calibration record is this bundle's and covers the variant                  calibration-mismatch
+2. The golden file has every input, and this variant's expected outputs            bad-golden
+3. The runtime computes them, with the declared names, types and shapes            cannot-infer, golden-shape
+4. Every value is finite                                                           golden-not-finite
+5. No value differs from the expected one by more than the variant's tolerance     golden-mismatch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from edge.runtimes import Runtime
+from isthmus.bundle import GOLDEN, Calibration, Manifest, Variant
+from isthmus.errors import InputError, VerificationError
+from isthmus.tensors import DATATYPE_OF, Array
+
+
+def check_calibration(manifest: Manifest, variant: Variant, calibration: Calibration) -> None:
+    """Check that the record belongs to this bundle version and covers the variant.
+
+    Raises:
+        VerificationError: It does not.
+    """
+    mine, theirs = f"{manifest.name}@{manifest.version}", f"{calibration.model}@{calibration.version}"
+    if mine != theirs:
+        raise VerificationError(
+            f"calibration record: expected one for {mine}, got {theirs}", reason="calibration-mismatch"
+        )
+    if variant.id not in calibration.variants:
+        raise VerificationError(f"calibration record: no entry for variant {variant.id}", reason="calibration-mismatch")
+    if calibration.output not in {spec.name for spec in manifest.outputs}:
+        raise VerificationError(
+            f"calibration record: no output {calibration.output!r} in {mine}", reason="calibration-mismatch"
+        )
+
+
+def run_selftest(runtime: Runtime, manifest: Manifest, variant: Variant, golden: Path) -> float:
+    """Return the largest absolute difference from the golden outputs.
+
+    Raises:
+        VerificationError: The runtime's answers are not those that the variant was accepted with.
+    """
+    tensors = _load(golden)
+    inputs = {spec.name: _golden(tensors, f"input.{spec.name}", spec.datatype) for spec in manifest.inputs}
+    expected = {
+        spec.name: _golden(tensors, f"output.{variant.id}.{spec.name}", spec.datatype) for spec in manifest.outputs
+    }
+    try:
+        actual = runtime.infer(inputs)
+    except InputError as error:
+        raise VerificationError(f"golden inputs: {error.message}", reason="cannot-infer") from error
+    worst = max(_difference(name, want, actual.get(name)) for name, want in expected.items())
+    if worst > variant.tolerance:
+        raise VerificationError(
+            f"golden outputs of {variant.id}: expected to be within {variant.tolerance:g}, got {worst:.3g}",
+            reason="golden-mismatch",
+        )
+    return worst
+
+
+def _load(golden: Path) -> Mapping[str, Array]:
+    try:
+        tensors: dict[str, Array] = load_file(golden)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise VerificationError(f"{GOLDEN}: {error}", reason="bad-golden") from error
+    return tensors
+
+
+def _golden(tensors: Mapping[str, Array], key: str, datatype: str) -> Array:
+    array = tensors.get(key)
+    if array is None or array.size == 0 or DATATYPE_OF.get(array.dtype) != datatype:
+        came = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
+        raise VerificationError(f"{GOLDEN}: expected {key} of {datatype}, got {came}", reason="bad-golden")
+    return array
+
+
+def _difference(name: str, want: Array, got: Array | None) -> float:
+    if got is None or got.shape != want.shape or got.dtype != want.dtype:
+        came = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
+        raise VerificationError(
+            f"golden output {name}: expected {want.dtype} {list(want.shape)}, got {came}",
+            reason="golden-shape",
+        )
+    if not np.isfinite(got).all():
+        raise VerificationError(f"golden output {name}: expected finite numbers", reason="golden-not-finite")
+    return float(np.abs(got.astype(np.float64) - want.astype(np.float64)).max())

@@ -1,0 +1,132 @@
+"""Capture: what the heavy model answered to hard requests, kept on the device for the next fine-tuning.
+
+Opt-in. Rows wait in memory and go to disk in safetensors files of at most 256 rows ("input.<name>", "output.<name>");
+each file appears by one rename. The folder is bounded by bytes, the oldest files go first; memory is bounded by rows,
+and what does not fit is dropped and counted, because serving comes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import structlog
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from edge.store import write_atomically
+from isthmus.errors import InputError, NotFoundError
+from isthmus.tensors import Array
+
+FILE_ROWS: Final = 256
+_WAITING_ROWS: Final = 4 * FILE_ROWS
+
+log = structlog.get_logger(__name__)
+
+
+class Spool:
+    """The captures of one model.
+
+    Args:
+        folder: Made when it is missing; for the owner's eyes only.
+        limit_bytes: Size of all files together.
+    """
+
+    def __init__(self, folder: Path, *, limit_bytes: int = 64 << 20) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._rows: list[dict[str, Array]] = []
+        self._writing = threading.Lock()
+        self.dropped = 0
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+
+    def offer(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> bool:
+        """Take the rows of one cloud answer; return whether a file's worth is waiting for `flush`."""
+        tensors = {f"input.{name}": array for name, array in inputs.items()}
+        tensors |= {f"output.{name}": array for name, array in outputs.items()}
+        lengths = {len(array) for array in tensors.values()}
+        if len(lengths) != 1:  # no common batch axis: the request as a whole is one row
+            tensors = {name: array[np.newaxis] for name, array in tensors.items()}
+            lengths = {1}
+        rows = lengths.pop()
+        if len(self._rows) + rows > _WAITING_ROWS:
+            self.dropped += rows
+        else:
+            # Copies: a view would keep the whole request's bytes alive.
+            self._rows += [{name: array[i].copy() for name, array in tensors.items()} for i in range(rows)]
+        return len(self._rows) >= FILE_ROWS
+
+    async def flush(self) -> None:
+        """Write what is waiting; a disk that cannot take it costs the captures, nothing else."""
+        rows, self._rows = self._rows, []
+        try:
+            await asyncio.to_thread(self._write_all, rows)
+        except OSError as error:
+            self.dropped += len(rows)
+            log.warning("captures dropped", rows=len(rows), error=str(error))
+
+    def _write_all(self, rows: list[dict[str, Array]]) -> None:
+        with self._writing:
+            for start in range(0, len(rows), FILE_ROWS):
+                self._write(rows[start : start + FILE_ROWS])
+
+    def _write(self, rows: list[dict[str, Array]]) -> None:
+        data = save({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        if len(data) > self._limit_bytes:
+            self.dropped += len(rows)
+            return
+        files = sorted(self._folder.glob("*.safetensors"))
+        sizes = [path.stat().st_size for path in files]
+        number = int(files[-1].stem) + 1 if files else 1
+        while files and sum(sizes) + len(data) > self._limit_bytes:
+            files.pop(0).unlink()
+            sizes.pop(0)
+        write_atomically(self._folder / f"{number:012d}.safetensors", data, mode=0o600)
+
+
+def export_captures(folder: Path, output: Path) -> int:
+    """Join all captures of a model into one safetensors file; return its rows.
+
+    Raises:
+        NotFoundError: There are none.
+    """
+    parts: list[dict[str, Array]] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            parts.append(load_file(path))
+        except SafetensorError:  # a disk error in one file must not cost the others
+            continue
+    newest = _signature(parts[-1]) if parts else None
+    # A model whose tensors changed starts anew: rows of the old form fit no training set of the new one.
+    parts = [part for part in parts if _signature(part) == newest]
+    if not parts:
+        raise NotFoundError(f"no captures in {folder}", hint="run the agent with --capture")
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    write_atomically(output, save(joined), mode=0o600)
+    return len(next(iter(joined.values())))
+
+
+def find_spool(folder: Path, model: str | None) -> Path:
+    """Return the folder of a model's captures; the only one there is when `model` is None.
+
+    Raises:
+        NotFoundError: There is none of that name.
+        InputError: There are several, and `model` is None.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if model is None and len(names) > 1:
+        raise InputError(f"expected --model, one of {', '.join(names)}")
+    wanted = model if model is not None else next(iter(names), None)
+    if wanted not in names:
+        raise NotFoundError(f"no captures in {folder}", hint="run the agent with --capture")
+    return folder / str(wanted)
+
+
+def _signature(part: Mapping[str, Array]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (array.dtype.str, array.shape[1:]) for name, array in part.items()}

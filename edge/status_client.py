@@ -1,0 +1,61 @@
+"""Asks a running agent for its status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+
+from edge.server import is_local
+from isthmus.errors import InputError
+from isthmus.status import from_rpc
+from isthmus.v1 import agent_pb2, agent_pb2_grpc
+from security.tls import channel_credentials
+
+TIMEOUT_S: Final = 5.0
+
+
+def fetch_status(address: str, *, ca: Path | None = None, token_file: Path | None = None) -> dict[str, Any]:
+    """Return GetStatus of the agent at `address` as plain values.
+
+    Args:
+        address: HOST:PORT or unix:PATH.
+        ca: CA of an agent that listens with TLS; None for one on this machine.
+        token_file: Holds the access token that such an agent wants.
+
+    Raises:
+        InputError: The agent is on another machine and `ca` is missing.
+        UnavailableError: No agent answers.
+    """
+    if ca is None and not is_local(address):
+        raise InputError(f"{address} is another machine: expected --ca and --token-file", reason="tls-required")
+    metadata = () if token_file is None else (("authorization", f"Bearer {token_file.read_text().strip()}"),)
+    channel = grpc.insecure_channel(address) if ca is None else grpc.secure_channel(address, channel_credentials(ca))
+    with channel:
+        try:
+            answer = agent_pb2_grpc.AgentServiceStub(channel).GetStatus(
+                agent_pb2.GetStatusRequest(), timeout=TIMEOUT_S, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            raise from_rpc(error, f"agent at {address}") from error
+    return _plain(answer)
+
+
+def _plain(status: agent_pb2.GetStatusResponse) -> dict[str, Any]:
+    models = [
+        _fields(model) | {"answers": dict(model.answers), "last_update": _update(model)} for model in status.models
+    ]
+    return {"device_id": status.device_id, "uplink": _fields(status.uplink), "models": models}
+
+
+def _update(model: agent_pb2.ModelStatus) -> dict[str, Any] | None:
+    if not model.HasField("last_update"):
+        return None
+    return _fields(model.last_update) | {"files": [_fields(file) for file in model.last_update.files]}
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    # Scalars only: json_format would turn 64-bit counters into strings.
+    scalars = (field for field in message.DESCRIPTOR.fields if field.message_type is None)
+    return {field.name: getattr(message, field.name) for field in scalars}

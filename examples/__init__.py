@@ -1,0 +1,1 @@
+"""Runnable stories that show Isthmus at work; they may import every other package."""

@@ -1,0 +1,125 @@
+"""The site of the story: one cloud, one device, one operator, each with its own folder, all on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import tritonclient.grpc as triton
+
+from examples.quickstart.programs import ProgramError, Server, Shell, wait_until
+
+DEVICE: Final = "kiosk-1"
+VARIANT: Final = "openvino-int8"
+
+
+@dataclass(slots=True)
+class Site:
+    """Folders, running servers and where they listen."""
+
+    shell: Shell
+    folder: Path
+    model: str
+    cloud: Server | None = None
+    agent: Server | None = None
+    cloud_address: str = "127.0.0.1:0"
+    agent_address: str = "127.0.0.1:0"
+    _device: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._device = self.folder / "device"
+
+    @property
+    def token(self) -> Path:
+        """Where the operator's access token lies."""
+        return self.folder / "site" / "operator" / "token"
+
+    @property
+    def device(self) -> Path:
+        """The device's folder."""
+        return self._device
+
+    def init_keys(self) -> None:
+        """Make the workspace: operator's keys, cloud's keys, and what devices trust."""
+        self.shell.run("keys", "init", self.folder / "site", "--host", "localhost", "--host", "127.0.0.1")
+        self.shell.run(
+            *("token", "mint", "--home", self.folder / "site" / "cloud", "--role", "operator"),
+            *("--subject", "demo-operator", "--output", self.token),
+        )
+
+    def start_cloud(self) -> Mapping[str, Any]:
+        """Start (or start again, on the same port) the gateway, the registry and Triton."""
+        self.cloud = self.shell.start(
+            "cloud",
+            "cloud",
+            "serve",
+            "--home",
+            self.folder / "site" / "cloud",
+            "--listen",
+            self.cloud_address,
+        )
+        state = self.cloud.wait_ready()
+        self.cloud_address = str(state["address"])
+        return state
+
+    def running_cloud(self) -> Server:
+        """Return the cloud's process.
+
+        Raises:
+            ProgramError: It was not started.
+        """
+        if self.cloud is None:
+            raise ProgramError("the cloud was not started")
+        return self.cloud
+
+    def publish(self, bundle: Path) -> Mapping[str, Any]:
+        """Publish a bundle and have devices move to it."""
+        published: Mapping[str, Any] = self.shell.run_json(
+            "model", "publish", bundle, *self._operator(), "--operator", self.folder / "site" / "operator"
+        )
+        return published
+
+    def enrol_device(self) -> None:
+        """Invite the device and enrol it with the one-time code."""
+        invite = self.shell.run_json("device", "invite", DEVICE, *self._operator())
+        self.shell.run(
+            *("edge", "enrol", "--cloud", self.cloud_address, "--code", invite["code"]),
+            *("--trust", self.folder / "site" / "trust", "--home", self.device),
+        )
+
+    def start_agent(self, *flags: str) -> None:
+        """Start the agent on the device and wait until it serves."""
+        self.agent = self.shell.start(
+            *("agent", "edge", "run", "--home", self.device, "--model", self.model),
+            *("--variant", VARIANT, "--listen", self.agent_address, *flags),
+        )
+        self.agent_address = str(self.agent.wait_ready()["address"])
+        with triton.InferenceServerClient(self.agent_address) as client:
+            ready = f"the agent to serve {self.model}"
+            wait_until(lambda: bool(client.is_model_ready(self.model)), ready, 60)
+
+    def agent_status(self) -> Mapping[str, Any]:
+        """Return what the agent says about itself."""
+        status: Mapping[str, Any] = self.shell.run_json("edge", "status", "--address", self.agent_address)
+        return status
+
+    def cloud_status(self) -> Mapping[str, Any]:
+        """Return what the cloud says about itself and about this connection."""
+        status: Mapping[str, Any] = self.shell.run_json("cloud", "status", *self._operator())
+        return status
+
+    def export_captures(self, out: Path) -> None:
+        """Collect what the agent kept of the heavy model's answers."""
+        self.shell.run("edge", "captures", "export", "--home", self.device, "--model", self.model, "--output", out)
+
+    def stop(self) -> None:
+        """End both servers."""
+        for server in (self.agent, self.cloud):
+            if server is not None:
+                server.stop()
+
+    def _operator(self) -> tuple[str | Path, ...]:
+        trust = self.folder / "site" / "trust"
+        return ("--cloud", self.cloud_address, "--token-file", self.token, "--trust", trust)

@@ -1,0 +1,38 @@
+"""Structured logs: readable on a terminal, one JSON object a line otherwise; always on standard error.
+
+Request ids travel in structlog's context variables, so every line of a request carries its id.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Final
+
+import structlog
+
+LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+def configure(*, level: str = "info", json: bool | None = None) -> None:
+    """Set up logging for this process.
+
+    Args:
+        level: One of `LEVELS`; less severe lines are dropped.
+        json: True for JSON lines, False for text, None for text on a terminal and JSON otherwise.
+    """
+    as_json = not sys.stderr.isatty() if json is None else json
+    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.StackInfoRenderer(),
+            *([structlog.processors.format_exc_info] if as_json else []),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )

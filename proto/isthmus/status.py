@@ -1,0 +1,143 @@
+"""One table from errors to gRPC status codes, and the two places that apply it.
+
+Servers translate on the way out (`StatusInterceptor`): the caller gets the message of our own errors, and of any
+other exception only "internal error"; details go to the log. Clients translate on the way in (`from_rpc`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import grpc
+import structlog
+
+from isthmus import errors
+
+# Most specific first: the first class that matches wins.
+STATUS_OF: Final[tuple[tuple[type[errors.IsthmusError], grpc.StatusCode], ...]] = (
+    (errors.NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (errors.InputError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.ConflictError, grpc.StatusCode.ABORTED),
+    (errors.ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.IdentityError, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.TrustError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.BundleError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.DeltaError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.VerificationError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
+)
+REASON_KEY: Final = "isthmus-reason"
+
+log = structlog.get_logger(__name__)
+
+
+def status_of(error: errors.IsthmusError) -> grpc.StatusCode:
+    """Return the status code that callers see for `error`."""
+    return next((code for kind, code in STATUS_OF if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def from_rpc(error: grpc.RpcError, what: str) -> errors.IsthmusError:
+    """Turn a failed call into one of our errors; `what` says what was being done.
+
+    The peer's message is kept: our own servers send only messages that are meant for callers.
+    """
+    code = error.code() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else grpc.StatusCode.UNKNOWN
+    detail = (error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else str(error)) or code.name
+    kinds: dict[grpc.StatusCode, type[errors.IsthmusError]] = {
+        grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
+        grpc.StatusCode.INVALID_ARGUMENT: errors.InputError,
+        grpc.StatusCode.ABORTED: errors.ConflictError,
+        grpc.StatusCode.ALREADY_EXISTS: errors.ConflictError,
+        grpc.StatusCode.UNAUTHENTICATED: errors.IdentityError,
+        grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDeniedError,
+        grpc.StatusCode.FAILED_PRECONDITION: errors.TrustError,
+    }
+    kind = kinds.get(code, errors.UnavailableError)
+    return kind(f"{what}: {detail}", reason=_reason(error))
+
+
+def _reason(error: grpc.RpcError) -> str:
+    if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
+        return ""
+    metadata: Any = error.trailing_metadata() or ()
+    return next((str(value) for key, value in metadata if key == REASON_KEY), "")
+
+
+class StatusInterceptor(grpc.aio.ServerInterceptor):
+    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wrap the method's behaviour, whichever of the four kinds it is."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        return wrap_handler(handler, _translated, _translated_stream)
+
+
+def wrap_handler(
+    handler: grpc.RpcMethodHandler[Any, Any],
+    unary: Callable[[Callable[..., Any]], Callable[..., Any]],
+    stream: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response."""
+    parts: Any = handler
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[parts.request_streaming, parts.response_streaming]
+    behaviour = next(
+        b for b in (parts.unary_unary, parts.unary_stream, parts.stream_unary, parts.stream_stream) if b is not None
+    )
+    wrapped = stream(behaviour) if parts.response_streaming else unary(behaviour)
+    wrapped_handler: grpc.RpcMethodHandler[Any, Any] = make(
+        wrapped,
+        request_deserializer=parts.request_deserializer,
+        response_serializer=parts.response_serializer,
+    )
+    return wrapped_handler
+
+
+def _translated(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            result = behaviour(request, context)
+            return await result if inspect.isawaitable(result) else result
+        except errors.IsthmusError as error:
+            await _abort(context, error)
+        except Exception as error:
+            await _abort_internal(context, error)
+
+    return call
+
+
+def _translated_stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for response in behaviour(request, context):
+                yield response
+        except errors.IsthmusError as error:
+            await _abort(context, error)
+        except Exception as error:
+            await _abort_internal(context, error)
+
+    return call
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.IsthmusError) -> None:
+    await context.abort(status_of(error), error.message, ((REASON_KEY, error.reason),))
+
+
+async def _abort_internal(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError | grpc.aio.AioRpcError):
+        raise error
+    log.exception("internal error", kind=type(error).__name__)
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")

@@ -1,0 +1,76 @@
+"""What commands print: tables and records for people, JSON for scripts, notes and progress on standard error.
+
+Standard output carries results only, so that `isthmus ... --json | jq` always works.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool = False) -> None:
+    """Print rows that share their keys, as a table with the keys as headings, or as a JSON list."""
+    if as_json:
+        typer.echo(json.dumps(list(rows), indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in rows[0] if rows else ("nothing yet",):
+        numeric = bool(rows) and all(isinstance(row[name], int | float | None) for row in rows)
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console().print(table)
+
+
+def show_record(title: str, record: Mapping[str, Any], *, as_json: bool = False) -> None:
+    """Print one record as two columns, or as a JSON object."""
+    if as_json:
+        typer.echo(json.dumps(dict(record), indent=2))
+        return
+    show_table(title, [{"what": name.replace("_", " "), "value": _cell(value)} for name, value in record.items()])
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    return str(value)
+
+
+def note(text: str) -> None:
+    """Say something to the person at the terminal, on standard error."""
+    typer.echo(text, err=True)
+
+
+def progress() -> Progress:
+    """Return a progress display on standard error; use it as a context manager."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=False,
+    )

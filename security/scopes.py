@@ -1,0 +1,85 @@
+"""Who may call what: the scopes of each role, and the scope that each method asks for.
+
+The table is complete on purpose: a method that is not in it is refused, and a test compares it with the descriptors of
+all services. It knows method names as strings, so it imports no generated code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+INFER: Final = "infer"
+REGISTRY_READ: Final = "registry:read"
+REGISTRY_PUBLISH: Final = "registry:publish"
+FLEET_ADMIN: Final = "fleet:admin"
+DEVICE: Final = "device"
+
+# Not scopes: what a method may ask for instead of one.
+PUBLIC: Final = "public"  # no token; the request carries its own proof, or there is nothing to protect
+AUTHENTICATED: Final = "authenticated"  # any valid token
+
+SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, DEVICE})
+
+SCOPES_OF_ROLE: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
+    {
+        "device": frozenset({INFER, REGISTRY_READ, DEVICE}),
+        "client": frozenset({INFER}),
+        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN}),
+    }
+)
+
+_METHODS: Final[Mapping[str, Mapping[str, str]]] = {
+    "isthmus.v1.FleetService": {
+        "Invite": FLEET_ADMIN,
+        "Enrol": PUBLIC,
+        "IssueToken": PUBLIC,
+        "Watch": DEVICE,
+        "Report": DEVICE,
+        "ListDevices": FLEET_ADMIN,
+        "WhoAmI": AUTHENTICATED,
+    },
+    "isthmus.v1.RegistryService": {
+        "FetchMetadata": REGISTRY_READ,
+        "FetchBlob": REGISTRY_READ,
+        "FetchDelta": REGISTRY_READ,
+        "FindMissing": REGISTRY_PUBLISH,
+        "UploadBlob": REGISTRY_PUBLISH,
+        "Publish": REGISTRY_PUBLISH,
+        "Release": REGISTRY_PUBLISH,
+        "ListVersions": REGISTRY_READ,
+    },
+    "isthmus.v1.AgentService": {"GetStatus": INFER},
+    "inference.GRPCInferenceService": {
+        "ServerLive": AUTHENTICATED,
+        "ServerReady": AUTHENTICATED,
+        "ServerMetadata": INFER,
+        "ModelReady": INFER,
+        "ModelMetadata": INFER,
+        "ModelConfig": INFER,
+        "ModelStatistics": INFER,
+        "ModelInfer": INFER,
+        "ModelStreamInfer": INFER,
+        "RepositoryIndex": INFER,
+        # What would change the server's state is for operators, implemented or not.
+        "RepositoryModelLoad": FLEET_ADMIN,
+        "RepositoryModelUnload": FLEET_ADMIN,
+        "SystemSharedMemoryStatus": FLEET_ADMIN,
+        "SystemSharedMemoryRegister": FLEET_ADMIN,
+        "SystemSharedMemoryUnregister": FLEET_ADMIN,
+        "CudaSharedMemoryStatus": FLEET_ADMIN,
+        "CudaSharedMemoryRegister": FLEET_ADMIN,
+        "CudaSharedMemoryUnregister": FLEET_ADMIN,
+        "TraceSetting": FLEET_ADMIN,
+        "LogSettings": FLEET_ADMIN,
+    },
+    "grpc.health.v1.Health": {"Check": PUBLIC, "Watch": PUBLIC, "List": PUBLIC},
+    "grpc.reflection.v1.ServerReflection": {"ServerReflectionInfo": AUTHENTICATED},
+    "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": AUTHENTICATED},
+}
+
+# Full method path, as it travels, to what the method asks for.
+METHOD_SCOPES: Final[Mapping[str, str]] = MappingProxyType(
+    {f"/{service}/{method}": scope for service, methods in _METHODS.items() for method, scope in methods.items()}
+)

@@ -1,0 +1,285 @@
+"""Access tokens: short-lived JWTs (RFC 7519, RFC 9068) that the cloud signs and every listener verifies offline.
+
+The rules that `TokenVerifier` follows, after RFC 8725:
+
+1. A token is at most 8 KiB; its header has `alg`, `kid` and `typ` and nothing else: no key, and no place to fetch one
+   from, is ever taken from a token.
+2. The algorithm is EdDSA over Ed25519 because this file says so; the header must agree.
+3. The key is the one in our own key set with the token's `kid`.
+4. `iss aud sub exp nbf iat jti scope models` are all required, with the right types; issuer and audience match exactly.
+5. Time comes from the clock that was handed in; small leeways cover clocks that disagree.
+6. A token that passed is remembered until it expires, in a bounded table, so a request costs one look-up.
+
+Devices prove who they are with assertions (`security.assertions`), which never pass for access tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from isthmus.errors import ConfigError, InputError
+from security.assertions import Assertion, make_assertion, read_assertion_subject, verify_assertion
+from security.jws import (
+    EXPIRY_LEEWAY_S,
+    LAST_TIME,
+    MAX_TOKEN_BYTES,
+    check_times,
+    instant,
+    read_header,
+    refuse,
+    text_claim,
+    verified_claims,
+    whole_seconds,
+)
+from security.keyfiles import (
+    create_secret,
+    load_ed25519_key,
+    make_private_folder,
+    read_file,
+    replace_file,
+    save_private_key,
+)
+from security.keyset import ALGORITHM, KeySet, public_jwk
+from security.scopes import SCOPES_OF_ROLE
+
+__all__ = [
+    "Assertion",
+    "Claims",
+    "TokenIssuer",
+    "TokenVerifier",
+    "create_token_issuer",
+    "describe_token",
+    "make_assertion",
+    "read_assertion_subject",
+    "verify_assertion",
+]
+
+TYPE: Final = "at+jwt"  # RFC 9068 section 2.1
+MAX_TTL: Final = timedelta(days=30)
+ALL_MODELS: Final = "*"
+_REQUIRED: Final = ("iss", "aud", "sub", "exp", "nbf", "iat", "jti", "scope", "models")
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a verified access token says."""
+
+    subject: str
+    scopes: frozenset[str]
+    models: frozenset[str]
+    expires_at: datetime
+
+    def may_use(self, model: str) -> bool:
+        """Return whether the token allows this model."""
+        return ALL_MODELS in self.models or model in self.models
+
+
+class TokenVerifier:
+    """Verifies access tokens with the issuer's public keys; for one event loop, not for threads.
+
+    Args:
+        jwks: The issuer's public keys (JSON Web Key Set).
+        issuer: Whom tokens must be from.
+        audience: Whom tokens must be for.
+        clock: Seconds since the epoch.
+        remembered: How many verified tokens are kept; the one unused for longest is forgotten first.
+
+    Raises:
+        ConfigError: The key set cannot be used.
+    """
+
+    def __init__(
+        self, jwks: bytes, issuer: str, audience: str, *, clock: Callable[[], float] = time.time, remembered: int = 4096
+    ) -> None:
+        self._keys = KeySet(jwks)
+        self._issuer = issuer
+        self._audience = audience
+        self._clock = clock
+        self._remembered = remembered
+        self._verified: OrderedDict[str, tuple[float, Claims]] = OrderedDict()
+
+    def verify(self, token: str) -> Claims:
+        """Return the claims of a valid token.
+
+        Raises:
+            IdentityError: The token is missing, malformed, expired, or not signed for us by a known key; `reason` says
+                which.
+        """
+        now_s = self._clock()
+        known = self._verified.get(token)
+        if known is not None and now_s < known[0]:
+            self._verified.move_to_end(token)
+            return known[1]
+        self._verified.pop(token, None)
+        claims = self._verify(token, now_s)
+        self._verified[token] = (claims.expires_at.timestamp() + EXPIRY_LEEWAY_S, claims)
+        if len(self._verified) > self._remembered:
+            self._verified.popitem(last=False)
+        return claims
+
+    def _verify(self, token: str, now_s: float) -> Claims:
+        header = read_header(token, algorithm=ALGORITHM, kind=TYPE, names=("alg", "kid", "typ"))
+        claims = verified_claims(
+            token,
+            self._keys.key(header["kid"]),
+            algorithm=ALGORITHM,
+            issuer=self._issuer,
+            audience=self._audience,
+            required=_REQUIRED,
+        )
+        check_times(claims, now_s)
+        text_claim(claims, "jti")
+        return Claims(
+            subject=text_claim(claims, "sub"),
+            scopes=frozenset(text_claim(claims, "scope", longest=1024).split()),
+            models=_model_names(claims["models"]),
+            expires_at=instant(whole_seconds(claims, "exp")),
+        )
+
+
+def _model_names(value: Any) -> frozenset[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise refuse("the token's models must be a list of names", "malformed-token")
+    return frozenset(value)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIssuer:
+    """Signs access tokens with the current key of a cloud workspace.
+
+    `jwks` holds the public keys for verifiers, `issuer` and `audience` what they must ask for.
+    """
+
+    issuer: str
+    audience: str
+    kid: str
+    jwks: bytes
+    _key: ed25519.Ed25519PrivateKey
+
+    @classmethod
+    def load(cls, cloud_dir: Path) -> TokenIssuer:
+        """Read the issuer of a workspace.
+
+        Args:
+            cloud_dir: The workspace's `cloud` folder.
+
+        Raises:
+            ConfigError: Its files are missing or do not fit together.
+        """
+        folder = cloud_dir / "tokens"
+        settings = _read_issuer(folder / "issuer.json")
+        key = load_ed25519_key(folder / f"{settings['kid']}.key")
+        jwks = read_file(folder / "jwks.json")
+        if public_jwk(key.public_key())["kid"] != settings["kid"]:
+            raise ConfigError(f"{folder}: the key {settings['kid']} is not the one that its name promises")
+        return cls(settings["issuer"], settings["audience"], settings["kid"], jwks, key)
+
+    def verifier(self, *, clock: Callable[[], float] = time.time) -> TokenVerifier:
+        """Return a verifier for this issuer's tokens."""
+        return TokenVerifier(self.jwks, self.issuer, self.audience, clock=clock)
+
+    def mint(
+        self,
+        subject: str,
+        role: str,
+        *,
+        models: Sequence[str] = (ALL_MODELS,),
+        ttl: timedelta,
+        now: datetime | None = None,
+    ) -> tuple[str, datetime]:
+        """Return a token with the role's scopes, and when it expires.
+
+        Args:
+            subject: Whom the token is for.
+            role: One of `SCOPES_OF_ROLE`.
+            models: The models that it allows; "*" for all.
+            ttl: How long it is valid, at most 30 days.
+            now: The time; the wall clock's when None.
+
+        Raises:
+            InputError: The role is unknown, the subject unusable, or the time to live out of range.
+        """
+        if role not in SCOPES_OF_ROLE:
+            raise InputError(f"expected a role of {', '.join(SCOPES_OF_ROLE)}, got {role[:80]!r}")
+        if not 0 < len(subject) <= 128 or not subject.isprintable():
+            raise InputError("expected a subject of 1 to 128 printable characters")
+        if not timedelta(seconds=1) <= ttl <= MAX_TTL:
+            raise InputError(f"expected a time to live between 1s and {MAX_TTL.days}d, got {ttl}")
+        if not models or not all(0 < len(name) <= 128 for name in models):
+            raise InputError("expected at least one model name, or * for all")
+        issued = int((now or datetime.now(UTC)).timestamp())
+        expires = issued + int(ttl.total_seconds())
+        claims = {
+            "iss": self.issuer,
+            "aud": self.audience,
+            "sub": subject,
+            "iat": issued,
+            "nbf": issued,
+            "exp": expires,
+            "jti": uuid.uuid4().hex,
+            "scope": " ".join(sorted(SCOPES_OF_ROLE[role])),
+            "models": sorted(set(models)),
+        }
+        token = jwt.encode(claims, self._key, algorithm=ALGORITHM, headers={"kid": self.kid, "typ": TYPE})
+        return token, instant(expires)
+
+
+def describe_token(token: str) -> dict[str, Any]:
+    """Return what a token says about itself, NOT verified and without its signature, for a person to read.
+
+    Raises:
+        IdentityError: It is no JWT.
+    """
+    if len(token) > MAX_TOKEN_BYTES:
+        raise refuse(f"expected a token of at most {MAX_TOKEN_BYTES} characters", "malformed-token")
+    try:
+        decoded = jwt.decode_complete(token, options={"verify_signature": False})
+    except jwt.PyJWTError as error:
+        raise refuse("expected a token, got something else", "malformed-token") from error
+    header = {name: decoded["header"].get(name) for name in ("alg", "kid", "typ")}
+    return {**header, **{name: _readable(name, value) for name, value in decoded["payload"].items()}}
+
+
+def _readable(name: str, value: Any) -> Any:
+    if name in {"exp", "nbf", "iat"} and type(value) is int and 0 <= value <= LAST_TIME:
+        return instant(value).isoformat()
+    return value if isinstance(value, str | int | float | list) else json.dumps(value)
+
+
+def create_token_issuer(folder: Path, *, issuer: str, audience: str) -> None:
+    """Create the token key, its key set and the issuer's settings in a new folder.
+
+    Raises:
+        ConflictError: The folder holds an issuer already.
+    """
+    make_private_folder(folder)
+    key = ed25519.Ed25519PrivateKey.generate()
+    entry = public_jwk(key.public_key())
+    settings = {"issuer": issuer, "audience": audience, "algorithm": ALGORITHM, "kid": entry["kid"]}
+    save_private_key(folder / f"{entry['kid']}.key", key)
+    replace_file(folder / "jwks.json", json.dumps({"keys": [entry]}, indent=2).encode() + b"\n")
+    create_secret(folder / "issuer.json", json.dumps(settings, indent=2).encode() + b"\n")
+
+
+def _read_issuer(path: Path) -> Mapping[str, str]:
+    try:
+        settings = json.loads(read_file(path))
+        values = {name: settings[name] for name in ("issuer", "audience", "algorithm", "kid")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: expected issuer, audience, algorithm and kid") from error
+    if not all(isinstance(value, str) for value in values.values()):
+        raise ConfigError(f"{path}: expected issuer, audience, algorithm and kid to be text")
+    if values["algorithm"] != ALGORITHM:
+        raise ConfigError(f"{path}: tokens are signed with {ALGORITHM} here, got {values['algorithm'][:40]!r}")
+    return values

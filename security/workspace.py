@@ -1,0 +1,159 @@
+"""The workspace that `isthmus keys init` makes: every key and certificate of an installation, by who holds it.
+
+    operator/   ca.key ca.pem  root.key targets.key  tuf/      offline: what may sign models and certificates
+    cloud/      server.key server.pem  issuing-ca.key issuing-ca.pem  snapshot.key timestamp.key  tokens/  tuf/
+    trust/      ca.pem root.json                               public: what devices and clients start from
+
+It is made beside its final place and renamed, so there is a whole workspace or none.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from isthmus.errors import ConfigError, ConflictError, InputError
+from security.authority import create_ca, create_issuing_ca, host_names, issue_server_certificate, load_certificate
+from security.keyfiles import load_private_key, make_private_folder, read_file, replace_file, save_private_key
+from security.metadata import expiry_of
+from security.repository import create_repository
+from security.tokens import TokenIssuer, create_token_issuer
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+
+# What each private key and certificate is for; token keys are named by their id.
+ROLES: Final = {
+    "operator/ca.key": "root authority",
+    "operator/ca.pem": "root authority",
+    "operator/root.key": "update root",
+    "operator/targets.key": "signs manifests",
+    "cloud/server.key": "cloud's TLS identity",
+    "cloud/server.pem": "cloud's TLS identity",
+    "cloud/issuing-ca.key": "certifies devices",
+    "cloud/issuing-ca.pem": "certifies devices",
+    "cloud/snapshot.key": "signs snapshots",
+    "cloud/timestamp.key": "signs timestamps",
+    "trust/ca.pem": "root authority",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One key, certificate or metadata file of a workspace; never its secret."""
+
+    role: str
+    file: str
+    kind: str  # "private key", "certificate" or "metadata"
+    algorithm: str
+    expires_at: datetime | None
+
+
+def init_workspace(root: Path, hosts: Sequence[str], name: str, now: datetime) -> None:
+    """Make a workspace.
+
+    Args:
+        root: Its folder, which must not exist or be empty.
+        hosts: DNS names and IP addresses under which the cloud is reached.
+        name: The organisation's, for certificates and tokens.
+        now: The time.
+
+    Raises:
+        ConflictError: There is something in the folder.
+        InputError: A host or the name is unusable.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(f"expected a name of letters, digits, dots, dashes and underscores, got {name[:80]!r}")
+    if not host_names(hosts):
+        raise InputError("a workspace needs the host under which the cloud is reached", hint="--host NAME names one")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ConflictError(f"{root} exists already", hint="a workspace is never overwritten; choose another folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    try:
+        _write(beside, hosts, name, now)
+        beside.chmod(0o755)  # the secrets are in folders of their own, for their owner only
+        beside.replace(root)
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
+
+
+def _write(root: Path, hosts: Sequence[str], name: str, now: datetime) -> None:
+    operator, cloud, trust = root / "operator", root / "cloud", root / "trust"
+    make_private_folder(operator)
+    make_private_folder(cloud)
+    trust.mkdir()
+    ca = create_ca(operator, name, now)
+    create_issuing_ca(ca, cloud, name, now)
+    issue_server_certificate(ca, cloud, hosts, now)
+    create_token_issuer(cloud / "tokens", issuer=f"isthmus://{name}/tokens", audience=f"isthmus://{name}/cloud")
+    for path in (operator / "root.key", operator / "targets.key", cloud / "snapshot.key", cloud / "timestamp.key"):
+        save_private_key(path, ed25519.Ed25519PrivateKey.generate())
+    root_json = create_repository(operator, cloud, now)
+    replace_file(trust / "ca.pem", read_file(operator / "ca.pem"))
+    replace_file(trust / "root.json", root_json)
+
+
+def describe_workspace(root: Path) -> list[Entry]:
+    """Return what is in a workspace, or in the part of one that is on this machine.
+
+    Raises:
+        ConfigError: There is nothing of a workspace here, or a file of it is damaged.
+    """
+    entries = [_describe(root, root / file) for file in ROLES if (root / file).exists()]
+    entries += _describe_tokens(root) if (root / "cloud/tokens/issuer.json").exists() else []
+    entries += _describe_metadata(root)
+    if not entries:
+        raise ConfigError(f"{root} holds no workspace", hint=f"isthmus keys init {root} --host NAME")
+    return entries
+
+
+def _describe(root: Path, path: Path) -> Entry:
+    file = path.relative_to(root).as_posix()
+    if path.suffix == ".key":
+        return Entry(ROLES[file], file, "private key", _algorithm(path), None)
+    certificate = load_certificate(path)
+    return Entry(ROLES[file], file, "certificate", "ECDSA P-256", certificate.not_valid_after_utc)
+
+
+def _describe_tokens(root: Path) -> list[Entry]:
+    current = TokenIssuer.load(root / "cloud").kid
+    return [
+        Entry(
+            "signs tokens" if path.stem == current else "signed tokens",
+            path.relative_to(root).as_posix(),
+            "private key",
+            _algorithm(path),
+            None,
+        )
+        for path in sorted((root / "cloud" / "tokens").glob("*.key"))
+    ]
+
+
+def _describe_metadata(root: Path) -> list[Entry]:
+    folder = root / "cloud" / "tuf"
+    newest = [
+        max(found, key=lambda path: int(path.name.split(".")[0]))
+        for role in ("root", "targets", "snapshot")
+        if (found := list(folder.glob(f"*.{role}.json")))
+    ]
+    current = [path for path in (folder / "timestamp.json", root / "trust" / "root.json") if path.exists()]
+    return [_metadata_entry(root, path) for path in (*newest, *current)]
+
+
+def _metadata_entry(root: Path, path: Path) -> Entry:
+    role = path.name.removesuffix(".json").split(".")[-1]
+    file = path.relative_to(root).as_posix()
+    return Entry(f"update {role}", file, "metadata", "Ed25519", expiry_of(read_file(path)))
+
+
+def _algorithm(path: Path) -> str:
+    return "Ed25519" if isinstance(load_private_key(path), ed25519.Ed25519PrivateKey) else "ECDSA P-256"

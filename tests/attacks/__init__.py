@@ -1,0 +1,1 @@
+"""Hostile input, kept for ever: each must be refused, with the right reason."""

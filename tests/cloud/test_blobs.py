@@ -1,0 +1,86 @@
+"""Blobs appear whole, under the digest of their bytes, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cloud.blobs import CHUNK, Blobs, Deltas
+from isthmus.digests import sha256_bytes
+from isthmus.errors import DigestMismatchError, InputError, NotFoundError
+
+DATA = bytes(range(256)) * (CHUNK // 256) + b"and a little more"
+DIGEST = sha256_bytes(DATA)
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_blob_comes_back_from_any_offset(tmp_path: Path) -> None:
+    blobs = Blobs(str(tmp_path))
+    assert blobs.store(DATA) == DIGEST
+    assert blobs.store(DATA) == DIGEST
+    assert blobs.length(DIGEST) == len(DATA)
+    for offset in (0, 1, CHUNK, len(DATA) - 1, len(DATA)):
+        assert b"".join(blobs.read(DIGEST, offset)) == DATA[offset:]
+    assert max(len(chunk) for chunk in blobs.read(DIGEST)) == CHUNK
+    with pytest.raises(InputError, match="offset"):
+        next(blobs.read(DIGEST, len(DATA) + 1))
+
+
+@pytest.mark.parametrize("sent", [DATA[:-1], DATA + b"x", DATA[:-1] + b"x", b""])
+def test_other_bytes_than_announced_are_not_stored(tmp_path: Path, sent: bytes) -> None:
+    blobs = Blobs(str(tmp_path))
+    with pytest.raises(DigestMismatchError), blobs.upload(DIGEST, len(DATA)) as upload:
+        upload.write(sent)
+    assert not blobs.has(DIGEST)
+    assert files_below(tmp_path) == []
+
+
+def test_what_a_crash_left_is_removed_and_never_served(tmp_path: Path) -> None:
+    Blobs(str(tmp_path))
+    (tmp_path / "incoming" / "half").write_bytes(DATA[:100])
+    blobs = Blobs(str(tmp_path))
+    assert files_below(tmp_path) == []
+    assert not blobs.has(DIGEST)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", DIGEST.upper(), DIGEST[:-1], "", f"{DIGEST}\n"])
+def test_only_digests_become_paths(tmp_path: Path, name: str) -> None:
+    blobs, deltas = Blobs(str(tmp_path / "blobs")), Deltas(str(tmp_path / "deltas"))
+    for ask in (blobs.has, blobs.length, blobs.read):
+        with pytest.raises(InputError, match="SHA-256"):
+            ask(name)
+    with pytest.raises(InputError, match="SHA-256"):
+        deltas.has(DIGEST, name)
+
+
+def test_a_blob_that_the_disk_changed_is_noticed(tmp_path: Path) -> None:
+    blobs = Blobs(str(tmp_path / "blobs"))
+    blobs.store(DATA)
+    with blobs.as_path(DIGEST) as path:
+        path.write_bytes(DATA[:-1] + b"x")
+    with pytest.raises(DigestMismatchError, match="damaged"):
+        blobs.read_all(DIGEST)
+    with pytest.raises(DigestMismatchError):
+        blobs.copy_to(DIGEST, tmp_path / "copy")
+
+
+def test_missing_blobs_and_deltas_are_not_found(tmp_path: Path) -> None:
+    blobs, deltas = Blobs(str(tmp_path / "blobs")), Deltas(str(tmp_path / "deltas"))
+    with pytest.raises(NotFoundError):
+        next(blobs.read(DIGEST))
+    with pytest.raises(NotFoundError):
+        next(deltas.read(DIGEST, DIGEST))
+
+
+def test_any_fsspec_folder_will_do(tmp_path: Path) -> None:
+    blobs, deltas = Blobs("memory://isthmus-test/blobs"), Deltas("memory://isthmus-test/deltas")
+    blobs.store(DATA)
+    with blobs.as_path(DIGEST) as path:
+        assert path.read_bytes() == DATA
+    (tmp_path / "delta").write_bytes(b"delta")
+    deltas.store(DIGEST, DIGEST, tmp_path / "delta")
+    assert b"".join(deltas.read(DIGEST, DIGEST, 2)) == b"lta"

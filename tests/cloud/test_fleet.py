@@ -1,0 +1,303 @@
+"""The fleet service over real TLS: one identity for one code, one token for one assertion, the right version for all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from cryptography import x509
+
+from cloud.catalog import Catalog
+from cloud.database import open_database
+from cloud.fleet import FleetService
+from cloud.heavy import HeavyId
+from isthmus.status import REASON_KEY, StatusInterceptor
+from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
+from security.enrolment import IssuingCa, make_csr, new_device_key
+from security.interceptors import AuthInterceptor
+from security.tls import channel_credentials, server_credentials
+from security.tokens import TokenIssuer, make_assertion
+from tests.cloud.workspaces import Workspace, make_workspace
+
+
+class Clock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.offset_s = 0.0
+
+    def __call__(self) -> float:
+        return datetime.now(UTC).timestamp() + self.offset_s
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A fleet service behind the real interceptors."""
+
+    runner: asyncio.Runner
+    workspace: Workspace
+    address: str
+    catalog: Catalog
+    clock: Clock
+    folder: Path
+
+    @asynccontextmanager
+    async def stub(self) -> AsyncIterator[Any]:
+        trust = channel_credentials(self.workspace.trust / "ca.pem")
+        async with grpc.aio.secure_channel(self.address, trust) as channel:
+            yield fleet_pb2_grpc.FleetServiceStub(channel)
+
+    def bearer(self, role: str, subject: str = "somebody") -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.workspace.token(role, subject)}"),)
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    workspace, clock = make_workspace(tmp_path / "workspace"), Clock()
+    issuer = TokenIssuer.load(workspace.home)
+    database = open_database(tmp_path / "isthmus.db")
+    with asyncio.Runner() as runner:
+
+        async def start() -> tuple[grpc.aio.Server, int, Catalog]:
+            catalog = Catalog()
+            authority = IssuingCa.load(workspace.home)
+            server = grpc.aio.server(interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())))
+            service = FleetService(database, catalog, issuer, authority, clock=clock)
+            fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
+            credentials = server_credentials(workspace.home / "server.key", workspace.home / "server.pem")
+            port = server.add_secure_port("127.0.0.1:0", credentials)
+            await server.start()
+            return server, port, catalog
+
+        server, port, catalog = runner.run(start())
+        yield Stage(runner, workspace, f"127.0.0.1:{port}", catalog, clock, tmp_path)
+        runner.run(server.stop(0))
+    database.close()
+
+
+async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    return raised.value.code(), str(dict(raised.value.trailing_metadata()).get(REASON_KEY, ""))
+
+
+def request_for(folder: Path, name: str = "device") -> bytes:
+    return make_csr(new_device_key(folder / f"{name}.key"), "whatever-it-says", ["localhost"])
+
+
+async def invite(stage: Stage, fleet: Any, device: str = "camera-1", ttl_s: int = 0) -> str:
+    request = fleet_pb2.InviteRequest(device_id=device, ttl_s=ttl_s)
+    return str((await fleet.Invite(request, metadata=stage.bearer("operator"), timeout=10)).code)
+
+
+async def enrol(stage: Stage, fleet: Any, device: str = "camera-1") -> Any:
+    code = await invite(stage, fleet, device)
+    request = fleet_pb2.EnrolRequest(code=code, csr_pem=request_for(stage.folder, device))
+    return await fleet.Enrol(request, timeout=10)
+
+
+def test_a_code_gives_one_identity(stage: Stage) -> None:
+    async def story() -> None:
+        async with stage.stub() as fleet:
+            answer = await enrol(stage, fleet)
+            assert answer.device_id == "camera-1"
+            leaf = x509.load_pem_x509_certificates(answer.certificate_chain_pem)[0]
+            names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["isthmus://device/camera-1"]
+            assert b'"keys"' in answer.jwks_json
+
+    stage.runner.run(story())
+
+
+def test_two_callers_with_one_code_get_one_identity_and_one_refusal(stage: Stage) -> None:
+    async def story() -> None:
+        async with stage.stub() as fleet:
+            for round_number in range(5):
+                code = await invite(stage, fleet)
+                calls = [
+                    fleet.Enrol(
+                        fleet_pb2.EnrolRequest(
+                            code=code, csr_pem=request_for(stage.folder, f"{round_number}-{caller}")
+                        ),
+                        timeout=10,
+                    )
+                    for caller in range(4)
+                ]
+                results = await asyncio.gather(*calls, return_exceptions=True)
+                refused = [result for result in results if isinstance(result, grpc.aio.AioRpcError)]
+                assert len(refused) == 3
+                assert {error.code() for error in refused} == {grpc.StatusCode.UNAUTHENTICATED}
+
+    stage.runner.run(story())
+
+
+def test_wrong_used_and_expired_codes_look_the_same(stage: Stage) -> None:
+    async def story() -> None:
+        async with stage.stub() as fleet:
+            csr = request_for(stage.folder)
+            used = await invite(stage, fleet)
+            await fleet.Enrol(fleet_pb2.EnrolRequest(code=used, csr_pem=csr), timeout=10)
+            expired = await invite(stage, fleet, ttl_s=60)
+            stage.clock.offset_s += 61
+            for code in (used, expired, "wrong", ""):
+                call = fleet.Enrol(fleet_pb2.EnrolRequest(code=code, csr_pem=csr), timeout=10)
+                assert await refusal(call) == (grpc.StatusCode.UNAUTHENTICATED, "wrong-code")
+
+    stage.runner.run(story())
+
+
+def test_a_bad_signing_request_does_not_spend_the_code(stage: Stage) -> None:
+    async def story() -> None:
+        async with stage.stub() as fleet:
+            code = await invite(stage, fleet)
+            call = fleet.Enrol(fleet_pb2.EnrolRequest(code=code, csr_pem=b"nonsense"), timeout=10)
+            assert (await refusal(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
+            good = fleet_pb2.EnrolRequest(code=code, csr_pem=request_for(stage.folder))
+            assert (await fleet.Enrol(good, timeout=10)).device_id == "camera-1"
+
+    stage.runner.run(story())
+
+
+@pytest.mark.parametrize("device", ["", "../camera", "a" * 65, "a b", ".hidden"])
+def test_names_that_no_device_may_have_are_refused(stage: Stage, device: str) -> None:
+    async def story() -> None:
+        async with stage.stub() as fleet:
+            request = fleet_pb2.InviteRequest(device_id=device)
+            call = fleet.Invite(request, metadata=stage.bearer("operator"), timeout=10)
+            assert (await refusal(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+    stage.runner.run(story())
+
+
+def test_an_assertion_gives_a_token_once(stage: Stage) -> None:
+    async def story() -> None:
+        async with stage.stub() as fleet:
+            enrolled = await enrol(stage, fleet)
+            key = stage.folder / "camera-1.key"
+            assertion = make_assertion(key, "camera-1", enrolled.token_audience, datetime.now(UTC))
+            request = fleet_pb2.IssueTokenRequest(assertion=assertion)
+            token = (await fleet.IssueToken(request, timeout=10)).access_token
+            me = await fleet.WhoAmI(
+                fleet_pb2.WhoAmIRequest(), metadata=(("authorization", f"Bearer {token}"),), timeout=10
+            )
+            assert (me.subject, list(me.scopes)) == ("camera-1", ["device", "infer", "registry:read"])
+            assert me.tls_version == "TLSv1.3"
+            again = await refusal(fleet.IssueToken(request, timeout=10))
+            assert again == (grpc.StatusCode.UNAUTHENTICATED, "replayed-assertion")
+
+    stage.runner.run(story())
+
+
+def test_a_replay_is_refused_when_both_come_at_the_same_time(stage: Stage) -> None:
+    async def story() -> None:
+        async with stage.stub() as fleet:
+            enrolled = await enrol(stage, fleet)
+            key = stage.folder / "camera-1.key"
+            assertion = make_assertion(key, "camera-1", enrolled.token_audience, datetime.now(UTC))
+            request = fleet_pb2.IssueTokenRequest(assertion=assertion)
+            calls = [fleet.IssueToken(request, timeout=10) for _ in range(4)]
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            assert len([result for result in results if isinstance(result, grpc.aio.AioRpcError)]) == 3
+
+    stage.runner.run(story())
+
+
+def test_assertions_of_others_are_refused(stage: Stage) -> None:
+    async def story() -> None:
+        async with stage.stub() as fleet:
+            enrolled = await enrol(stage, fleet)
+            new_device_key(stage.folder / "thief.key")
+            now, audience = datetime.now(UTC), enrolled.token_audience
+            key = stage.folder / "camera-1.key"
+            for assertion in (
+                make_assertion(stage.folder / "thief.key", "camera-1", audience, now),
+                make_assertion(key, "camera-2", audience, now),
+                make_assertion(key, "camera-1", "somebody else", now),
+                make_assertion(key, "camera-1", audience, now - timedelta(minutes=5)),
+                "nonsense",
+                "",
+            ):
+                call = fleet.IssueToken(fleet_pb2.IssueTokenRequest(assertion=assertion), timeout=10)
+                assert (await refusal(call))[0] is grpc.StatusCode.UNAUTHENTICATED
+
+    stage.runner.run(story())
+
+
+def test_enrolling_again_replaces_the_key(stage: Stage) -> None:
+    async def story() -> None:
+        async with stage.stub() as fleet:
+            enrolled = await enrol(stage, fleet)
+            code = await invite(stage, fleet)
+            request = fleet_pb2.EnrolRequest(code=code, csr_pem=request_for(stage.folder, "new"))
+            await fleet.Enrol(request, timeout=10)
+            old, new = (
+                make_assertion(stage.folder / name, "camera-1", enrolled.token_audience, datetime.now(UTC))
+                for name in ("camera-1.key", "new.key")
+            )
+            call = fleet.IssueToken(fleet_pb2.IssueTokenRequest(assertion=old), timeout=10)
+            assert (await refusal(call))[0] is grpc.StatusCode.UNAUTHENTICATED
+            assert (await fleet.IssueToken(fleet_pb2.IssueTokenRequest(assertion=new), timeout=10)).access_token
+
+    stage.runner.run(story())
+
+
+def test_watch_tells_the_state_and_every_change_and_ends_with_the_token(stage: Stage) -> None:
+    async def story() -> list[tuple[str, int]]:
+        for version in (1, 2):
+            stage.catalog.publish("triage", version, HeavyId("triage", version))
+        stage.catalog.release("triage", 1)
+        async with stage.stub() as fleet:
+            request = fleet_pb2.WatchRequest(models=["triage", "unknown"])
+            call = fleet.Watch(request, metadata=stage.bearer("device", "camera-1"), timeout=20)
+            heard = [await call.read()]
+            stage.catalog.release("triage", 2)
+            heard.append(await call.read())
+            stage.clock.offset_s += 3600  # the token has expired; the next change ends the stream
+            stage.catalog.release("triage", 1)
+            heard += [message async for message in call]
+            return [(message.model, message.version) for message in heard]
+
+    assert stage.runner.run(story())[:2] == [("triage", 1), ("triage", 2)]
+
+
+def test_reports_are_kept_under_the_devices_own_name(stage: Stage) -> None:
+    async def story() -> None:
+        stage.catalog.publish("triage", 3, HeavyId("triage", 3))
+        stage.catalog.release("triage", 3)
+        async with stage.stub() as fleet:
+            await enrol(stage, fleet)
+            report = fleet_pb2.ReportRequest(
+                model="triage", version=3, state=fleet_pb2.UPDATE_STATE_REFUSED, serving_version=2,
+                reason="digest-mismatch", detail="x" * 5000, bytes_fetched=7, variant="onnxruntime-fp32",
+            )  # fmt: skip
+            await fleet.Report(report, metadata=stage.bearer("device", "camera-1"), timeout=10)
+            stranger = fleet.Report(report, metadata=stage.bearer("device", "stranger"), timeout=10)
+            assert (await refusal(stranger))[1] == "unknown-device"
+            listing = fleet_pb2.ListDevicesRequest()
+            (device,) = (await fleet.ListDevices(listing, metadata=stage.bearer("operator"), timeout=10)).devices
+            assert device.device_id == "camera-1"
+            (kept,) = device.reports
+            assert (kept.serving_version, kept.reason, len(kept.detail)) == (2, "digest-mismatch", 500)
+            call = fleet.Report(fleet_pb2.ReportRequest(), metadata=stage.bearer("device", "camera-1"), timeout=10)
+            assert (await refusal(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
+            call = fleet.ListDevices(listing, metadata=stage.bearer("device", "camera-1"), timeout=10)
+            assert (await refusal(call))[0] is grpc.StatusCode.PERMISSION_DENIED
+
+    stage.runner.run(story())
+
+
+def test_codes_are_not_kept_in_the_database(stage: Stage) -> None:
+    async def story() -> str:
+        async with stage.stub() as fleet:
+            return await invite(stage, fleet)
+
+    code = stage.runner.run(story())
+    for path in stage.folder.glob("isthmus.db*"):
+        assert code.encode() not in path.read_bytes()

@@ -1,0 +1,245 @@
+"""The real Triton child: starts, serves, flips, heals and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cloud.heavy import HeavyId, HeavyPool
+from cloud.supervisor import TritonServer, find_installation
+from cloud.triton import TritonClient, check_link, read_config
+from isthmus.errors import BundleError, ConfigError, InputError, IsthmusError, UnavailableError
+from isthmus.oip import service_pb2
+from isthmus.tensors import decode_outputs, encode_request
+from tests.cloud.conftest import CONFIG, eventually, write_heavy
+
+pytestmark = pytest.mark.slow
+
+ONE, TWO = HeavyId("triage", 1), HeavyId("triage", 2)
+X = np.array([[1, 2, 3, 4]], dtype=np.float32)
+REQUEST = encode_request("triage", {"x": X}).SerializeToString()
+
+
+@asynccontextmanager
+async def running(folder: Path) -> AsyncIterator[tuple[TritonServer, HeavyPool]]:
+    repository = folder / "repository"
+    for heavy in (ONE, TWO):
+        write_heavy(repository / heavy.name, factor=10 * heavy.version)
+    server = TritonServer(repository, log_file=folder / "triton.log", stop_s=4.0)
+    client = TritonClient(server.address)
+    pool = HeavyPool(client, repository, count_stubs=server.count_stubs)
+    await server.start(pool.restore)
+    watch = asyncio.create_task(pool.watch())
+    try:
+        yield server, pool
+    finally:
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        await pool.close()
+        await client.close()
+        await server.stop()
+
+
+async def answer(pool: HeavyPool, heavy: HeavyId, request: bytes = REQUEST) -> float:
+    raw = await pool.infer(heavy, request, timeout_s=10.0)
+    return float(decode_outputs(service_pb2.ModelInferResponse.FromString(raw))["logits"][0, 0])
+
+
+def stubs_of(server: TritonServer) -> list[int]:
+    pids = []
+    for children in Path(f"/proc/{server.pid}/task").glob("*/children"):
+        pids += [int(pid) for pid in children.read_text().split()]
+    return pids
+
+
+def test_serves_two_versions_and_refuses_what_it_has_not(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (server, pool):
+            await pool.load(ONE)
+            await pool.load(TWO)
+            assert [await answer(pool, ONE), await answer(pool, TWO)] == [10.0, 20.0]
+            assert pool.loaded == (ONE, TWO)
+            counts = server.count_stubs()
+            assert counts is not None
+            assert (counts["triage@1"], counts["triage@2"]) == (1, 1)
+            with pytest.raises(InputError, match=r"Expected \[-1,4\], got \[1,3\]"):
+                await answer(pool, ONE, encode_request("triage", {"x": X[:, :3]}).SerializeToString())
+            with pytest.raises(IsthmusError, match="failed on this request") as raised:
+                await answer(pool, ONE, encode_request("triage", {"x": -X}).SerializeToString())
+            assert "secret" not in str(raised.value)
+            await pool.retire(ONE)
+            with pytest.raises(UnavailableError):
+                await answer(pool, ONE)
+            assert await answer(pool, TWO) == 20.0
+
+    asyncio.run(story())
+
+
+def test_flips_versions_under_load_without_a_failed_request(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (_, pool):
+            current, done, answers = ONE, asyncio.Event(), 0
+            await pool.load(ONE)
+
+            async def ask() -> None:
+                nonlocal answers
+                while not done.is_set():
+                    asked = current
+                    assert await answer(pool, asked) == 10.0 * asked.version
+                    answers += 1
+
+            async def flip() -> None:
+                nonlocal current
+                for new in (TWO, ONE, TWO, ONE, TWO):
+                    old = current
+                    await pool.load(new)
+                    current = new
+                    await pool.retire(old)
+                done.set()
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(4):
+                    group.create_task(ask())
+                group.create_task(flip())
+            assert answers > 50
+
+    asyncio.run(story())
+
+
+def test_retiring_waits_for_requests_under_way(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (_, pool):
+            await pool.load(ONE)
+            slow = encode_request("triage", {"x": np.array([[-2, 0, 0, 0]], np.float32)}).SerializeToString()
+            under_way = asyncio.create_task(answer(pool, ONE, slow))
+            await asyncio.sleep(0)  # lets it go out
+            await pool.retire(ONE)
+            assert under_way.done()
+            assert await under_way == -20.0
+
+    asyncio.run(story())
+
+
+def test_a_killed_triton_comes_back_with_its_models(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (server, pool):
+            await pool.load(ONE)
+            first = server.pid
+            os.kill(first, signal.SIGKILL)
+
+            async def is_refused_fast() -> bool:
+                started = time.monotonic()
+                try:
+                    await answer(pool, ONE)
+                except UnavailableError:
+                    return time.monotonic() - started < 0.1
+                return False
+
+            await eventually(is_refused_fast, "requests fail at once while Triton is down")
+
+            async def serves() -> bool:
+                try:
+                    return await answer(pool, ONE) == 10.0
+                except UnavailableError:
+                    return False
+
+            await eventually(serves, "the model serves again")
+            assert server.pid not in (0, first)
+            assert server.restarts == 1
+
+    asyncio.run(story())
+
+
+def test_a_dead_model_process_is_mended_without_traffic(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (server, pool):
+            await pool.load(ONE)
+            await pool.load(TWO)
+            for pid in stubs_of(server):
+                if b"triage@1_" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+            async def mended() -> bool:
+                return pool.repaired == 1
+
+            await eventually(mended, "the dead process is replaced")
+            assert [await answer(pool, ONE), await answer(pool, TWO)] == [10.0, 20.0]
+
+    asyncio.run(story())
+
+
+def test_a_dead_model_process_costs_one_slow_request_at_most(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (server, pool):
+            await pool.load(ONE)
+            for pid in stubs_of(server):
+                os.kill(pid, signal.SIGKILL)
+            with pytest.raises(UnavailableError):
+                await answer(pool, ONE)
+            started = time.monotonic()
+            with pytest.raises(UnavailableError):
+                await answer(pool, ONE)
+            assert time.monotonic() - started < 0.1
+
+            async def mended() -> bool:
+                return pool.repaired == 1 and await pool.is_ready(ONE)
+
+            await eventually(mended, "the dead process is replaced")
+            assert await answer(pool, ONE) == 10.0
+
+    asyncio.run(story())
+
+
+def test_a_model_that_cannot_load_is_refused_and_others_serve_on(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (_, pool):
+            await pool.load(ONE)
+            (pool.folder(TWO) / "1" / "model.py").write_text("raise RuntimeError('broken')")
+            with pytest.raises(BundleError, match="triage@2") as raised:
+                await pool.load(TWO)
+            assert raised.value.reason == "heavy-not-loadable"
+            assert pool.loaded == (ONE,)
+            assert await answer(pool, ONE) == 10.0
+
+    asyncio.run(story())
+
+
+def test_stopping_leaves_no_process_socket_or_shared_memory(tmp_path: Path) -> None:
+    async def story() -> tuple[list[int], Path]:
+        async with running(tmp_path) as (server, pool):
+            await pool.load(ONE)
+            return [server.pid, *stubs_of(server)], Path(server.address.removeprefix("unix:"))
+
+    pids, socket = asyncio.run(story())
+    assert len(pids) >= 2
+    assert not [pid for pid in pids if Path(f"/proc/{pid}/exe").exists()]
+    assert not socket.parent.exists()
+
+
+def test_environment_that_cannot_host_models_is_refused() -> None:
+    with pytest.raises(ConfigError, match="corrupts tensors silently") as raised:
+        find_installation(numpy_version="2.1.0")
+    assert "numpy<2" in raised.value.hint
+
+
+def test_configuration_is_renamed_and_instances_counted() -> None:
+    config, instances = read_config(CONFIG.replace("count: 1", "count: 3"), name="triage@7", what="config.pbtxt")
+    assert '"triage@7"' in config
+    assert instances == 3
+    with pytest.raises(BundleError, match=r"heavy/config\.pbtxt"):
+        read_config("nonsense {", name="x", what="heavy/config.pbtxt")
+
+
+def test_plain_text_to_another_machine_must_be_meant() -> None:
+    check_link("127.0.0.1:8001", ca=None, plaintext=False)
+    check_link("triton.internal:8001", ca=None, plaintext=True)
+    with pytest.raises(ConfigError, match="plain text"):
+        check_link("triton.internal:8001", ca=None, plaintext=False)

@@ -1,0 +1,305 @@
+"""Publishing through the real door: signed metadata, blobs, deltas, heavy models, restarts, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Iterator
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cloud.bootstrap import Cloud
+from cloud.client import CloudClient
+from cloud.heavy import HeavyId
+from isthmus.delta import apply_delta
+from isthmus.digests import sha256_bytes, sha256_file
+from isthmus.errors import BundleError, ConflictError, InputError, IsthmusError, NotFoundError, TrustError
+from isthmus.v1 import registry_pb2
+from security.repository import OperatorRepository
+from security.trust import TrustedManifests
+from tests.cloud.workspaces import Workspace, make_bundle, make_workspace, serving, write_manifest
+
+pytestmark = pytest.mark.slow
+
+
+class Stage:
+    """A cloud, and a way to call it with the blocking client while its event loop runs."""
+
+    def __init__(self, runner: asyncio.Runner, workspace: Workspace, cloud: Cloud) -> None:
+        self.runner, self.workspace, self.cloud = runner, workspace, cloud
+
+    def ask(self, question: Callable[[CloudClient], Any], models: tuple[str, ...] = ("*",)) -> Any:
+        def work() -> Any:
+            with self.workspace.client(self.cloud, models) as client:
+                return question(client)
+
+        return self.runner.run(asyncio.to_thread(work))
+
+    def publish(self, bundle: Path, *, release: bool = True) -> Any:
+        return self.ask(lambda client: client.publish(bundle, self.workspace.operator, release=release))
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    workspace = make_workspace(tmp_path_factory.mktemp("registry") / "workspace")
+    with asyncio.Runner() as runner:
+        running = serving(workspace, heavy_versions=2)
+        cloud = runner.run(running.__aenter__())
+        yield Stage(runner, workspace, cloud)
+        runner.run(running.__aexit__(None, None, None))
+
+
+def weights(seed: int) -> bytes:
+    return random.Random(seed).randbytes(200_000)
+
+
+def changed(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def rows(stage: Stage, model: str) -> dict[int, dict[str, Any]]:
+    return {row["version"]: row for row in stage.ask(CloudClient.list_versions) if row["model"] == model}
+
+
+def test_published_versions_are_verifiable_with_small_deltas_between_them(stage: Stage, tmp_path: Path) -> None:
+    old, new = weights(1), changed(weights(1), 77_777)
+    first = stage.publish(make_bundle(tmp_path / "v1", 1, light=old))
+    assert (first["heavy_version"], first["deltas"]) == (1, [])
+    second = stage.publish(make_bundle(tmp_path / "v2", 2, light=new), release=False)
+    (delta,) = [row for row in second["deltas"] if row["file"].endswith("model.onnx")]
+    assert (delta["from_version"], delta["full_bytes"]) == (1, 200_000)
+    assert delta["delta_bytes"] < 2_000
+    assert second["heavy_version"] == 1  # the heavy folder is the same
+    listed = rows(stage, "triage")
+    assert [listed[version]["released"] for version in (1, 2)] == [True, False]
+
+    def fetch(client: CloudClient) -> None:
+        asked = registry_pb2.FetchDeltaRequest(from_sha256=sha256_bytes(old), to_sha256=sha256_bytes(new))
+        (tmp_path / "delta").write_bytes(b"".join(part.data for part in client._registry.FetchDelta(asked, timeout=10)))
+
+        def fetch_any(name: str) -> Iterator[bytes]:
+            if name.startswith("targets/"):
+                asked = registry_pb2.FetchBlobRequest(sha256=name.removeprefix("targets/"))
+                return iter([part.data for part in client._registry.FetchBlob(asked, timeout=10)])
+            return iter([client.metadata(name)])
+
+        root = (stage.workspace.trust / "root.json").read_bytes()
+        trusted = TrustedManifests(tmp_path / "tuf", root, fetch_any)
+        for version in (1, 2):
+            assert trusted.manifest("triage", version) == (tmp_path / f"v{version}" / "manifest.json").read_bytes()
+
+    stage.ask(fetch)
+    (tmp_path / "old").write_bytes(old)
+    apply_delta(
+        tmp_path / "old", tmp_path / "delta", tmp_path / "new", sha256=sha256_bytes(new), length=len(new)
+    )  # raises when it gives other bytes
+
+
+def test_blobs_resume_from_an_offset(stage: Stage, tmp_path: Path) -> None:
+    light = weights(2)
+    stage.publish(make_bundle(tmp_path / "v1", 1, light=light, model="resume"))
+
+    def fetch(client: CloudClient) -> bytes:
+        asked = registry_pb2.FetchBlobRequest(sha256=sha256_bytes(light), offset=123_456)
+        return b"".join(part.data for part in client._registry.FetchBlob(asked, timeout=10))
+
+    assert stage.ask(fetch) == light[123_456:]
+
+
+def test_heavy_versions_flip_with_releases_and_old_ones_are_retired(stage: Stage, tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        stage.publish(make_bundle(tmp_path / f"v{version}", version, factor=version, model="flip"), release=version < 3)
+    loaded = [heavy.version for heavy in stage.cloud.pool.loaded if heavy.model == "flip"]
+    assert loaded == [2, 3]
+    stage.ask(lambda client: client.release("flip", 1))  # a rollback loads what it needs first
+    assert HeavyId("flip", 1) in stage.cloud.pool.loaded
+    assert [version for version, row in rows(stage, "flip").items() if row["released"]] == [1]
+
+
+def test_a_version_is_published_once_and_never_backwards(stage: Stage, tmp_path: Path) -> None:
+    stage.publish(make_bundle(tmp_path / "v2", 2, model="once"))
+    for version in (1, 2):
+        bundle = make_bundle(tmp_path / f"again{version}", version, model="once", light=b"other")
+        with pytest.raises(InputError, match="the newest is 2") as raised:
+            stage.publish(bundle)
+        assert "version = 3" in raised.value.hint
+
+
+def raw_publish(
+    stage: Stage,
+    bundle: Path,
+    model: str,
+    version: int,
+    *,
+    upload: bool = True,
+    targets: bytes = b"",
+    manifest: bytes = b"",
+) -> Any:
+    """Publish without the client's own checks."""
+
+    def work(client: CloudClient) -> Any:
+        if upload:
+            for path in bundle.rglob("*"):
+                if path.is_file():
+                    messages = iter(
+                        [
+                            registry_pb2.UploadBlobRequest(sha256=sha256_file(path), length=path.stat().st_size),
+                            registry_pb2.UploadBlobRequest(data=path.read_bytes()),
+                        ]
+                    )
+                    client._registry.UploadBlob(messages, timeout=10)
+        data = (bundle / "manifest.json").read_bytes()
+        signed = targets or OperatorRepository(stage.workspace.operator).sign_manifest(
+            model, version, data, client.current_targets()
+        )
+        request = registry_pb2.PublishRequest(
+            model=model, version=version, targets_json=signed, manifest_json=manifest or data
+        )
+        return client._call("publish", client._registry.Publish, request, 60.0)
+
+    return stage.ask(work)
+
+
+def refusal(stage: Stage, kind: type[IsthmusError], call: Callable[[], Any], model: str) -> IsthmusError:
+    with pytest.raises(kind) as raised:
+        call()
+    assert rows(stage, model) == {}  # nothing is visible
+    assert not [heavy for heavy in stage.cloud.pool.loaded if heavy.model == model]
+    return raised.value
+
+
+def test_missing_blobs_are_refused_and_a_second_try_works(stage: Stage, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "v1", 1, model="gaps", light=b"never uploaded by anyone")
+    error = refusal(stage, NotFoundError, lambda: raw_publish(stage, bundle, "gaps", 1, upload=False), "gaps")
+    assert error.reason == "missing-blobs"
+    assert stage.publish(bundle)["version"] == 1
+
+
+def test_a_manifest_that_nobody_signed_is_refused(stage: Stage, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "v1", 1, model="forged")
+    honest = (bundle / "manifest.json").read_bytes()
+    forged = honest.replace(b'"max_batch": 8', b'"max_batch": 9')
+    assert forged != honest
+    error = refusal(stage, TrustError, lambda: raw_publish(stage, bundle, "forged", 1, manifest=forged), "forged")
+    assert error.reason == "digest-mismatch"
+
+
+def test_tampered_metadata_is_refused(stage: Stage, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "v1", 1, model="tampered")
+    data = (bundle / "manifest.json").read_bytes()
+    operator = OperatorRepository(stage.workspace.operator)
+    signed = stage.ask(lambda client: operator.sign_manifest("tampered", 1, data, client.current_targets()))
+    document = json.loads(signed)
+    document["signed"]["targets"]["tampered/1/manifest.json"]["length"] += 1
+    tampered = json.dumps(document).encode()
+    refusal(stage, TrustError, lambda: raw_publish(stage, bundle, "tampered", 1, targets=tampered), "tampered")
+    assert raw_publish(stage, bundle, "tampered", 1, targets=signed).heavy_version == 1
+
+
+def test_stale_metadata_loses_against_another_publish(stage: Stage, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "stale", 1, model="stale")
+    data = (bundle / "manifest.json").read_bytes()
+    operator = OperatorRepository(stage.workspace.operator)
+    signed = stage.ask(lambda client: operator.sign_manifest("stale", 1, data, client.current_targets()))
+    stage.publish(make_bundle(tmp_path / "faster", 1, model="faster"))
+    error = refusal(stage, ConflictError, lambda: raw_publish(stage, bundle, "stale", 1, targets=signed), "stale")
+    assert error.reason == "stale-metadata"
+
+
+def test_a_heavy_model_that_does_not_load_is_refused_and_mended(stage: Stage, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "v1", 1, model="broken")
+    model = bundle / "heavy" / "1" / "model.py"
+    good = model.read_text()
+    model.write_text("raise RuntimeError('does not start')")
+    write_manifest(bundle, "broken", 1)
+    error = refusal(stage, TrustError, lambda: raw_publish(stage, bundle, "broken", 1), "broken")
+    assert error.reason == "heavy-not-loadable"
+    model.write_text(good)
+    write_manifest(bundle, "broken", 1)
+    assert stage.publish(bundle)["heavy_version"] == 1
+
+
+def test_a_heavy_model_with_other_outputs_than_declared_is_refused(stage: Stage, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "v1", 1, model="liar")
+    write_manifest(bundle, "liar", 1, classes=5)
+    error = refusal(stage, TrustError, lambda: raw_publish(stage, bundle, "liar", 1), "liar")
+    assert error.reason == "heavy-wrong"
+    assert "[4, 5]" in error.message
+
+
+def test_a_calibration_record_of_another_version_is_refused(stage: Stage, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "v1", 1, model="mixed")
+    write_manifest(bundle, "mixed", 2)
+    error = refusal(stage, TrustError, lambda: raw_publish(stage, bundle, "mixed", 2), "mixed")
+    assert error.reason == BundleError.reason
+
+
+def test_an_upload_of_other_bytes_is_refused(stage: Stage) -> None:
+    def upload(client: CloudClient) -> None:
+        messages = iter(
+            [
+                registry_pb2.UploadBlobRequest(sha256=sha256_bytes(b"right"), length=5),
+                registry_pb2.UploadBlobRequest(data=b"wrong"),
+            ]
+        )
+        client._call("upload", client._registry.UploadBlob, messages)
+
+    with pytest.raises(TrustError) as raised:
+        stage.ask(upload)
+    assert raised.value.reason == "digest-mismatch"
+
+
+def test_operators_see_and_change_only_their_models(stage: Stage, tmp_path: Path) -> None:
+    stage.publish(make_bundle(tmp_path / "v1", 1, model="mine"))
+    assert {row["model"] for row in stage.ask(CloudClient.list_versions, models=("mine",))} == {"mine"}
+    request = registry_pb2.ReleaseRequest(model="mine", version=1)
+    with pytest.raises(NotFoundError) as raised:
+        stage.ask(lambda client: client._call("release", client._registry.Release, request), models=("other",))
+    assert raised.value.reason == "unknown-model"
+
+
+def test_typing_errors_get_a_hint(stage: Stage, tmp_path: Path) -> None:
+    stage.publish(make_bundle(tmp_path / "v1", 1, model="digits"))
+    with pytest.raises(NotFoundError) as raised:
+        stage.ask(lambda client: client.release("digts", 1))
+    assert "digits" in raised.value.hint
+    with pytest.raises(NotFoundError) as raised:
+        stage.ask(lambda client: client.release("digits", 7))
+    assert raised.value.hint == "published versions: 1"
+
+
+def test_names_that_could_leave_the_folder_are_not_found(stage: Stage) -> None:
+    for name in ("../snapshot.key", "/etc/passwd", "1.root.json/../../server.key", ""):
+        with pytest.raises(NotFoundError):
+            stage.ask(methodcaller("metadata", name))
+    asked = registry_pb2.FetchBlobRequest(sha256="../../server.key")
+    with pytest.raises(grpc.RpcError) as raised:
+        stage.ask(lambda client: list(client._registry.FetchBlob(asked, timeout=10)))
+    assert isinstance(raised.value, grpc.Call)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_restarted_cloud_serves_what_was_published(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+
+    async def publish() -> None:
+        async with serving(workspace) as cloud:
+            with workspace.client(cloud) as client:
+                for version in (1, 2):
+                    bundle = make_bundle(tmp_path / f"v{version}", version, factor=version)
+                    await asyncio.to_thread(client.publish, bundle, workspace.operator)
+                await asyncio.to_thread(client.release, "triage", 1)
+
+    async def restart() -> list[dict[str, Any]]:
+        async with serving(workspace) as cloud:
+            assert cloud.pool.loaded == (HeavyId("triage", 1), HeavyId("triage", 2))
+            with workspace.client(cloud) as client:
+                return await asyncio.to_thread(client.list_versions)
+
+    asyncio.run(publish())
+    assert [(row["version"], row["released"]) for row in asyncio.run(restart())] == [(1, True), (2, False)]

@@ -1,0 +1,144 @@
+"""Tiny real bundles: a light model that returns what it is given as logits, for every runtime of the table.
+
+The tests choose the logits, so they choose the score. Versions differ by one weight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import openvino
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+
+from isthmus.bundle import (
+    Calibration,
+    CalibrationData,
+    CurvePoint,
+    Heavy,
+    Manifest,
+    OperatingPoint,
+    Provenance,
+    TensorSpec,
+    Variant,
+    VariantCalibration,
+    index_files,
+)
+from isthmus.digests import tree_digest
+
+CLASSES = 3
+THRESHOLD = 0.8
+SURE = np.array([[9.0, 0.0, 0.0]], dtype=np.float32)  # score 0.9998
+HARD = np.array([[0.2, 0.1, 0.0]], dtype=np.float32)  # score 0.37
+VARIANTS = {"onnxruntime-fp32": "onnxruntime", "openvino-fp32": "openvino"}
+
+
+def weights(version: int) -> np.ndarray:
+    matrix = np.eye(CLASSES, dtype=np.float32)
+    matrix[0, 1] = version * 1e-3
+    return matrix
+
+
+def light_onnx(version: int = 1) -> onnx.ModelProto:
+    """logits = x @ weights(version), label = argmax(logits)."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["logits"]),
+            helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0),
+        ],
+        "light",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", CLASSES])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", CLASSES]),
+            helper.make_tensor_value_info("label", TensorProto.INT64, ["n"]),
+        ],
+        [numpy_helper.from_array(weights(version), "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def save_variant(runtime: str, folder: Path, version: int = 1) -> str:
+    """Write the light model in the runtime's own form; return the entry file's name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if runtime == "openvino":
+        source = folder.parent / "source.onnx"
+        onnx.save(light_onnx(version), source)
+        openvino.save_model(openvino.convert_model(source), folder / "model.xml", compress_to_fp16=False)
+        source.unlink()
+        return "model.xml"
+    onnx.save(light_onnx(version), folder / "model.onnx")
+    return "model.onnx"
+
+
+def golden_tensors(version: int) -> dict[str, np.ndarray]:
+    x = np.random.default_rng(7).normal(size=(4, CLASSES)).astype(np.float32)
+    logits = x @ weights(version)
+    tensors = {"input.x": x}
+    for variant in VARIANTS:
+        tensors[f"output.{variant}.logits"] = logits
+        tensors[f"output.{variant}.label"] = logits.argmax(axis=1).astype(np.int64)
+    return tensors
+
+
+def calibration(version: int, *, threshold: float = THRESHOLD, model: str = "triage") -> Calibration:
+    point = VariantCalibration(
+        temperature=1.0,
+        threshold=threshold,
+        escalation_rate=0.2,
+        accuracy=0.9,
+        edge_accuracy=0.8,
+        agreement=0.9,
+        ece_before=0.1,
+        ece_after=0.05,
+        curve=(CurvePoint(threshold=threshold, escalation_rate=0.2, accuracy=0.9),),
+    )
+    return Calibration(
+        model=model,
+        version=version,
+        operating_point=OperatingPoint(value=0.3, delta=0.1),
+        data=CalibrationData(sha256="0" * 64, samples=100),
+        heavy_accuracy=0.95,
+        variants=dict.fromkeys(VARIANTS, point),
+    )
+
+
+def build_bundle(
+    folder: Path,
+    version: int = 1,
+    *,
+    golden: dict[str, np.ndarray] | None = None,
+    record: Calibration | None = None,
+) -> Manifest:
+    """Write a whole bundle; `golden` and `record` replace the right ones for tests of refusals."""
+    entries = {name: save_variant(runtime, folder / "variants" / name, version) for name, runtime in VARIANTS.items()}
+    (folder / "heavy" / "1").mkdir(parents=True)
+    (folder / "heavy" / "config.pbtxt").write_text('backend: "python"\n')
+    (folder / "heavy" / "1" / "model.onnx").write_bytes(b"not looked at by the edge")
+    (folder / "calibration.json").write_bytes((record or calibration(version)).to_json())
+    save_file(golden or golden_tensors(version), folder / "golden.safetensors")
+    files = index_files(folder)
+    heavy = {path: entry.sha256 for path, entry in files.items() if path.startswith("heavy/")}
+    manifest = Manifest(
+        name="triage",
+        version=version,
+        labels=("a", "b", "c"),
+        inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, CLASSES)),),
+        outputs=(
+            TensorSpec(name="logits", datatype="FP32", shape=(-1, CLASSES)),
+            TensorSpec(name="label", datatype="INT64", shape=(-1,)),
+        ),
+        max_batch=8,
+        variants=tuple(
+            Variant(
+                id=name, runtime=runtime, precision="fp32", entry=f"variants/{name}/{entries[name]}", tolerance=1e-3
+            )
+            for name, runtime in VARIANTS.items()
+        ),
+        heavy=Heavy(platform="python", digest=tree_digest(heavy)),
+        provenance=Provenance(sources={}, recipe="0" * 64, tools={}),
+        files=files,
+    )
+    (folder / "manifest.json").write_bytes(manifest.to_json())
+    return manifest

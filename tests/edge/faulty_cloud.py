@@ -1,0 +1,154 @@
+"""A TLS gateway that misbehaves on demand; it plays the cloud for fault injection only."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from isthmus.oip import MODEL_INFER, service_pb2, set_parameter
+from isthmus.tensors import decode_inputs, encode_outputs
+from tests.edge import bundles
+
+Behaviour = Callable[[bytes, Any], Awaitable[bytes]]
+NEVER = 3600.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    key: Path
+    certificate: Path
+
+    @property
+    def ca(self) -> Path:
+        return self.certificate
+
+
+def make_identity(folder: Path) -> Identity:
+    """Write a self-signed certificate for localhost."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "faulty cloud")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    identity = Identity(folder / "cloud.key", folder / "cloud.pem")
+    identity.key.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    identity.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return identity
+
+
+def heavy_response(raw: bytes, *, logits: np.ndarray | None = None) -> Any:
+    """What a right cloud answers: logits that no light model gives (the input plus 100)."""
+    request = service_pb2.ModelInferRequest.FromString(raw)
+    specs = (bundles.TensorSpec(name="x", datatype="FP32", shape=(-1, bundles.CLASSES)),)
+    x = decode_inputs(request, specs, max_batch=64)["x"]
+    heavy = x + np.float32(100) if logits is None else logits
+    outputs = {"logits": heavy, "label": heavy.argmax(axis=-1).astype(np.int64)}
+    response = service_pb2.ModelInferResponse(model_name=request.model_name, model_version="1")
+    encode_outputs(response, outputs, [output.name for output in request.outputs])
+    set_parameter(response, "isthmus.cloud_version", "7")
+    return response
+
+
+async def right(raw: bytes, context: Any) -> bytes:
+    return bytes(heavy_response(raw).SerializeToString())
+
+
+async def black_hole(raw: bytes, context: Any) -> bytes:
+    await asyncio.sleep(NEVER)
+    return b""
+
+
+async def garbage(raw: bytes, context: Any) -> bytes:
+    return b"\xff\xff\xff\xff not protobuf"
+
+
+async def empty(raw: bytes, context: Any) -> bytes:
+    return b""
+
+
+async def not_finite(raw: bytes, context: Any) -> bytes:
+    return bytes(heavy_response(raw, logits=np.full((1, 3), np.nan, np.float32)).SerializeToString())
+
+
+async def wrong_shape(raw: bytes, context: Any) -> bytes:
+    return bytes(heavy_response(raw, logits=np.zeros((1, 4), np.float32)).SerializeToString())
+
+
+async def wrong_dtype(raw: bytes, context: Any) -> bytes:
+    return bytes(heavy_response(raw, logits=np.zeros((1, 3), np.float64)).SerializeToString())
+
+
+async def short_bytes(raw: bytes, context: Any) -> bytes:
+    response = heavy_response(raw)
+    response.raw_output_contents[0] = response.raw_output_contents[0][:-1]
+    return bytes(response.SerializeToString())
+
+
+async def twice(raw: bytes, context: Any) -> bytes:
+    response = heavy_response(raw)
+    response.outputs.append(response.outputs[0])
+    response.raw_output_contents.append(response.raw_output_contents[0])
+    return bytes(response.SerializeToString())
+
+
+def refusing(code: grpc.StatusCode) -> Behaviour:
+    async def refuse(raw: bytes, context: Any) -> bytes:
+        await context.abort(code, "no")
+        return b""
+
+    return refuse
+
+
+@dataclass
+class FaultyCloud:
+    address: str
+    behaviour: Behaviour = right
+    requests: list[bytes] = field(default_factory=list)
+    metadata: list[dict[str, Any]] = field(default_factory=list)
+
+    async def infer(self, raw: bytes, context: Any) -> bytes:
+        self.requests.append(raw)
+        self.metadata.append(dict(context.invocation_metadata()))
+        return await self.behaviour(raw, context)
+
+
+@asynccontextmanager
+async def faulty_cloud(identity: Identity, *, port: int = 0) -> AsyncIterator[FaultyCloud]:
+    """Run one on a free port, or again on the port of an earlier one."""
+    server = grpc.aio.server()
+    cloud = FaultyCloud("")
+    service, _, method = MODEL_INFER[1:].partition("/")
+    handler = grpc.unary_unary_rpc_method_handler(cloud.infer)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+    pair = (identity.key.read_bytes(), identity.certificate.read_bytes())
+    bound = server.add_secure_port(f"localhost:{port}", grpc.ssl_server_credentials([pair]))
+    cloud.address = f"localhost:{bound}"
+    await server.start()
+    try:
+        yield cloud
+    finally:
+        await server.stop(None)

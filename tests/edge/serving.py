@@ -1,0 +1,77 @@
+"""A listening agent server with a real light model and a real uplink, for tests of the inference path."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc.aio as triton
+
+from edge.breaker import Breaker
+from edge.model import LiveModel, ServedModels, open_model
+from edge.router import Capture, Router
+from edge.server import AgentServer, InferenceService
+from edge.uplink import Uplink, open_channel
+from isthmus.oip import read_parameters
+from isthmus.v1 import agent_pb2
+from tests.edge import bundles
+from tests.edge.faulty_cloud import FaultyCloud, faulty_cloud, make_identity
+
+MODEL = "triage"
+
+
+@dataclass
+class Serving:
+    address: str
+    client: triton.InferenceServerClient
+    models: ServedModels
+    uplink: Uplink
+    cloud: FaultyCloud
+
+    async def infer(self, x: np.ndarray, **kwargs: Any) -> triton.InferResult:
+        tensor = triton.InferInput("x", list(x.shape), "FP32")
+        tensor.set_data_from_numpy(x)
+        return await self.client.infer(MODEL, [tensor], **kwargs)
+
+
+def explanation(result: triton.InferResult) -> dict[str, Any]:
+    return read_parameters(result.get_response().parameters)
+
+
+def open_variant(bundle: Path, variant: str = "onnxruntime-fp32") -> LiveModel:
+    return open_model(bundle, variant)
+
+
+@asynccontextmanager
+async def serving(
+    folder: Path,
+    *,
+    breaker: Breaker | None = None,
+    token: str | None = "token",
+    capture: Capture | None = None,
+    default_deadline_s: float = 1.0,
+    guard_s: float = 0.05,
+) -> AsyncIterator[Serving]:
+    """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise."""
+    if not (folder / "bundle").exists():
+        bundles.build_bundle(folder / "bundle")
+    identity = make_identity(folder)
+    models = ServedModels((MODEL,))
+    models.swap(MODEL, open_variant(folder / "bundle"))
+    async with faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
+        uplink = Uplink(channel, lambda: token, breaker or Breaker(), guard_s=guard_s, longest_s=10.0)
+        router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture)
+        server = AgentServer("127.0.0.1:0", InferenceService(models, router), agent_pb2.GetStatusResponse)
+        address = await server.start()
+        await server.set_ready(ready=True)
+        client = triton.InferenceServerClient(address)
+        try:
+            yield Serving(address, client, models, uplink, cloud)
+        finally:
+            await client.close()
+            await server.stop(0)
+            models.swap(MODEL, None)

@@ -1,0 +1,285 @@
+"""The agent as its callers see it, through an unmodified tritonclient."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as sync_triton
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tritonclient.utils import InferenceServerException
+
+from edge.server import AgentServer, InferenceService, is_local
+from isthmus.errors import ConfigError
+from isthmus.oip import SERVICE, service_pb2, service_pb2_grpc
+from isthmus.tensors import encode_request
+from isthmus.v1 import agent_pb2
+from tests.edge import bundles
+from tests.edge.serving import MODEL, explanation, serving
+
+
+def test_confident_request_is_answered_on_the_edge(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            result = await agent.infer(bundles.SURE, request_id="r1")
+            np.testing.assert_allclose(result.as_numpy("logits"), bundles.SURE @ bundles.weights(1), atol=1e-5)
+            assert result.as_numpy("label").tolist() == [0]
+            told = explanation(result)
+            assert told["isthmus.route"] == "edge"
+            assert told["isthmus.reason"] == "confident"
+            assert told["isthmus.score"] > told["isthmus.threshold"] == bundles.THRESHOLD
+            assert told["isthmus.edge_version"] == "1"
+            assert len(told["isthmus.calibration"]) == 16
+            assert "isthmus.cloud_version" not in told
+            assert result.get_response().id == "r1"
+            assert result.get_response().model_version == "1"
+            assert agent.cloud.requests == []
+
+    asyncio.run(scenario())
+
+
+def test_hard_request_is_escalated_as_it_came(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            result = await agent.infer(bundles.HARD, request_id="r2", client_timeout=5)
+            np.testing.assert_array_equal(result.as_numpy("logits"), bundles.HARD + np.float32(100))
+            told = explanation(result)
+            assert told["isthmus.route"] == "cloud"
+            assert told["isthmus.reason"] == "uncertain"
+            assert told["isthmus.score"] < told["isthmus.threshold"]
+            assert told["isthmus.cloud_version"] == "7"
+            assert result.get_response().id == "r2"
+            assert result.get_response().model_version == "1"
+            [raw] = agent.cloud.requests
+            forwarded = service_pb2.ModelInferRequest.FromString(raw)
+            assert forwarded.model_version == "1"
+            assert forwarded.raw_input_contents[0] == bundles.HARD.tobytes()
+            assert agent.cloud.metadata[0]["authorization"] == "Bearer token"
+
+    asyncio.run(scenario())
+
+
+def test_one_hard_row_makes_the_request_hard(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            result = await agent.infer(np.concatenate([bundles.SURE, bundles.HARD, bundles.SURE]))
+            assert explanation(result)["isthmus.route"] == "cloud"
+            assert result.as_numpy("logits").shape == (3, 3)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("x", "route"), [(bundles.SURE, "cloud"), (bundles.HARD, "edge")])
+def test_caller_may_ask_for_a_route(tmp_path: Path, x: np.ndarray, route: str) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            told = explanation(await agent.infer(x, parameters={"isthmus.route": route}))
+            assert told["isthmus.route"] == route
+            assert told["isthmus.reason"] == "requested"
+            with pytest.raises(InferenceServerException, match=r"expected 'edge' or 'cloud', got 'moon'"):
+                await agent.infer(x, parameters={"isthmus.route": "moon"})
+
+    asyncio.run(scenario())
+
+
+def test_subset_of_outputs_on_both_routes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            for x, route in ((bundles.SURE, "edge"), (bundles.HARD, "cloud")):
+                wanted = [sync_triton.InferRequestedOutput("label")]
+                result = await agent.infer(x, outputs=wanted)
+                assert [output.name for output in result.get_response().outputs] == ["label"]
+                assert explanation(result)["isthmus.route"] == route
+
+    asyncio.run(scenario())
+
+
+def test_description_of_server_and_model(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            client = agent.client
+            assert await client.is_server_live()
+            assert await client.is_server_ready()
+            assert await client.is_model_ready(MODEL)
+            assert await client.is_model_ready(MODEL, "1")
+            assert (await client.get_server_metadata()).name == "isthmus-agent"
+            metadata = await client.get_model_metadata(MODEL)
+            assert (metadata.versions, metadata.platform) == (["1"], "onnxruntime")
+            assert [(t.name, t.datatype, list(t.shape)) for t in metadata.inputs] == [("x", "FP32", [-1, 3])]
+            config = (await client.get_model_config(MODEL)).config
+            assert config.max_batch_size == 8
+            assert list(config.input[0].dims) == [3]
+            index = await client.get_model_repository_index()
+            assert [(m.name, m.version, m.state) for m in index.models] == [(MODEL, "1", "READY")]
+
+    asyncio.run(scenario())
+
+
+def test_statistics_count_every_request_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            for x in (bundles.SURE, bundles.SURE, bundles.HARD):
+                await agent.infer(x)
+            agent.cloud.behaviour = _unavailable
+            await agent.infer(bundles.HARD)
+            with pytest.raises(InferenceServerException):
+                await agent.infer(np.zeros((1, 4), np.float32))
+            stats = (await agent.client.get_inference_statistics(MODEL)).model_stats[0]
+            routes = {route: s.success.count for route, s in stats.response_stats.items()}
+            assert routes == {"edge": 2, "cloud": 1, "fallback": 1}
+            assert stats.inference_stats.success.count == sum(routes.values())
+            assert stats.inference_stats.fail.count == 1
+            counters = agent.uplink.counters
+            assert (counters.attempts, counters.successes, counters.failures, counters.skipped) == (2, 1, 1, 0)
+            assert counters.bytes_up == sum(len(raw) for raw in agent.cloud.requests)
+
+    asyncio.run(scenario())
+
+
+async def _unavailable(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+    return b""
+
+
+def test_unknown_model_and_version_are_not_found(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            with pytest.raises(InferenceServerException, match="models served: triage") as caught:
+                await agent.client.get_model_metadata("nothere")
+            assert caught.value.status() == "StatusCode.NOT_FOUND"
+            with pytest.raises(InferenceServerException, match="version served: 1") as caught:
+                await agent.infer(bundles.SURE, model_version="9")
+            assert caught.value.status() == "StatusCode.NOT_FOUND"
+
+    asyncio.run(scenario())
+
+
+def _request(**changes: object) -> service_pb2.ModelInferRequest:
+    request = encode_request(MODEL, {"x": bundles.SURE})
+    tensor = request.inputs[0]
+    for name, value in changes.items():
+        if name == "shape":
+            del tensor.shape[:]
+            tensor.shape.extend(value)
+        elif name == "raw":
+            del request.raw_input_contents[:]
+            request.raw_input_contents.extend(value)
+        else:
+            setattr(tensor, name, value)
+    return request
+
+
+def _with_output(name: str, parameter: str = "") -> service_pb2.ModelInferRequest:
+    request = _request()
+    output = request.outputs.add(name=name)
+    if parameter:
+        output.parameters[parameter].int64_param = 1
+    return request
+
+
+HOSTILE = {
+    "wrong dtype": (_request(datatype="INT32"), "expected datatype FP32, got 'INT32'"),
+    "wrong rank": (_request(shape=[3]), r"expected shape \[-1, 3\], got \[3\]"),
+    "wrong width": (_request(shape=[1, 4]), r"expected shape \[-1, 3\], got \[1, 4\]"),
+    "negative axis": (_request(shape=[-1, 3]), r"expected shape"),
+    "zero batch": (_request(shape=[0, 3], raw=[b""]), r"expected shape"),
+    "short bytes": (_request(raw=[b"123"]), "takes 12 bytes, got 3"),
+    "no bytes": (_request(raw=[]), "takes 3 values, got 0"),
+    "too many tensors": (_request(raw=[b"", b""]), "expected 1 raw_input_contents"),
+    "huge batch": (_request(shape=[1 << 60, 3]), "larger than the limit of 8"),
+    "unknown input": (_request(name="y"), "unknown input 'y'; the model's inputs are x"),
+    "unknown output": (_with_output("secret"), "the model's outputs are logits, label"),
+    "output to shared memory": (_with_output("logits", "shared_memory_byte_size"), "expected no parameters"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_request_is_refused_with_what_was_expected(tmp_path: Path, case: str) -> None:
+    request, message = HOSTILE[case]
+
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent, grpc.aio.insecure_channel(agent.address) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError, match=message) as caught:
+                await stub.ModelInfer(request)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert agent.cloud.requests == []
+            assert explanation(await agent.infer(bundles.SURE))["isthmus.route"] == "edge"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelMetadata", "ModelStatistics", "RepositoryIndex"])
+def test_malformed_protobuf_is_the_callers_error(tmp_path: Path, method: str) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent, grpc.aio.insecure_channel(agent.address) as channel:
+            call = channel.unary_unary(f"/{SERVICE}/{method}")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(b"\x0a\xff\xff\xff")
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    asyncio.run(scenario())
+
+
+def test_other_methods_are_unimplemented(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            with pytest.raises(InferenceServerException) as caught:
+                await agent.client.load_model(MODEL)
+            assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+
+    asyncio.run(scenario())
+
+
+def test_health_and_not_ready_before_the_first_version(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent, grpc.aio.insecure_channel(agent.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1
+            agent.models.swap(MODEL, None)
+            assert not await agent.client.is_server_ready()
+            assert not await agent.client.is_model_ready(MODEL)
+            with pytest.raises(InferenceServerException, match="not installed yet") as caught:
+                await agent.infer(bundles.SURE)
+            assert caught.value.status() == "StatusCode.UNAVAILABLE"
+
+    asyncio.run(scenario())
+
+
+def test_synchronous_tritonclient(tmp_path: Path) -> None:
+    def call(address: str) -> np.ndarray:
+        with sync_triton.InferenceServerClient(address) as client:
+            tensor = sync_triton.InferInput("x", [1, 3], "FP32").set_data_from_numpy(bundles.HARD)
+            return client.infer(MODEL, [tensor], client_timeout=5).as_numpy("logits")
+
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            logits = await asyncio.to_thread(call, agent.address)
+            np.testing.assert_array_equal(logits, bundles.HARD + np.float32(100))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("127.0.0.1:8001", True),
+        ("127.8.8.8:1", True),
+        ("[::1]:8001", True),
+        ("localhost:8001", True),
+        ("unix:/run/agent.sock", True),
+        ("0.0.0.0:8001", False),
+        ("[::]:8001", False),
+        ("192.168.1.7:8001", False),
+        ("localhost.example.com:8001", False),
+        (":8001", False),
+    ],
+)
+def test_only_local_addresses_may_lack_tls(address: str, local: bool) -> None:
+    assert is_local(address) is local
+    if not local:
+        with pytest.raises(ConfigError, match="expected TLS credentials"):
+            AgentServer(address, InferenceService(None, None), agent_pb2.GetStatusResponse)  # type: ignore[arg-type]

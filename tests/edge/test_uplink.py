@@ -1,0 +1,311 @@
+"""Escalation against a cloud that fails in every way: the light answer comes in time, with the right reason."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from edge.breaker import Breaker
+from edge.uplink import Failure, Uplink, open_channel, watch_connection
+from tests.edge import bundles, faulty_cloud
+from tests.edge.serving import Serving, explanation, serving
+
+DEADLINE_S = 0.6
+OVERHEAD_S = 0.3  # two shared cores
+
+
+def patient_breaker() -> Breaker:
+    return Breaker(failures=1000)
+
+
+async def timed_infer(agent: Serving, deadline_s: float | None = DEADLINE_S) -> tuple[dict[str, Any], float]:
+    started = time.monotonic()
+    result = await agent.infer(bundles.HARD, client_timeout=deadline_s)
+    elapsed = time.monotonic() - started
+    np.testing.assert_allclose(result.as_numpy("logits"), bundles.HARD @ bundles.weights(1), atol=1e-5)
+    return explanation(result), elapsed
+
+
+FAULTS: dict[str, tuple[Callable[..., Any], str]] = {
+    "garbage": (faulty_cloud.garbage, "bad-cloud-answer"),
+    "empty": (faulty_cloud.empty, "bad-cloud-answer"),
+    "not finite": (faulty_cloud.not_finite, "bad-cloud-answer"),
+    "wrong shape": (faulty_cloud.wrong_shape, "bad-cloud-answer"),
+    "wrong dtype": (faulty_cloud.wrong_dtype, "bad-cloud-answer"),
+    "short bytes": (faulty_cloud.short_bytes, "bad-cloud-answer"),
+    "an output twice": (faulty_cloud.twice, "bad-cloud-answer"),
+    "unavailable": (faulty_cloud.refusing(grpc.StatusCode.UNAVAILABLE), "cloud-unavailable"),
+    "internal": (faulty_cloud.refusing(grpc.StatusCode.INTERNAL), "cloud-unavailable"),
+    "overloaded": (faulty_cloud.refusing(grpc.StatusCode.RESOURCE_EXHAUSTED), "cloud-unavailable"),
+    "not found": (faulty_cloud.refusing(grpc.StatusCode.NOT_FOUND), "cloud-refused"),
+    "forbidden": (faulty_cloud.refusing(grpc.StatusCode.PERMISSION_DENIED), "cloud-refused"),
+    "says too late": (faulty_cloud.refusing(grpc.StatusCode.DEADLINE_EXCEEDED), "cloud-timeout"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_gives_the_light_answer_and_its_reason(tmp_path: Path, fault: str) -> None:
+    behaviour, reason = FAULTS[fault]
+
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            agent.cloud.behaviour = behaviour
+            told, elapsed = await timed_infer(agent)
+            assert (told["isthmus.route"], told["isthmus.reason"]) == ("fallback", reason)
+            assert elapsed < DEADLINE_S
+            assert "isthmus.cloud_version" not in told
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deadline_s", [0.2, 0.6, None])
+def test_black_hole_costs_the_deadline_less_the_guard(tmp_path: Path, deadline_s: float | None) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, breaker=patient_breaker()) as agent:
+            await timed_warm_up(agent)
+            agent.cloud.behaviour = faulty_cloud.black_hole
+            told, elapsed = await timed_infer(agent, deadline_s)
+            assert (told["isthmus.route"], told["isthmus.reason"]) == ("fallback", "cloud-timeout")
+            limit_s = 1.0 if deadline_s is None else deadline_s
+            assert limit_s - 0.1 < elapsed < limit_s + (OVERHEAD_S if deadline_s is None else 0)
+
+    asyncio.run(scenario())
+
+
+async def timed_warm_up(agent: Serving) -> None:
+    assert explanation(await agent.infer(bundles.HARD))["isthmus.route"] == "cloud"
+
+
+@pytest.mark.slow
+def test_many_callers_of_a_black_hole_all_keep_their_deadlines(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, breaker=patient_breaker(), guard_s=0.15) as agent:
+            await timed_warm_up(agent)
+            agent.cloud.behaviour = faulty_cloud.black_hole
+            answers = await asyncio.gather(*(timed_infer(agent, 0.5) for _ in range(30)))
+            assert {told["isthmus.reason"] for told, _ in answers} == {"cloud-timeout"}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_after_three_failures_a_dead_cloud_costs_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            await timed_warm_up(agent)
+            agent.cloud.behaviour = faulty_cloud.black_hole
+            for _ in range(3):
+                told, _ = await timed_infer(agent, 0.2)
+                assert told["isthmus.reason"] == "cloud-timeout"
+            tried = len(agent.cloud.requests)
+            elapsed = []
+            for _ in range(20):
+                told, seconds = await timed_infer(agent)
+                assert (told["isthmus.route"], told["isthmus.reason"]) == ("fallback", "breaker-open")
+                elapsed.append(seconds)
+            assert sorted(elapsed)[10] < 0.05
+            assert len(agent.cloud.requests) == tried
+            assert agent.uplink.counters.skipped == 20
+
+    asyncio.run(scenario())
+
+
+def test_too_little_time_is_not_tried(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, guard_s=5.0) as agent:
+            told, _ = await timed_infer(agent, 2.0)
+            assert told["isthmus.reason"] == "no-time-left"
+            assert agent.cloud.requests == []
+
+    asyncio.run(scenario())
+
+
+def test_without_a_token_nothing_is_sent(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, token=None) as agent:
+            told, _ = await timed_infer(agent)
+            assert told["isthmus.reason"] == "cloud-unavailable"
+            assert agent.cloud.requests == []
+
+    asyncio.run(scenario())
+
+
+def test_forced_cloud_route_falls_back_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            agent.cloud.behaviour = faulty_cloud.garbage
+            result = await agent.infer(bundles.SURE, parameters={"isthmus.route": "cloud"})
+            assert explanation(result)["isthmus.route"] == "fallback"
+
+    asyncio.run(scenario())
+
+
+def test_refusals_do_not_open_the_breaker(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            agent.cloud.behaviour = faulty_cloud.refusing(grpc.StatusCode.INVALID_ARGUMENT)
+            for _ in range(5):
+                assert (await timed_infer(agent))[0]["isthmus.reason"] == "cloud-refused"
+            assert agent.uplink.breaker.state == "closed"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_caller_that_goes_away_is_counted_and_frees_the_probe(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, breaker=Breaker(failures=1, first_wait_s=0.01)) as agent:
+            agent.cloud.behaviour = faulty_cloud.garbage
+            await timed_infer(agent)
+            agent.cloud.behaviour = faulty_cloud.black_hole
+            await asyncio.to_thread(wait_until, lambda: agent.uplink.breaker.state == "half-open")
+            call = asyncio.ensure_future(agent.infer(bundles.HARD, client_timeout=30))
+            while len(agent.cloud.requests) < 2:
+                await asyncio.sleep(0.01)
+            call.cancel()
+            agent.cloud.behaviour = faulty_cloud.right
+            for _ in range(200):
+                told = explanation(await agent.infer(bundles.HARD))
+                if told["isthmus.route"] == "cloud":
+                    break
+                await asyncio.sleep(0.01)
+            assert told["isthmus.route"] == "cloud"
+            counters = agent.uplink.counters
+            assert counters.attempts == counters.successes + counters.failures
+            assert agent.models.counters["triage"].errors == 1
+
+    asyncio.run(scenario())
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+async def ask(uplink: Uplink, remaining_s: float = 0.5) -> str:
+    outcome = await uplink.escalate(b"", remaining_s=remaining_s, check=lambda response: None)
+    return outcome.reason if isinstance(outcome, Failure) else "answered"
+
+
+def make_uplink(channel: grpc.aio.Channel, breaker: Breaker | None = None) -> Uplink:
+    return Uplink(channel, lambda: "token", breaker or patient_breaker(), guard_s=0.05, longest_s=10)
+
+
+def test_refused_connection(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+            address = f"localhost:{unused.getsockname()[1]}"
+            async with open_channel(address, faulty_cloud.make_identity(tmp_path).ca) as channel:
+                started = time.monotonic()
+                assert await ask(make_uplink(channel)) == "cloud-unavailable"
+                assert time.monotonic() - started < 0.5
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_peer_that_accepts_and_says_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            address = f"localhost:{silent.getsockname()[1]}"
+            async with open_channel(address, faulty_cloud.make_identity(tmp_path).ca) as channel:
+                started = time.monotonic()
+                assert await ask(make_uplink(channel)) == "cloud-timeout"
+                assert time.monotonic() - started < 0.5
+
+    asyncio.run(scenario())
+
+
+def test_peer_that_resets_connections(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            raw = writer.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+            writer.transport.abort()
+
+        server = await asyncio.start_server(reset, "127.0.0.1", 0)
+        async with server:
+            address = f"localhost:{server.sockets[0].getsockname()[1]}"
+            async with open_channel(address, faulty_cloud.make_identity(tmp_path).ca) as channel:
+                assert await ask(make_uplink(channel)) in ("cloud-unavailable", "cloud-timeout")
+
+    asyncio.run(scenario())
+
+
+def test_cloud_with_another_authority_is_not_talked_to(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        (tmp_path / "other").mkdir()
+        ours, other = faulty_cloud.make_identity(tmp_path), faulty_cloud.make_identity(tmp_path / "other")
+        async with faulty_cloud.faulty_cloud(other) as cloud, open_channel(cloud.address, ours.ca) as channel:
+            assert await ask(make_uplink(channel)) == "cloud-unavailable"
+            assert cloud.requests == []
+
+    asyncio.run(scenario())
+
+
+def test_token_that_is_not_accepted_is_renewed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        identity = faulty_cloud.make_identity(tmp_path)
+        renewals = []
+        async with faulty_cloud.faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
+            cloud.behaviour = faulty_cloud.refusing(grpc.StatusCode.UNAUTHENTICATED)
+            uplink = Uplink(
+                channel,
+                lambda: "token",
+                patient_breaker(),
+                guard_s=0.05,
+                longest_s=10,
+                unauthenticated=lambda: renewals.append(1),
+            )
+            assert await ask(uplink, 5.0) == "cloud-refused"
+            assert renewals == [1]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_cloud_that_comes_back_is_used_within_two_seconds(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        identity = faulty_cloud.make_identity(tmp_path)
+        async with faulty_cloud.faulty_cloud(identity) as cloud:
+            port = int(cloud.address.rpartition(":")[2])
+        breaker = Breaker(first_wait_s=30.0)  # only the nudge of the connection can be that quick
+        async with open_channel(cloud.address, identity.ca) as channel:
+            uplink = make_uplink(channel, breaker)
+            watching = asyncio.ensure_future(watch_connection(channel, breaker.nudge))
+            while breaker.state == "closed":
+                await ask(uplink)
+            assert await ask(uplink) == "breaker-open"
+            async with faulty_cloud.faulty_cloud(identity, port=port) as back:
+                started = time.monotonic()
+                while breaker.state == "open":
+                    await asyncio.sleep(0.01)
+                back.behaviour = faulty_cloud.empty
+                assert await ask(uplink) == "answered"
+                assert time.monotonic() - started < 2.0
+            watching.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_deadline_that_the_light_model_alone_misses_is_the_callers(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            with pytest.raises(InferenceServerException) as caught:
+                await agent.infer(bundles.HARD, client_timeout=1e-6)
+            assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
+
+    asyncio.run(scenario())

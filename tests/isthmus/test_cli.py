@@ -1,0 +1,63 @@
+"""The command: quick, complete, and helpful about typos."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from isthmus.cli import GROUPS
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "isthmus", *args],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env=ENV,
+    )
+
+
+ENV = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}", "COLUMNS": "120"}
+
+
+def test_help_lists_every_group() -> None:
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("kyes", "keys"), ("clod", "cloud"), ("modle", "model"), ("compil", "compile")]
+)
+def test_a_mistyped_command_names_the_right_one(typo: str, meant: str) -> None:
+    shown = run(typo)
+    assert shown.returncode == 2
+    assert f"did you mean `isthmus {meant}`?" in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_has_help(group: str) -> None:
+    shown = run(group, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "Usage" in shown.stdout
+
+
+def test_a_wrong_log_level_lists_the_right_ones() -> None:
+    shown = run("--log-level", "loud", "keys", "--help")
+    assert shown.returncode == 2
+    assert "expected one of debug, info, warning, error" in shown.stderr
+
+
+def test_version_is_the_packages() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert run("--version").stdout.strip() == f"isthmus {declared}"

@@ -1,0 +1,80 @@
+"""Errors over a real connection: the right code, our message and reason, and nothing of anybody else's exceptions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from isthmus import errors
+from isthmus.status import STATUS_OF, StatusInterceptor, from_rpc
+
+RAISED: dict[str, Exception] = {
+    **{kind.__name__: kind("what came", reason="a-reason") for kind, _ in STATUS_OF},
+    "ValueError": ValueError("/etc/secret"),
+}
+
+
+async def unary(request: bytes, context: Any) -> bytes:
+    raise RAISED[request.decode()]
+
+
+async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
+    yield b"first"
+    raise RAISED[request.decode()]
+
+
+async def call(name: str, *, streaming: bool) -> grpc.aio.AioRpcError:
+    server = grpc.aio.server(interceptors=[StatusInterceptor()])
+    handlers = {
+        "Unary": grpc.unary_unary_rpc_method_handler(unary),
+        "Stream": grpc.unary_stream_rpc_method_handler(stream),
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Service", handlers)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            if streaming:
+                stub: Any = channel.unary_stream("/test.Service/Stream")
+                async for _ in stub(name.encode()):
+                    pass
+            else:
+                stub = channel.unary_unary("/test.Service/Unary")
+                await stub(name.encode())
+    except grpc.aio.AioRpcError as error:
+        return error
+    finally:
+        await server.stop(None)
+    raise AssertionError("the call must fail")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("kind", "code"), STATUS_OF, ids=[kind.__name__ for kind, _ in STATUS_OF])
+def test_our_errors_arrive_with_code_message_and_reason(
+    kind: type[errors.IsthmusError], code: grpc.StatusCode, streaming: bool
+) -> None:
+    caught = asyncio.run(call(kind.__name__, streaming=streaming))
+    assert caught.code() is code
+    assert caught.details() == "what came"
+    translated = from_rpc(caught, "asking")
+    assert translated.reason == "a-reason"
+    assert "asking: what came" in translated.message
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_exceptions_tell_the_caller_nothing(streaming: bool) -> None:
+    caught = asyncio.run(call("ValueError", streaming=streaming))
+    assert caught.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in str(caught)
+
+
+def test_every_error_class_has_a_status() -> None:
+    def tree(kind: type[errors.IsthmusError]) -> set[type[errors.IsthmusError]]:
+        return {kind}.union(*(tree(sub) for sub in kind.__subclasses__()))
+
+    covered = tuple(kind for kind, _ in STATUS_OF)
+    assert all(issubclass(kind, covered) for kind in tree(errors.IsthmusError) - {errors.IsthmusError})
