@@ -177,12 +177,14 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """Keep a device's report.
 
         Raises:
-            InputError: The report has no model or no state.
+            InputError: The report has no state, or is about a model that there is not.
             IdentityError: The device is not enrolled here.
         """
         del context
         if request.state == fleet_pb2.UPDATE_STATE_UNSPECIFIED or not request.model:
             raise InputError("expected a report with a model and a state")
+        if self._catalog.released(request.model) is None:
+            raise InputError(f"there is no model {request.model[:80]!r} to report on")
         device_id = current_claims().subject
         await asyncio.to_thread(self._keep_report, device_id, request)
         state = fleet_pb2.UpdateState.Name(request.state)
@@ -195,8 +197,6 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             device = session.get(db.Device, device_id)
             if device is None:
                 raise IdentityError("the device is not enrolled here", reason="unknown-device")
-            if self._catalog.released(report.model) is None:
-                raise InputError(f"there is no model {report.model[:80]!r} to report on")
             device.last_seen_at = now
             session.merge(
                 db.Report(

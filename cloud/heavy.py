@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -182,6 +183,14 @@ class HeavyPool:
             with contextlib.suppress(UnavailableError):  # a Triton that is down has nothing loaded
                 await self._client.unload(heavy.name)
             log.info("heavy model retired", heavy=heavy.name)
+
+    async def sweep(self) -> None:
+        """Remove the folders of heavy versions that are not loaded."""
+        async with self._lock:
+            wanted = {heavy.name for heavy in self._loaded}
+            for folder in self._repository.iterdir():
+                if folder.name not in wanted:
+                    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _drain(self, heavy: HeavyId) -> None:
         if not self._running[heavy]:

@@ -22,9 +22,9 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from safetensors import SafetensorError
@@ -101,6 +101,7 @@ class Publisher:
                     await self._load_heavy(heavy, manifest)
                 except (BundleError, TrustError, NotFoundError) as error:
                     log.exception("heavy model cannot be served", heavy=heavy.name, reason=error.reason)
+        await self._pool.sweep()
 
     async def publish(
         self, model: str, version: int, manifest_json: bytes, targets_json: bytes, *, release: bool
@@ -129,17 +130,14 @@ class Publisher:
             try:
                 await self._load_heavy(heavy, manifest)  # (5)
                 await self._pool.try_out(heavy, manifest, self._golden_inputs(manifest))
-                digest = await asyncio.to_thread(self._blobs.store, manifest_json)
-                await asyncio.to_thread(self._repository.commit, targets_json)  # (6)
-                await asyncio.to_thread(self._record, manifest, digest, heavy)  # (7)
+                await asyncio.to_thread(self._blobs.store, manifest_json)
+                await _uninterrupted(self._commit(manifest, manifest_json, targets_json, heavy))  # (6), (7)
             except BaseException:
                 if fresh:  # a second attempt may bring another heavy model under the same version
                     await self._pool.retire(heavy)
                 raise
-            self._catalog.publish(model, version, heavy)
-            log.info("version published", model=model, version=version, heavy=heavy.name, deltas=len(deltas))
             if release:
-                await self._release(model, version)
+                await _uninterrupted(self._release(model, version))
             await self._retire_unwanted(model)
             return heavy.version, deltas
 
@@ -161,7 +159,7 @@ class Publisher:
                 )
             heavy = self._catalog.heavy(model, version)
             await self._load_heavy(heavy, self.manifest(model, heavy.version))
-            await self._release(model, version)
+            await _uninterrupted(self._release(model, version))
             await self._retire_unwanted(model)
 
     def manifest(self, model: str, version: int) -> Manifest:
@@ -176,6 +174,12 @@ class Publisher:
             raise NotFoundError(f"model {model!r} has no version {version}", reason="unknown-version")
         return parse_manifest(self._blobs.read_all(row.manifest_sha256))
 
+    async def _commit(self, manifest: Manifest, manifest_json: bytes, targets_json: bytes, heavy: HeavyId) -> None:
+        await asyncio.to_thread(self._repository.commit, targets_json)
+        await asyncio.to_thread(self._record, manifest, sha256_bytes(manifest_json), heavy)
+        self._catalog.publish(manifest.name, manifest.version, heavy)
+        log.info("version published", model=manifest.name, version=manifest.version, heavy=heavy.name)
+
     async def _release(self, model: str, version: int) -> None:
         await asyncio.to_thread(self._record_release, model, version)
         self._catalog.release(model, version)
@@ -186,6 +190,7 @@ class Publisher:
         for heavy in self._pool.loaded:
             if heavy.model == model and heavy not in wanted:
                 await self._pool.retire(heavy)
+        await self._pool.sweep()
 
     def _check_newest(self, model: str, version: int) -> None:
         with self._database.read() as session:
@@ -264,6 +269,16 @@ class Publisher:
     def _record_release(self, model: str, version: int) -> None:
         with self._database.write() as session:
             session.get_one(db.Model, model).released = version
+
+
+async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Do the work to its end even when the caller has gone: memory must agree with the disk afterwards."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
 
 
 def _check_identity(manifest: Manifest, model: str, version: int) -> None:

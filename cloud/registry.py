@@ -7,7 +7,7 @@ process, because signed metadata vouches for every byte of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Final
 
 from sqlalchemy import select
@@ -142,20 +142,22 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         """List the versions that the caller may use."""
         del request, context
         claims = current_claims()
+        released = {model: self._catalog.released(model) for model in self._catalog.models if claims.may_use(model)}
+        versions = await asyncio.to_thread(self._list_versions, released)
+        return registry_pb2.ListVersionsResponse(versions=versions)
+
+    def _list_versions(self, released: Mapping[str, int | None]) -> list[Any]:
         with self._database.read() as session:
             rows = session.scalars(select(db.Version).order_by(db.Version.model, db.Version.version)).all()
-        mine = [row for row in rows if claims.may_use(row.model)]
-        return registry_pb2.ListVersionsResponse(
-            versions=await asyncio.to_thread(lambda: [self._describe(row) for row in mine])
-        )
+        return [self._describe(row, released[row.model]) for row in rows if row.model in released]
 
-    def _describe(self, row: db.Version) -> Any:
+    def _describe(self, row: db.Version, released: int | None) -> Any:
         manifest = self._publisher.manifest(row.model, row.version)
         return registry_pb2.ModelVersion(
             model=row.model,
             version=row.version,
             heavy_version=row.heavy_version,
-            released=self._catalog.released(row.model) == row.version,
+            released=released == row.version,
             bytes=sum(entry.length for entry in manifest.files.values()),
             variants=[variant.id for variant in manifest.variants],
         )

@@ -37,6 +37,7 @@ from isthmus.errors import ConfigError, IsthmusError, MissingExtraError, Unavail
 _PORT: Final = 8001  # Triton appends its port's number to the path of a Unix socket
 _POLL_S: Final = 0.05
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives on Linux
+_RUN_PREFIX: Final = "isthmus-"
 _MAX_LOG_BYTES: Final = 4 << 20
 _PASSED_ON: Final = (
     "HOME",
@@ -126,7 +127,7 @@ class TritonServer:
         self._log_file = log_file
         self._start_s, self._stop_s = start_s, stop_s
         self._installation = find_installation()
-        self._run_folder = Path(tempfile.mkdtemp(prefix="isthmus-"))  # mode 0700
+        self._run_folder = _new_run_folder(log_file.with_suffix(".run"))
         self._prefix = f"isthmus-{sha256_bytes(str(repository.resolve()).encode())[:12]}-"
         self._process: asyncio.subprocess.Process | None = None
         self._supervision: asyncio.Task[None] | None = None
@@ -172,6 +173,7 @@ class TritonServer:
                 await process.wait()
         self._clean()
         shutil.rmtree(self._run_folder, ignore_errors=True)
+        self._log_file.with_suffix(".run").unlink(missing_ok=True)
 
     def count_stubs(self) -> Mapping[str, int] | None:
         """Return how many processes run each model, by Triton's name of it; None while Triton does not run."""
@@ -196,8 +198,8 @@ class TritonServer:
             try:
                 await self._launch()
                 await on_started()
-            except IsthmusError as error:
-                log.exception("Triton did not start again", reason=error.reason)
+            except (IsthmusError, OSError):
+                log.exception("Triton did not start again")
                 self._kill()
             # A server that lives for a while starts again at once; one that keeps dying, ever more slowly.
             lived_s = asyncio.get_running_loop().time() - started
@@ -269,6 +271,20 @@ class TritonServer:
     def _log_tail(self) -> str:
         lines = self._log_file.read_text(errors="replace").splitlines()
         return "the end of its log: " + " / ".join(line.strip() for line in lines[-5:])
+
+
+def _new_run_folder(record: Path) -> Path:
+    """Return a new private folder, and remove the one that a killed cloud has left; `record` remembers it.
+
+    It lies in the system's folder for temporary files because the path of a socket may have 107 bytes only.
+    """
+    if record.is_file():
+        previous = Path(record.read_text().strip())
+        if previous.name.startswith(_RUN_PREFIX) and previous.parent == Path(tempfile.gettempdir()):
+            shutil.rmtree(previous, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_RUN_PREFIX))  # mode 0700
+    record.write_text(str(folder))
+    return folder
 
 
 def _link_backend(installation: Installation, folder: Path) -> None:

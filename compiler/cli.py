@@ -12,7 +12,7 @@ from isthmus.terminal import JsonOption, note, progress, show_record, show_table
 if TYPE_CHECKING:
     from compiler.pipeline import Outcome, VariantOutcome
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @app.command("compile")
@@ -70,7 +70,11 @@ def _show(outcome: Outcome, *, as_json: bool) -> None:
     show_record("Bundle", summary)
     for entry in outcome.variants:
         if entry.refused:
-            note(f"{entry.variant.id}: refused, for it {entry.refused}")
+            note(f"{entry.variant.id}: refused, for {entry.refused}")
+        if entry.report.grid == "kept":
+            note(
+                f"{entry.variant.id}: INT8 grid of the version before kept, {entry.report.clipped:.2%} clipped at most"
+            )
         if entry.report.grid_note:
             note(f"{entry.variant.id}: new INT8 grid, for {entry.report.grid_note}")
 
@@ -81,11 +85,10 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
         "variant": row["variant"],
         "MB": row["bytes"] / 1e6,
         "ms": row["latency_ms"],
-        "differs": row["max_difference"],
         "accuracy": row["accuracy"],
         "escalated": row["escalated"],
         "routed": row["routed_accuracy"],
-        "verdict": "refused" if row["refused"] else f"{row['grid']} grid" if row["grid"] else "good",
+        "verdict": "refused" if row["refused"] else "good",
     }
 
 

@@ -85,7 +85,7 @@ class GuardError(VerificationError):
     reason = "guard-refused"
 
     def __init__(self, outcome: Outcome) -> None:
-        refused = [f"{entry.variant.id} {entry.refused}" for entry in outcome.variants if entry.refused]
+        refused = [f"{entry.variant.id}: {entry.refused}" for entry in outcome.variants if entry.refused]
         super().__init__(
             f"no bundle was written: {'; '.join(refused)}",
             hint="leave the variant out of the recipe, give quantization samples that look like the real ones, "
@@ -235,7 +235,7 @@ def _variant(job: _Job, section: VariantSection, reference: Mapping[str, Array],
     )
     outcome = _build(job, section, target, options, reference, work / f"{section.id}.first")
     if outcome.refused and outcome.report.grid == "kept":
-        note = f"on the old grid it {outcome.refused}"
+        note = f"on the old grid {outcome.refused}"
         outcome = _build(
             job, section, target, replace(options, previous=None), reference, work / f"{section.id}.second"
         )

@@ -64,12 +64,11 @@ def check_variant(
     refused = ""
     # (3)
     if precision == "fp32" and difference > guard.max_difference:
-        refused = f"differs from the source by {difference:.3g}, allowed is {guard.max_difference:g}"
+        refused = f"it differs from the source by {difference:.3g}, allowed is {guard.max_difference:g}"
     # (4)
     if precision != "fp32" and theirs - ours > guard.max_accuracy_drop:
-        refused = (
-            f"accuracy fell by {theirs - ours:.4f} ({theirs:.4f} to {ours:.4f}), allowed is {guard.max_accuracy_drop:g}"
-        )
+        fall = f"{theirs - ours:.4f} ({theirs:.4f} to {ours:.4f})"
+        refused = f"its accuracy fell by {fall}, allowed is {guard.max_accuracy_drop:g}"
     return Measured(ours, difference, refused)
 
 

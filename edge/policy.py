@@ -36,11 +36,12 @@ class Decision:
 def score_rows(logits: NDArray[np.floating[Any]], temperature: float) -> NDArray[np.float64]:
     """Return each row's largest softmax probability at this temperature; NaN where the row is not finite."""
     rows = np.asarray(logits, dtype=np.float64)
-    with np.errstate(invalid="ignore"):
-        # max(softmax(z)) = 1 / sum(exp(z - max(z))): no overflow, one pass.
-        shifted = (rows - rows.max(axis=-1, keepdims=True)) / temperature
-        scores = 1.0 / np.exp(shifted).sum(axis=-1)
-    return np.where(np.isfinite(rows).all(axis=-1), scores, np.nan)
+    finite = np.isfinite(rows).all(axis=-1)
+    if not finite.all():
+        rows = np.where(finite[..., np.newaxis], rows, 0.0)
+    # max(softmax(z)) = 1 / sum(exp(z - max(z))): no overflow, one pass.
+    scores = 1.0 / np.exp((rows - rows.max(axis=-1, keepdims=True)) / temperature).sum(axis=-1)
+    return np.where(finite, scores, np.nan)
 
 
 def score_request(logits: NDArray[np.floating[Any]], temperature: float) -> float:

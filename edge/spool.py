@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
@@ -73,8 +74,10 @@ class Spool:
 
     def _write_all(self, rows: list[dict[str, Array]]) -> None:
         with self._writing:
-            for start in range(0, len(rows), FILE_ROWS):
-                self._write(rows[start : start + FILE_ROWS])
+            for _, group in groupby(rows, key=_signature):  # an update may change the tensors' form
+                alike = list(group)
+                for start in range(0, len(alike), FILE_ROWS):
+                    self._write(alike[start : start + FILE_ROWS])
 
     def _write(self, rows: list[dict[str, Array]]) -> None:
         data = save({name: np.stack([row[name] for row in rows]) for name in rows[0]})
@@ -83,7 +86,7 @@ class Spool:
             return
         files = sorted(self._folder.glob("*.safetensors"))
         sizes = [path.stat().st_size for path in files]
-        number = int(files[-1].stem) + 1 if files else 1
+        number = max((int(path.stem) for path in files if path.stem.isdecimal()), default=0) + 1
         while files and sum(sizes) + len(data) > self._limit_bytes:
             files.pop(0).unlink()
             sizes.pop(0)
@@ -102,9 +105,9 @@ def export_captures(folder: Path, output: Path) -> int:
             parts.append(load_file(path))
         except SafetensorError:  # a disk error in one file must not cost the others
             continue
-    newest = _signature(parts[-1]) if parts else None
+    newest = _form(parts[-1]) if parts else None
     # A model whose tensors changed starts anew: rows of the old form fit no training set of the new one.
-    parts = [part for part in parts if _signature(part) == newest]
+    parts = [part for part in parts if _form(part) == newest]
     if not parts:
         raise NotFoundError(f"no captures in {folder}", hint="run the agent with --capture")
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -128,5 +131,9 @@ def find_spool(folder: Path, model: str | None) -> Path:
     return folder / str(wanted)
 
 
-def _signature(part: Mapping[str, Array]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {name: (array.dtype.str, array.shape[1:]) for name, array in part.items()}
+def _signature(row: Mapping[str, Array]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (array.dtype.str, array.shape) for name, array in row.items()}
+
+
+def _form(part: Mapping[str, Array]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return _signature({name: array[0] for name, array in part.items()})

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 keys_app = typer.Typer(no_args_is_help=True, help="Create and inspect the keys and certificates of a workspace.")
 token_app = typer.Typer(no_args_is_help=True, help="Mint and inspect access tokens.")
 
+_PORT: Final = 8443
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _NEXT_STEPS: Final = """\
 Made the workspace {root}:
   {root}/operator  keep offline: signs models and certificates. Back it up; nothing can replace it.
@@ -24,9 +26,9 @@ Made the workspace {root}:
   {root}/trust     public: copy to every device and operator.
 
 Next:
-  isthmus cloud serve --home {root}/cloud
+  isthmus cloud serve --home {root}/cloud{listen}
   isthmus token mint --home {root}/cloud --role operator --subject YOU --ttl 12h --output operator.token
-  isthmus device invite DEVICE --cloud {host}:8443 --trust {root}/trust --token-file operator.token"""
+  isthmus device invite DEVICE --cloud {host}:{port} --trust {root}/trust --token-file operator.token"""
 
 
 @keys_app.callback()
@@ -46,7 +48,9 @@ def init(
     from security.workspace import init_workspace
 
     init_workspace(root, host, name, datetime.now(UTC))
-    note(_NEXT_STEPS.format(root=root, host=host[0]))
+    local = all(name in _LOOPBACK for name in host)
+    listen = "" if local else f" --listen 0.0.0.0:{_PORT}"  # the default is reachable from this machine only
+    note(_NEXT_STEPS.format(root=root, host=host[0], port=_PORT, listen=listen))
 
 
 @keys_app.command("show")

@@ -34,7 +34,7 @@ from security.authority import (
     load_certificate,
     sign_leaf,
 )
-from security.keyfiles import load_ec_key, save_private_key
+from security.keyfiles import save_private_key
 
 DEVICE_LIFETIME: Final = timedelta(days=90)
 MAX_REQUEST_BYTES: Final = 16 * 1024
@@ -65,20 +65,17 @@ def new_device_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def make_csr(key: Path | ec.EllipticCurvePrivateKey, device_id: str, hosts: Sequence[str]) -> bytes:
+def make_csr(key: ec.EllipticCurvePrivateKey, device_id: str, hosts: Sequence[str]) -> bytes:
     """Return a signing request, PEM, for a device that its clients reach under `hosts`.
 
     Args:
-        key: The device's key, or the file that holds it.
+        key: The device's key.
         device_id: Its id as far as it knows it; "" when only its enrolment code says it.
         hosts: DNS names and IP addresses.
 
     Raises:
         InputError: A host is neither a DNS name nor an IP address, or there are more than 8.
-        ConfigError: The key file does not hold an ECDSA P-256 key.
     """
-    if isinstance(key, Path):
-        key = load_ec_key(key)
     subject = [x509.NameAttribute(NameOID.COMMON_NAME, check_device_id(device_id))] if device_id else []
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject))
     names = host_names(hosts)

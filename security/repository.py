@@ -97,9 +97,11 @@ class OperatorRepository:
             TrustError: What the cloud serves is not signed by the operator, or older than it can be.
             ConflictError: The version exists with another manifest.
             InputError: The model's name or version is unusable.
+            ConfigError: The targets key is missing, or not the one that the root names.
         """
         path = manifest_path(model, version)
-        metadata = parse_signed_targets(current_targets, _newest_root(self._folder / "tuf"))
+        root = _newest_root(self._folder / "tuf")
+        metadata = parse_signed_targets(current_targets, root)
         local_copy = self._folder / "tuf" / "targets.json"
         # One behind is fine: the version that was signed last may have been refused by the cloud, or never got there.
         if metadata.signed.version < parse(read_file(local_copy), Targets).signed.version - 1:
@@ -115,7 +117,7 @@ class OperatorRepository:
         metadata.signed.targets[path] = target
         metadata.signed.version += 1
         metadata.signed.expires = _expiry(self._clock(), TARGETS_LIFETIME)
-        signed = sign(metadata, load_signer(self._folder / "targets.key"))
+        signed = sign(metadata, _signer_for(Targets.type, root, self._folder / "targets.key"))
         replace_file(local_copy, signed)
         return signed
 
@@ -128,15 +130,18 @@ class CloudRepository:
         clock: The time.
 
     Raises:
-        ConfigError: The folder holds no repository.
+        ConfigError: The folder holds no repository, or its keys are not those that the root names.
     """
 
     def __init__(self, cloud_dir: Path, *, clock: Callable[[], datetime] = _wall_clock) -> None:
         self._folder = cloud_dir / "tuf"
         self._clock = clock
-        self._signers = load_signer(cloud_dir / "snapshot.key"), load_signer(cloud_dir / "timestamp.key")
         self._lock = threading.Lock()
         self._root = _newest_root(self._folder)
+        self._signers = (
+            _signer_for(Snapshot.type, self._root, cloud_dir / "snapshot.key"),
+            _signer_for(Timestamp.type, self._root, cloud_dir / "timestamp.key"),
+        )
 
     def metadata(self, name: str) -> bytes:
         """Return a metadata file by its name, for example "timestamp.json" or "2.root.json".
@@ -251,6 +256,13 @@ def _newest_root(folder: Path) -> Root:
             f"{folder} holds no root metadata", hint="`isthmus keys init DIR --host NAME` makes a workspace"
         )
     return parse(read_file(folder / f"{max(versions)}.root.json"), Root).signed
+
+
+def _signer_for(role: str, root: Root, path: Path) -> CryptoSigner:
+    signer = load_signer(path)
+    if signer.public_key.keyid not in root.get_delegated_role(role).keyids:
+        raise ConfigError(f"{path} is not the {role} key that the root metadata names")
+    return signer
 
 
 def _is_due(signed: Signed, lifetime: timedelta, now: datetime) -> bool:

@@ -78,7 +78,10 @@ class OpenVinoRunner:
         except RuntimeError as error:
             raise InputError(f"OpenVINO cannot load {path.name}: {str(error)[:300]}") from error
         self._request: Any = compiled.create_infer_request()
-        self._inputs = {port.get_any_name(): (port.get_element_type(), port.get_partial_shape()) for port in compiled.inputs}
+        self._inputs = {
+            port.get_any_name(): (port.get_element_type().to_dtype(), port.get_partial_shape())
+            for port in compiled.inputs
+        }
         self._names = [output.get_any_name() for output in compiled.outputs]
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -87,18 +90,24 @@ class OpenVinoRunner:
         Raises:
             InputError: The model cannot take these inputs.
         """
-        # OpenVINO itself would answer a wrong shape with the results of the request before, and convert a wrong dtype.
-        for name, (dtype, shape) in self._inputs.items():
-            array = inputs.get(name)
-            fits = array is not None and array.dtype == dtype.to_dtype() and shape.compatible(list(array.shape))
-            if not fits:
-                came = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
-                raise InputError(f"OpenVINO cannot run the model: {name!r} must be {dtype.to_dtype()}{shape}, got {came}")
+        self._check(inputs)
         try:
             results = self._request.infer(dict(inputs))
         except RuntimeError as error:
             raise InputError(f"OpenVINO cannot run the model: {str(error)[:300]}") from error
         return {name: results[index].copy() for index, name in enumerate(self._names)}
+
+    def _check(self, inputs: Mapping[str, Array]) -> None:
+        """Refuse what OpenVINO takes: a wrong shape gets the answer before, a wrong dtype is cast."""
+        for name, (dtype, shape) in self._inputs.items():
+            array = inputs.get(name)
+            if array is None:
+                raise InputError(f"OpenVINO cannot run the model: input {name!r} is missing")
+            if array.dtype != dtype or not shape.compatible(openvino.PartialShape(list(array.shape))):
+                raise InputError(
+                    f"OpenVINO cannot run the model: {name!r} must be {dtype}{shape}, "
+                    f"got {array.dtype}{list(array.shape)}"
+                )
 
 
 def convert(model: CapturedModel) -> Any:

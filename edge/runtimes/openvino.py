@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-sys.modules.setdefault("openvino_telemetry", cast("Any", None))
-
-import openvino  # noqa: E402 - after the line above
-
 from isthmus.errors import BundleError, InputError
 from isthmus.tensors import Array
+
+sys.modules.setdefault("openvino_telemetry", cast("Any", None))
+
+import openvino  # noqa: E402 - only after the line above
 
 
 class OpenVinoRuntime:

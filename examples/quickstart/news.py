@@ -109,6 +109,7 @@ class NewsStory:
     )
     labels = GROUPS
     max_escalation = 0.3
+    max_accuracy_drop = 0.02
 
     def __init__(self) -> None:
         """Start without the encoder; :meth:`prepare` fetches it."""

@@ -41,7 +41,7 @@ quantization = {quantization}
 calibration = {calibration}
 
 [guard]
-max_accuracy_drop = 0.02
+max_accuracy_drop = {max_accuracy_drop}
 
 [calibration]
 max_escalation = {max_escalation}
@@ -67,6 +67,7 @@ def write_recipe(
         quantization=quoted(samples / "quantization.safetensors"),
         calibration=quoted(samples / "calibration.safetensors"),
         max_escalation=story.max_escalation,
+        max_accuracy_drop=story.max_accuracy_drop,
     )
     if previous is not None:
         text += f"\n[update]\ndelta_from = {quoted(previous)}\n"

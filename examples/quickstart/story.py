@@ -65,6 +65,11 @@ class Story(Protocol):
         """The largest share of requests that may go to the heavy model."""
         ...
 
+    @property
+    def max_accuracy_drop(self) -> float:
+        """How much accuracy an INT8 variant may lose against its source before the compiler refuses it."""
+        ...
+
     def prepare(self, cache: Path, progress: Progress) -> Splits:
         """Fetch, parse and divide the data; a second call reads the cache."""
         ...

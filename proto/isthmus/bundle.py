@@ -6,7 +6,7 @@ A folder with these entries, and nothing that can execute on load (no pickle):
     variants/<id>/...        the light model, one folder for each (runtime, precision, platform)
     heavy/...                a Triton model version folder for the heavy model, and its config.pbtxt
     calibration.json         `Calibration`: how scores become routes, for this version only
-    golden.safetensors       inputs ("input.<name>") and each variant's outputs ("output.<variant id>.<name>"), row by row
+    golden.safetensors       inputs ("input.<name>") and each variant's outputs ("output.<variant id>.<name>")
     report.json              what the compiler measured (parity, accuracy, latency, size for each variant)
 
 Same source, recipe and tool versions give the same bytes: there is no time stamp and JSON is canonical (`to_json`).

@@ -122,7 +122,11 @@ def _translated(behaviour: Callable[..., Any]) -> Callable[..., Any]:
 def _translated_stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            async for response in behaviour(request, context):
+            result = behaviour(request, context)
+            if inspect.isawaitable(result):  # a streaming behaviour may also be a coroutine that writes to the context
+                await result
+                return
+            async for response in result:
                 yield response
         except errors.IsthmusError as error:
             await _abort(context, error)

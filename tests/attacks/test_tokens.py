@@ -289,7 +289,7 @@ def device_key(tmp_path: Path) -> Path:
 
 
 def _refused_assertion(assertion: str, device_key: Path) -> str:
-    public = public_key_of(make_csr(device_key, "", []))
+    public = public_key_of(make_csr(load_ec_key(device_key), "", []))
     with pytest.raises(IdentityError) as refusal:
         verify_assertion(assertion, public, "cloud", NOW)
     return refusal.value.reason

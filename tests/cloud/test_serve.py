@@ -59,7 +59,7 @@ def cloud_process(workspace: Workspace, *more: object) -> Iterator[tuple[subproc
         yield process, json.loads(ready.read_text())
     finally:
         if process.poll() is None:
-            process.kill()
+            process.terminate()
             process.wait(20)
 
 
@@ -113,8 +113,11 @@ def test_the_operators_commands_from_publish_to_status(workspace: Workspace, tmp
 
 
 def test_triton_dies_with_a_killed_cloud_and_the_next_one_starts(workspace: Workspace) -> None:
+    record = workspace.home / "state" / "triton.run"
     with cloud_process(workspace) as (process, ready):
         assert is_running(ready["triton_pid"])
+        left_over = Path(record.read_text())
+        assert left_over.is_dir()
         process.kill()
         process.wait(20)
 
@@ -124,6 +127,7 @@ def test_triton_dies_with_a_killed_cloud_and_the_next_one_starts(workspace: Work
         asyncio.run(eventually(is_gone, "Triton is gone"))
     (workspace.root / "ready.json").unlink()
     with cloud_process(workspace) as (process, ready):
+        assert not left_over.exists()
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
 

@@ -26,6 +26,9 @@ threads = 1
 [data]
 quantization = "quantization.safetensors"
 calibration = "calibration.safetensors"
+[guard]
+max_accuracy_drop = {drop}
+max_difference = {difference}
 {rest}
 """
 INT8 = '[[variants]]\ntarget = "openvino"\nprecision = "int8"\n'
@@ -34,21 +37,36 @@ ALL = INT8 + '[[variants]]\ntarget = "openvino"\n[[variants]]\ntarget = "onnxrun
 WriteRecipe = Callable[..., Path]
 
 
+def light_weights() -> models.Weights:
+    return models.nudged(models.encoder_weights(), 0.12)
+
+
 def fill_workspace(folder: Path) -> None:
     truth = models.encoder_weights()
     heavy = models.write_encoder(folder / "heavy.onnx", truth)
-    light = models.nudged(truth, 0.12)
+    light = light_weights()
     models.write_encoder(folder / "light-v1.onnx", light)
-    models.write_encoder(folder / "light-v2.onnx", models.nudged(light, 0.003, seed=2, only=("value", "head", "out_bias")))
+    # A little smaller as well: a tensor of 48 weights may not have a single one outside of the old grid.
+    moved = light | {name: light[name] * np.float32(0.95) for name in ("value", "head")}
+    moved = models.nudged(moved, 0.001, seed=2, only=("value", "head", "out_bias"))
+    models.write_encoder(folder / "light-v2.onnx", moved)
     session = onnxruntime.InferenceSession(str(heavy))
     inputs = models.tokens(400)
     labels = session.run(None, {"tokens": inputs})[0].argmax(axis=1).astype(np.int64)
     models.write_samples(folder / "calibration.safetensors", {"tokens": inputs, "labels": labels})
-    models.write_samples(folder / "quantization.safetensors", {"tokens": models.tokens(40, seed=8)})
+    models.write_samples(folder / "quantization.safetensors", {"tokens": models.tokens(100, seed=8)})
 
 
 def write_recipe(folder: Path, name: str = "recipe.toml", **changes: object) -> Path:
-    values = {"version": 1, "light": "light-v1.onnx", "variants": ALL, "rest": "", **changes}
+    values = {
+        "version": 1,
+        "light": "light-v1.onnx",
+        "variants": ALL,
+        "rest": "",
+        "drop": 0.1,
+        "difference": 1e-3,
+        **changes,
+    }
     path = folder / name
     path.write_text(RECIPE.format(**values), encoding="utf-8")
     return path

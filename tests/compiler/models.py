@@ -22,6 +22,7 @@ def encoder_weights(seed: int = 0) -> Weights:
         return rng.normal(0, scale, shape).astype(np.float32)
 
     square = {name: draw(WIDTH, WIDTH) for name in ("query", "key", "value", "out")}
+    square |= {name: square[name] * np.float32(0.3) for name in ("query", "key")}  # lest attention is all or nothing
     biases = {f"{name}_bias": draw(WIDTH, scale=0.1) for name in square}
     norm = {"norm_scale": 1 + draw(WIDTH, scale=0.1), "norm_bias": draw(WIDTH, scale=0.1)}
     head = {"head": draw(WIDTH, CLASSES, scale=1.0), "head_bias": draw(CLASSES, scale=0.1)}
@@ -57,7 +58,7 @@ def write_encoder(path: Path, weights: Weights, *, batch: str | int = "batch", o
         node("Add", ["out_product", "out_bias"], ["outs"], name="out_add"),
         node("Add", ["embedded", "outs"], ["residual"], name="residual_add"),
         node("LayerNormalization", ["residual", "norm_scale", "norm_bias"], ["normed"], name="norm", axis=-1),
-        # The first token, not the mean: OpenVINO 2026.4 fuses smoothing into a mean and gets all rows but the first wrong.
+        # Not the mean: OpenVINO 2026.4 fuses smoothing into it, and gets all rows but the first wrong.
         node("Gather", ["normed", "first"], ["pooled"], name="pool", axis=1),
         node("MatMul", ["pooled", "head"], ["head_product"], name="head_matmul"),
         node("Add", ["head_product", "head_bias"], [output], name="head_add"),

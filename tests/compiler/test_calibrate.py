@@ -20,7 +20,7 @@ from compiler.calibrate import (
     largest_count,
     samples_needed,
 )
-from compiler.evaluate import max_probability, route
+from compiler.evaluate import Labels, Logits, max_probability, route
 from isthmus.bundle import OperatingPoint
 
 POINT = OperatingPoint(value=0.3, delta=0.1)
@@ -30,7 +30,7 @@ def binomial_cdf(count: int, rate: float, most: int) -> float:
     return sum(math.comb(count, k) * rate**k * (1 - rate) ** (count - k) for k in range(most + 1))
 
 
-def labelled_logits(count: int, *, sharpness: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def labelled_logits(count: int, *, sharpness: float, seed: int = 0) -> tuple[Logits, Labels]:
     """Return logits whose softmax, at temperature `sharpness`, are the true chances of the labels."""
     rng = np.random.default_rng(seed)
     honest = rng.normal(0, 1.5, (count, 4))
@@ -70,6 +70,7 @@ def test_the_bound_holds_over_many_drawings(plateaus: bool) -> None:
     assert plateaus or broken / rounds > POINT.delta / 2  # and it is not kept by being useless
 
 
+@pytest.mark.slow
 def test_the_bound_holds_with_the_temperature_fitted_on_the_same_file() -> None:
     logits, labels = labelled_logits(100_000, sharpness=3.0)
     rng, broken, rounds = np.random.default_rng(5), 0, 200

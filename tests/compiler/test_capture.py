@@ -131,5 +131,5 @@ def test_both_models_must_have_the_same_ends(source: Path, tmp_path: Path) -> No
     heavy = capture(other, tmp_path / "b.onnx")
 
     check_same_interface(light, light)
-    with pytest.raises(InputError, match="'answers' is absent in the light model and FP32.* in the heavy one"):
+    with pytest.raises(InputError, match=r"'answers' is absent in the light model and FP32.* in the heavy one"):
         check_same_interface(light, heavy)

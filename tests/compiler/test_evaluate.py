@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compiler.evaluate import (
+    Logits,
     accuracy,
     accuracy_curve,
     agreement,
@@ -20,7 +21,7 @@ from compiler.evaluate import (
 )
 
 
-def logits_of(answers: list[int], strength: float = 2.0) -> np.ndarray:
+def logits_of(answers: list[int], strength: float = 2.0) -> Logits:
     return np.eye(3, dtype=np.float32)[answers] * strength
 
 

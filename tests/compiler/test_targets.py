@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CapturedModel:
 
 
 def options(precision: str) -> BuildOptions:
-    return BuildOptions(precision=precision, samples={"tokens": models.tokens(20)}, name="tiny", threads=1)
+    return BuildOptions(precision=precision, samples={"tokens": models.tokens(60)}, name="tiny", threads=1)
 
 
 def built(target: Target, model: CapturedModel, folder: Path, precision: str) -> Path:
@@ -39,6 +39,7 @@ def built(target: Target, model: CapturedModel, folder: Path, precision: str) ->
     return folder / target.build(model, folder, options(precision)).entry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision"), BUILDS)
 def test_same_model_same_bytes(model: CapturedModel, tmp_path: Path, name: str, precision: str) -> None:
     target = load_target(name, role=ROLES[name])
@@ -54,6 +55,7 @@ def test_same_model_same_bytes(model: CapturedModel, tmp_path: Path, name: str, 
     assert digests[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision"), BUILDS)
 def test_answers_are_those_of_the_source(model: CapturedModel, tmp_path: Path, name: str, precision: str) -> None:
     target = load_target(name, role=ROLES[name])
@@ -65,9 +67,11 @@ def test_answers_are_those_of_the_source(model: CapturedModel, tmp_path: Path, n
 
     assert list(outputs) == ["logits"]
     assert outputs["logits"].dtype == np.float32
-    np.testing.assert_allclose(outputs["logits"], source, atol=1e-4 if precision == "fp32" else 0.3)
+    difference = np.abs(outputs["logits"] - source)
+    assert difference.max() < 1e-4 if precision == "fp32" else difference.mean() < 0.02 * np.ptp(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision"), BUILDS)
 def test_a_row_alone_gives_what_it_gives_in_a_batch(
     model: CapturedModel, tmp_path: Path, name: str, precision: str
@@ -84,10 +88,9 @@ def test_a_row_alone_gives_what_it_gives_in_a_batch(
     np.testing.assert_array_equal(together, kept)  # an answer is not overwritten by the next one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision"), BUILDS)
-def test_wrong_inputs_are_the_callers_error(
-    model: CapturedModel, tmp_path: Path, name: str, precision: str
-) -> None:
+def test_wrong_inputs_are_the_callers_error(model: CapturedModel, tmp_path: Path, name: str, precision: str) -> None:
     target = load_target(name, role=ROLES[name])
     runner = target.open(built(target, model, tmp_path / "out", precision), threads=1)
 

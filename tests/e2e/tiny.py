@@ -55,6 +55,7 @@ class TinyStory:
     licence = "Drawn by a random generator."
     labels = tuple(f"class {number}" for number in range(CLASSES))
     max_escalation = 0.3
+    max_accuracy_drop = 0.02
 
     def prepare(self, cache: Path, progress: Progress) -> Splits:
         del cache, progress

@@ -27,6 +27,7 @@ from isthmus.bundle import (
     index_files,
 )
 from isthmus.digests import tree_digest
+from isthmus.tensors import Array
 
 CLASSES = 3
 THRESHOLD = 0.8
@@ -35,7 +36,7 @@ HARD = np.array([[0.2, 0.1, 0.0]], dtype=np.float32)  # score 0.37
 VARIANTS = {"onnxruntime-fp32": "onnxruntime", "openvino-fp32": "openvino"}
 
 
-def weights(version: int) -> np.ndarray:
+def weights(version: int) -> Array:
     matrix = np.eye(CLASSES, dtype=np.float32)
     matrix[0, 1] = version * 1e-3
     return matrix
@@ -72,7 +73,7 @@ def save_variant(runtime: str, folder: Path, version: int = 1) -> str:
     return "model.onnx"
 
 
-def golden_tensors(version: int) -> dict[str, np.ndarray]:
+def golden_tensors(version: int) -> dict[str, Array]:
     x = np.random.default_rng(7).normal(size=(4, CLASSES)).astype(np.float32)
     logits = x @ weights(version)
     tensors = {"input.x": x}
@@ -108,16 +109,21 @@ def build_bundle(
     folder: Path,
     version: int = 1,
     *,
-    golden: dict[str, np.ndarray] | None = None,
+    golden: dict[str, Array] | None = None,
     record: Calibration | None = None,
+    weights_of: int | None = None,
 ) -> Manifest:
-    """Write a whole bundle; `golden` and `record` replace the right ones for tests of refusals."""
-    entries = {name: save_variant(runtime, folder / "variants" / name, version) for name, runtime in VARIANTS.items()}
+    """Write a whole bundle.
+
+    `golden` and `record` replace the right ones for tests of refusals; `weights_of` takes another version's model.
+    """
+    made_of = weights_of or version
+    entries = {name: save_variant(runtime, folder / "variants" / name, made_of) for name, runtime in VARIANTS.items()}
     (folder / "heavy" / "1").mkdir(parents=True)
     (folder / "heavy" / "config.pbtxt").write_text('backend: "python"\n')
     (folder / "heavy" / "1" / "model.onnx").write_bytes(b"not looked at by the edge")
     (folder / "calibration.json").write_bytes((record or calibration(version)).to_json())
-    save_file(golden or golden_tensors(version), folder / "golden.safetensors")
+    save_file(golden or golden_tensors(made_of), folder / "golden.safetensors")
     files = index_files(folder)
     heavy = {path: entry.sha256 for path, entry in files.items() if path.startswith("heavy/")}
     manifest = Manifest(

@@ -17,8 +17,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from isthmus.bundle import TensorSpec
 from isthmus.oip import MODEL_INFER, service_pb2, set_parameter
-from isthmus.tensors import decode_inputs, encode_outputs
+from isthmus.tensors import Array, decode_inputs, encode_outputs
 from tests.edge import bundles
 
 Behaviour = Callable[[bytes, Any], Awaitable[bytes]]
@@ -60,10 +61,10 @@ def make_identity(folder: Path) -> Identity:
     return identity
 
 
-def heavy_response(raw: bytes, *, logits: np.ndarray | None = None) -> Any:
+def heavy_response(raw: bytes, *, logits: Array | None = None) -> Any:
     """What a right cloud answers: logits that no light model gives (the input plus 100)."""
     request = service_pb2.ModelInferRequest.FromString(raw)
-    specs = (bundles.TensorSpec(name="x", datatype="FP32", shape=(-1, bundles.CLASSES)),)
+    specs = (TensorSpec(name="x", datatype="FP32", shape=(-1, bundles.CLASSES)),)
     x = decode_inputs(request, specs, max_batch=64)["x"]
     heavy = x + np.float32(100) if logits is None else logits
     outputs = {"logits": heavy, "label": heavy.argmax(axis=-1).astype(np.int64)}
@@ -142,7 +143,7 @@ async def faulty_cloud(identity: Identity, *, port: int = 0) -> AsyncIterator[Fa
     server = grpc.aio.server()
     cloud = FaultyCloud("")
     service, _, method = MODEL_INFER[1:].partition("/")
-    handler = grpc.unary_unary_rpc_method_handler(cloud.infer)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(cloud.infer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
     pair = (identity.key.read_bytes(), identity.certificate.read_bytes())
     bound = server.add_secure_port(f"localhost:{port}", grpc.ssl_server_credentials([pair]))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tritonclient.grpc.aio as triton
 
 from edge.breaker import Breaker
 from edge.model import LiveModel, ServedModels, open_model
 from edge.router import Capture, Router
-from edge.server import AgentServer, InferenceService
+from edge.server import AgentServer, InferenceService, may_use_all
 from edge.uplink import Uplink, open_channel
 from isthmus.oip import read_parameters
+from isthmus.tensors import Array
 from isthmus.v1 import agent_pb2
 from tests.edge import bundles
 from tests.edge.faulty_cloud import FaultyCloud, faulty_cloud, make_identity
@@ -32,7 +32,7 @@ class Serving:
     uplink: Uplink
     cloud: FaultyCloud
 
-    async def infer(self, x: np.ndarray, **kwargs: Any) -> triton.InferResult:
+    async def infer(self, x: Array, **kwargs: Any) -> triton.InferResult:
         tensor = triton.InferInput("x", list(x.shape), "FP32")
         tensor.set_data_from_numpy(x)
         return await self.client.infer(MODEL, [tensor], **kwargs)
@@ -55,6 +55,8 @@ async def serving(
     capture: Capture | None = None,
     default_deadline_s: float = 1.0,
     guard_s: float = 0.05,
+    may_use: Callable[[str], bool] = may_use_all,
+    listen: str = "127.0.0.1:0",
 ) -> AsyncIterator[Serving]:
     """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise."""
     if not (folder / "bundle").exists():
@@ -65,7 +67,7 @@ async def serving(
     async with faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
         uplink = Uplink(channel, lambda: token, breaker or Breaker(), guard_s=guard_s, longest_s=10.0)
         router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture)
-        server = AgentServer("127.0.0.1:0", InferenceService(models, router), agent_pb2.GetStatusResponse)
+        server = AgentServer(listen, InferenceService(models, router, may_use=may_use), agent_pb2.GetStatusResponse)
         address = await server.start()
         await server.set_ready(ready=True)
         client = triton.InferenceServerClient(address)

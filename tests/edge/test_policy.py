@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from edge.policy import decide, score_request, score_rows
 from isthmus.errors import InputError
+from isthmus.tensors import Array
 
 FINITE = st.floats(-1e4, 1e4, width=32)
 LOGITS = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 6)), elements=FINITE)
@@ -20,7 +21,7 @@ THRESHOLD = st.floats(-1, 2)
 
 
 @given(LOGITS, TEMPERATURE)
-def test_scores_are_the_largest_softmax_probabilities(logits: np.ndarray, temperature: float) -> None:
+def test_scores_are_the_largest_softmax_probabilities(logits: Array, temperature: float) -> None:
     rows = logits.astype(np.float64) / temperature
     exponentials = np.exp(rows - rows.max(axis=1, keepdims=True))
     softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
@@ -28,14 +29,14 @@ def test_scores_are_the_largest_softmax_probabilities(logits: np.ndarray, temper
 
 
 @given(LOGITS, TEMPERATURE)
-def test_request_is_as_sure_as_its_least_sure_row(logits: np.ndarray, temperature: float) -> None:
+def test_request_is_as_sure_as_its_least_sure_row(logits: Array, temperature: float) -> None:
     score = score_request(logits, temperature)
     assert score == score_rows(logits, temperature).min()
     assert 1 / logits.shape[1] - 1e-9 <= score <= 1
 
 
 @given(LOGITS, TEMPERATURE, FINITE)
-def test_shifting_all_logits_changes_nothing(logits: np.ndarray, temperature: float, shift: float) -> None:
+def test_shifting_all_logits_changes_nothing(logits: Array, temperature: float, shift: float) -> None:
     wide = logits.astype(np.float64)
     np.testing.assert_allclose(
         score_rows(wide, temperature), score_rows(wide + shift, temperature), rtol=1e-6, atol=1e-9

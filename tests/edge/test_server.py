@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -15,10 +16,10 @@ from tritonclient.utils import InferenceServerException
 from edge.server import AgentServer, InferenceService, is_local
 from isthmus.errors import ConfigError
 from isthmus.oip import SERVICE, service_pb2, service_pb2_grpc
-from isthmus.tensors import encode_request
+from isthmus.tensors import Array, encode_request
 from isthmus.v1 import agent_pb2
 from tests.edge import bundles
-from tests.edge.serving import MODEL, explanation, serving
+from tests.edge.serving import MODEL, explanation, open_variant, serving
 
 
 def test_confident_request_is_answered_on_the_edge(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_one_hard_row_makes_the_request_hard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("x", "route"), [(bundles.SURE, "cloud"), (bundles.HARD, "edge")])
-def test_caller_may_ask_for_a_route(tmp_path: Path, x: np.ndarray, route: str) -> None:
+def test_caller_may_ask_for_a_route(tmp_path: Path, x: Array, route: str) -> None:
     async def scenario() -> None:
         async with serving(tmp_path) as agent:
             told = explanation(await agent.infer(x, parameters={"isthmus.route": route}))
@@ -139,7 +140,7 @@ def test_statistics_count_every_request_once(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-async def _unavailable(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+async def _unavailable(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
     await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
     return b""
 
@@ -216,7 +217,7 @@ def test_hostile_request_is_refused_with_what_was_expected(tmp_path: Path, case:
 def test_malformed_protobuf_is_the_callers_error(tmp_path: Path, method: str) -> None:
     async def scenario() -> None:
         async with serving(tmp_path) as agent, grpc.aio.insecure_channel(agent.address) as channel:
-            call = channel.unary_unary(f"/{SERVICE}/{method}")
+            call: Any = channel.unary_unary(f"/{SERVICE}/{method}")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call(b"\x0a\xff\xff\xff")
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -250,10 +251,11 @@ def test_health_and_not_ready_before_the_first_version(tmp_path: Path) -> None:
 
 
 def test_synchronous_tritonclient(tmp_path: Path) -> None:
-    def call(address: str) -> np.ndarray:
+    def call(address: str) -> Array:
         with sync_triton.InferenceServerClient(address) as client:
             tensor = sync_triton.InferInput("x", [1, 3], "FP32").set_data_from_numpy(bundles.HARD)
-            return client.infer(MODEL, [tensor], client_timeout=5).as_numpy("logits")
+            logits: Array = client.infer(MODEL, [tensor], client_timeout=5).as_numpy("logits")
+            return logits
 
     async def scenario() -> None:
         async with serving(tmp_path) as agent:
@@ -283,3 +285,69 @@ def test_only_local_addresses_may_lack_tls(address: str, local: bool) -> None:
     if not local:
         with pytest.raises(ConfigError, match="expected TLS credentials"):
             AgentServer(address, InferenceService(None, None), agent_pb2.GetStatusResponse)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_swaps_under_load_fail_no_call(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        for version in range(2, 6):
+            bundles.build_bundle(tmp_path / str(version), version)
+        async with serving(tmp_path) as agent:
+            done = asyncio.Event()
+            versions: set[str] = set()
+
+            async def caller() -> None:
+                while not done.is_set():
+                    result = await agent.infer(bundles.SURE, client_timeout=10)
+                    version = result.get_response().model_version
+                    logits = bundles.SURE @ bundles.weights(int(version))
+                    np.testing.assert_allclose(result.as_numpy("logits"), logits, atol=1e-5)
+                    versions.add(version)
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(8):
+                    group.create_task(caller())
+                for version in range(2, 6):
+                    while str(version - 1) not in versions:
+                        await agent.infer(bundles.SURE)
+                    live = await asyncio.to_thread(open_variant, tmp_path / str(version))
+                    agent.models.swap(MODEL, live)
+                while "5" not in versions:
+                    await agent.infer(bundles.SURE)
+                done.set()
+            assert versions == {"1", "2", "3", "4", "5"}
+            assert agent.models.counters[MODEL].errors == 0
+
+    asyncio.run(scenario())
+
+
+def test_callers_see_only_the_models_that_they_may_use(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, may_use=lambda model: False) as agent:
+            assert list((await agent.client.get_model_repository_index()).models) == []
+            assert list((await agent.client.get_inference_statistics()).model_stats) == []
+            for call in (agent.infer(bundles.SURE), agent.client.get_model_metadata(MODEL)):
+                with pytest.raises(InferenceServerException) as caught:
+                    await call
+                assert caught.value.status() == "StatusCode.NOT_FOUND"
+
+    asyncio.run(scenario())
+
+
+def test_busy_port_is_a_configuration_error(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            service = InferenceService(agent.models, None)  # type: ignore[arg-type]
+            second = AgentServer(agent.address, service, agent_pb2.GetStatusResponse)
+            with pytest.raises(ConfigError, match="cannot listen"):
+                await second.start()
+
+    asyncio.run(scenario())
+
+
+def test_unix_socket(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, listen=f"unix:{tmp_path / 'agent.sock'}") as agent:
+            assert explanation(await agent.infer(bundles.HARD))["isthmus.route"] == "cloud"
+
+    asyncio.run(scenario())

@@ -27,19 +27,25 @@ async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
     raise RAISED[request.decode()]
 
 
-async def call(name: str, *, streaming: bool) -> grpc.aio.AioRpcError:
+async def written_stream(request: bytes, context: Any) -> None:
+    await context.write(b"first")
+    raise RAISED[request.decode()]
+
+
+async def call(name: str, *, streaming: str) -> grpc.aio.AioRpcError:
     server = grpc.aio.server(interceptors=[StatusInterceptor()])
-    handlers = {
+    handlers: dict[str, Any] = {
         "Unary": grpc.unary_unary_rpc_method_handler(unary),
         "Stream": grpc.unary_stream_rpc_method_handler(stream),
+        "WrittenStream": grpc.unary_stream_rpc_method_handler(written_stream),
     }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Service", handlers)])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            if streaming:
-                stub: Any = channel.unary_stream("/test.Service/Stream")
+            if streaming != "Unary":
+                stub: Any = channel.unary_stream(f"/test.Service/{streaming}")
                 async for _ in stub(name.encode()):
                     pass
             else:
@@ -52,10 +58,10 @@ async def call(name: str, *, streaming: bool) -> grpc.aio.AioRpcError:
     raise AssertionError("the call must fail")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", ["Unary", "Stream", "WrittenStream"])
 @pytest.mark.parametrize(("kind", "code"), STATUS_OF, ids=[kind.__name__ for kind, _ in STATUS_OF])
 def test_our_errors_arrive_with_code_message_and_reason(
-    kind: type[errors.IsthmusError], code: grpc.StatusCode, streaming: bool
+    kind: type[errors.IsthmusError], code: grpc.StatusCode, streaming: str
 ) -> None:
     caught = asyncio.run(call(kind.__name__, streaming=streaming))
     assert caught.code() is code
@@ -65,8 +71,8 @@ def test_our_errors_arrive_with_code_message_and_reason(
     assert "asking: what came" in translated.message
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_other_exceptions_tell_the_caller_nothing(streaming: bool) -> None:
+@pytest.mark.parametrize("streaming", ["Unary", "Stream", "WrittenStream"])
+def test_other_exceptions_tell_the_caller_nothing(streaming: str) -> None:
     caught = asyncio.run(call("ValueError", streaming=streaming))
     assert caught.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in str(caught)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 
@@ -104,8 +104,7 @@ def refused_status(ca: Path, port: int, kind: str, token: str | None, method: st
             answer = stub(argument, metadata=metadata, timeout=20)
             answers = [answer] if kind.endswith("unary") else list(answer)
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call)
-            return error
+            return cast("grpc.Call", error)
     raise AssertionError(f"{method or kind} answered {answers}")
 
 

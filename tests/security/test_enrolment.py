@@ -9,7 +9,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store
 
@@ -74,9 +74,8 @@ def test_the_identity_is_the_codes_and_never_the_requests(authority: IssuingCa) 
     assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
-def test_a_device_key_can_be_given_as_a_file_and_without_a_name(authority: IssuingCa, tmp_path: Path) -> None:
-    new_device_key(tmp_path / "device.key")
-    leaf = x509.load_pem_x509_certificate(authority.sign(make_csr(tmp_path / "device.key", "", []), "cam-1", _now()))
+def test_a_request_needs_no_name(authority: IssuingCa) -> None:
+    leaf = x509.load_pem_x509_certificate(authority.sign(make_csr(_p256(), "", []), "cam-1", _now()))
     assert leaf.subject.rfc4514_string() == "CN=cam-1"
 
 
@@ -98,20 +97,13 @@ def test_a_request_that_its_key_did_not_sign_is_refused(authority: IssuingCa) ->
     mine, theirs = _p256(), _p256()
     csr = x509.load_pem_x509_csr(_request(mine, []))
     der = csr.public_bytes(Encoding.DER)
-    points = [
-        key.public_key().public_bytes(Encoding.X962, _point_format())  # same length: one replaces the other
-        for key in (mine, theirs)
-    ]
-    assert der.count(points[0]) == 1
-    swapped = x509.load_der_x509_csr(der.replace(*points)).public_bytes(Encoding.PEM)
+    own, other = (  # points have the same length: one replaces the other
+        key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint) for key in (mine, theirs)
+    )
+    assert der.count(own) == 1
+    swapped = x509.load_der_x509_csr(der.replace(own, other)).public_bytes(Encoding.PEM)
     with pytest.raises(InputError, match="not signed with its own key"):
         authority.sign(swapped, "cam-1", _now())
-
-
-def _point_format() -> Any:
-    from cryptography.hazmat.primitives.serialization import PublicFormat
-
-    return PublicFormat.UncompressedPoint
 
 
 @pytest.mark.parametrize(

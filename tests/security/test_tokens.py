@@ -1,5 +1,6 @@
 """Access tokens and assertions that are what they should be; tests/attacks/test_tokens.py has the others."""
 
+import base64
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from isthmus.errors import ConfigError, IdentityError, InputError
 from security.enrolment import make_csr, new_device_key, public_key_of
@@ -166,6 +168,14 @@ def test_a_key_set_with_anything_but_ed25519_public_keys_is_refused(jwks: bytes)
         KeySet(jwks)
 
 
+def test_a_key_set_with_a_private_key_is_refused() -> None:
+    """Somebody put the signing key where it would be published."""
+    key = ed25519.Ed25519PrivateKey.generate()
+    secret = base64.urlsafe_b64encode(key.private_bytes_raw()).rstrip(b"=").decode()
+    with pytest.raises(ConfigError):
+        KeySet(json.dumps({"keys": [public_jwk(key.public_key()) | {"d": secret}]}).encode())
+
+
 @pytest.mark.parametrize("change", [{"algorithm": "HS256"}, {"kid": "../../x"}, {"kid": 3}, {"issuer": None}])
 def test_an_issuer_file_that_was_changed_is_refused(own_workspace: Path, change: dict[str, Any]) -> None:
     path = own_workspace / "cloud" / "tokens" / "issuer.json"
@@ -213,8 +223,6 @@ def test_an_assertion_of_another_device_is_refused(device: tuple[Path, bytes], t
 
 
 def test_an_assertion_needs_a_p256_key(device: tuple[Path, bytes]) -> None:
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
     other = ec.generate_private_key(ec.SECP384R1()).public_key()
     pem = other.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     for wrong in (pem, b"nonsense"):

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from compiler.package import check_output, move_into_place, write_archive
+from isthmus.errors import ConflictError
+
+
+def folder_with(path: Path, content: str) -> Path:
+    (path / "sub").mkdir(parents=True)
+    (path / "manifest.json").write_text(content)
+    (path / "sub" / "data").write_text(content)
+    return path
+
+
+def test_the_archive_depends_on_names_and_bytes_only(tmp_path: Path) -> None:
+    first, second = folder_with(tmp_path / "a", "x"), folder_with(tmp_path / "b", "x")
+    (second / "manifest.json").chmod(0o600)
+    os.utime(second / "sub" / "data", (1, 1))
+
+    for folder in (first, second):
+        write_archive(folder, tmp_path / f"{folder.name}.tar")
+
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.getnames() == ["manifest.json", "sub/data"]
+
+
+def test_only_a_bundle_or_nothing_is_replaced(tmp_path: Path) -> None:
+    check_output(tmp_path / "new" / "bundle")
+    check_output(folder_with(tmp_path / "old", "x"))
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty")
+
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("x")
+    with pytest.raises(ConflictError, match="is not a bundle"):
+        check_output(tmp_path / "precious")
+    with pytest.raises(ConflictError, match="is not a bundle"):
+        check_output(tmp_path / "precious" / "thesis.tex")
+
+
+def test_a_bundle_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    output = folder_with(tmp_path / "bundle", "old")
+    (output / "leftover").write_text("old")
+
+    move_into_place(folder_with(tmp_path / "work" / "bundle", "new"), output)
+
+    assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "sub"]
+    assert (output / "sub" / "data").read_text() == "new"
+    assert list((tmp_path / "work").iterdir()) == []

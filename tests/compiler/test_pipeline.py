@@ -1,0 +1,256 @@
+"""The whole pipeline on tiny models, with the real OpenVINO, NNCF and ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from safetensors.numpy import load_file
+
+from compiler.evaluate import accuracy
+from compiler.pipeline import GuardError, Outcome, compile_bundle
+from isthmus.bundle import Manifest, open_bundle, parse_calibration
+from isthmus.digests import sha256_file
+from isthmus.errors import ConflictError, InputError, VerificationError
+from tests.compiler import models
+from tests.compiler.conftest import INT8, WriteRecipe, fill_workspace, light_weights, write_recipe
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Version 1, and version 2 on the grid of version 1."""
+
+    folder: Path
+    first: Outcome
+    second: Outcome
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("pipeline")
+    fill_workspace(folder)
+    first = compile_bundle(write_recipe(folder), folder / "v1")
+    rest = '[update]\ndelta_from = "v1"'
+    second = compile_bundle(write_recipe(folder, "v2.toml", version=2, light="light-v2.onnx", rest=rest), folder / "v2")
+    return Pair(folder, first, second)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_bundle_opens_and_describes_itself(pair: Pair) -> None:
+    manifest = open_bundle(pair.folder / "v1")
+
+    assert (manifest.name, manifest.version, manifest.labels, manifest.max_batch) == ("tiny", 1, ("a", "b", "c"), 16)
+    assert [variant.id for variant in manifest.variants] == ["openvino-int8", "openvino-fp32", "onnxruntime-fp32"]
+    assert {variant.inference_precision for variant in manifest.variants} == {"f32"}
+    assert manifest.heavy.accuracy == 1.0
+    assert manifest.provenance.sources["light"] == sha256_file(pair.folder / "light-v1.onnx")
+    assert manifest.provenance.recipe == sha256_file(pair.folder / "recipe.toml")
+    assert manifest.provenance.tools["openvino"]
+    assert pair.first.manifest == manifest
+
+
+def test_nothing_is_left_beside_the_bundles(pair: Pair) -> None:
+    hidden = [path.name for path in pair.folder.iterdir() if path.name.startswith(".")]
+
+    assert hidden == [".compile-cache"]
+
+
+def test_same_input_same_bytes(pair: Pair) -> None:
+    compile_bundle(pair.folder / "recipe.toml", pair.folder / "again", cache=pair.folder / "other-cache")
+
+    assert digests(pair.folder / "again") == digests(pair.folder / "v1")
+
+
+def test_the_calibration_is_of_this_version_and_data(pair: Pair) -> None:
+    calibration = parse_calibration((pair.folder / "v2" / "calibration.json").read_bytes())
+
+    assert (calibration.model, calibration.version, calibration.output) == ("tiny", 2, "logits")
+    assert calibration.data.samples == 400
+    assert calibration.data.sha256 == sha256_file(pair.folder / "calibration.safetensors")
+    for record in calibration.variants.values():
+        assert record.escalation_rate <= 0.33
+        assert record.accuracy > record.edge_accuracy
+        assert record.curve[-1].accuracy == calibration.heavy_accuracy == 1.0
+
+
+def test_golden_outputs_are_those_of_each_variant(pair: Pair) -> None:
+    golden = load_file(pair.folder / "v1" / "golden.safetensors")
+    manifest = open_bundle(pair.folder / "v1")
+
+    assert sorted(golden) == sorted(["input.tokens", *(f"output.{v.id}.logits" for v in manifest.variants)])
+    session = onnxruntime.InferenceSession(str(pair.folder / "v1" / manifest.variant("onnxruntime-fp32").entry))
+    again = session.run(None, {"tokens": golden["input.tokens"]})[0]
+    for variant in manifest.variants:
+        difference = np.abs(golden[f"output.{variant.id}.logits"] - again)
+        assert difference.max() < 1e-4 if variant.precision == "fp32" else difference.mean() < 0.03 * np.ptp(again)
+    assert golden["input.tokens"].shape == (16, models.TOKENS)
+
+
+def test_the_report_has_measurements_and_no_times(pair: Pair) -> None:
+    report = json.loads((pair.folder / "v2" / "report.json").read_text())
+
+    assert report["heavy_accuracy"] == 1.0
+    assert [entry["grid"] for entry in report["variants"]] == ["kept", "", ""]
+    assert report["variants"][0]["clipped"] <= 0.01
+    assert "latency" not in json.dumps(report)
+    assert all(entry.latency_ms > 0 for entry in pair.second.variants)
+
+
+def test_both_versions_share_the_heavy_model(pair: Pair) -> None:
+    def heavy(outcome: Outcome) -> str:
+        assert outcome.manifest is not None
+        return outcome.manifest.heavy.digest
+
+    assert heavy(pair.first) == heavy(pair.second)
+
+
+def test_the_new_version_differs_where_weights_moved_only(pair: Pair) -> None:
+    old, new = (pair.folder / version / "variants" / "openvino-int8" for version in ("v1", "v2"))
+
+    assert (old / "model.xml").read_bytes() == (new / "model.xml").read_bytes()
+    before, after = (np.fromfile(folder / "model.bin", np.uint8) for folder in (old, new))
+    assert len(before) == len(after)
+    assert 0 < (before != after).mean() < 0.4
+    words = models.WORDS * models.WIDTH  # the table of words lies first, and did not move
+    np.testing.assert_array_equal(before[:words], after[:words])
+
+
+def test_the_cache_is_used_and_a_spoilt_one_is_not(pair: Pair, tmp_path: Path) -> None:
+    (cached,) = (pair.folder / ".compile-cache").iterdir()
+    seen: dict[str, list[int]] = {"hit": [], "miss": []}
+    recipe = write_recipe(pair.folder, "small.toml", variants='[[variants]]\ntarget = "onnxruntime"\n')
+
+    def compile_with(cache: Path, into: str) -> Manifest | None:
+        return compile_bundle(
+            recipe, tmp_path / into, cache=cache,
+            progress=lambda stage, done, _: seen[into].append(done) if stage == "heavy model" else None,
+        ).manifest  # fmt: skip
+
+    first = compile_with(pair.folder / ".compile-cache", "hit")
+    spoilt = tmp_path / "spoilt"
+    spoilt.mkdir()
+    (spoilt / cached.name).write_bytes(cached.read_bytes()[:-7])
+    assert compile_with(spoilt, "miss") == first
+    assert seen == {"hit": [400], "miss": [64, 128, 192, 256, 320, 384, 400]}
+    assert (spoilt / cached.name).read_bytes() == cached.read_bytes()
+
+
+def test_the_guard_refuses_and_nothing_is_written(recipe: WriteRecipe, tmp_path: Path) -> None:
+    """A quantization set of one repeated word ruins the ranges of activations."""
+    (tmp_path / "quantization.safetensors").unlink()
+    tokens = np.zeros((8, models.TOKENS), np.int64)
+    models.write_samples(tmp_path / "quantization.safetensors", {"tokens": tokens})
+    before = sorted(tmp_path.iterdir())
+
+    with pytest.raises(GuardError) as caught:
+        compile_bundle(recipe(drop=0.001), tmp_path / "out", cache=tmp_path / "cache")
+
+    assert caught.value.exit_code == 6
+    assert "openvino-int8: its accuracy fell by" in caught.value.message
+    assert [bool(entry.refused) for entry in caught.value.outcome.variants] == [True, False, False]
+    assert set(tmp_path.iterdir()) - set(before) == {tmp_path / "cache", tmp_path / "recipe.toml"}
+
+
+def test_an_old_grid_that_does_not_fit_is_replaced(pair: Pair, recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "light-v2.onnx").unlink()
+    grown = {name: array * 2 if name == "value" else array for name, array in light_weights().items()}
+    models.write_encoder(tmp_path / "light-v2.onnx", grown)
+    rest = f'[update]\ndelta_from = "{pair.folder / "v1"}"'
+
+    outcome = compile_bundle(recipe(version=2, light="light-v2.onnx", variants=INT8, rest=rest), tmp_path / "out")
+
+    assert outcome.variants[0].report.grid == "new"
+    assert "outside of the old grid" in outcome.variants[0].report.grid_note
+    assert outcome.manifest is not None
+
+
+def test_an_old_grid_that_costs_accuracy_is_replaced(pair: Pair, recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Weights two hundred times smaller fit on the old grid, but on a few of its steps only."""
+    (tmp_path / "light-v2.onnx").unlink()
+    shrunk = {name: array / 200 if name == "head" else array for name, array in light_weights().items()}
+    shrunk["head_bias"] = shrunk["head_bias"] / 200
+    models.write_encoder(tmp_path / "light-v2.onnx", shrunk)
+    rest = f'[update]\ndelta_from = "{pair.folder / "v1"}"'
+
+    outcome = compile_bundle(recipe(version=2, light="light-v2.onnx", variants=INT8, rest=rest), tmp_path / "out")
+
+    report = outcome.variants[0].report
+    assert report.grid == "new"
+    assert report.grid_note.startswith("on the old grid its accuracy fell")
+    assert report.accuracy_drop <= 0.1
+
+
+def test_few_samples_are_refused(recipe: WriteRecipe, tmp_path: Path) -> None:
+    tensors = load_file(tmp_path / "calibration.safetensors")
+    (tmp_path / "calibration.safetensors").unlink()
+    models.write_samples(tmp_path / "calibration.safetensors", {name: array[:10] for name, array in tensors.items()})
+
+    with pytest.raises(VerificationError, match=r"calibration samples cannot support.*are needed"):
+        compile_bundle(recipe(variants='[[variants]]\ntarget = "onnxruntime"\n'), tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('labels = ["a", "b", "c"]', 'labels = ["a"]', "has 3 classes, model.labels has 1"),
+        ('target = "onnxruntime"', 'target = "abacus"', "unknown target 'abacus'"),
+        ('target = "onnxruntime"', 'target = "triton-python"', "for the heavy model"),
+        ('target = "onnxruntime"', 'target = "onnxruntime"\nprecision = "int8"', "has no precision 'int8'"),
+        ("[data]", '[calibration]\noutput = "none"\n[data]', "got 'none'; the model has logits"),
+        ("heavy.onnx", "absent.onnx", "cannot read"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    recipe: WriteRecipe, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    path = recipe(variants='[[variants]]\ntarget = "onnxruntime"\n')
+    path.write_text(path.read_text().replace(old, new))
+
+    with pytest.raises(InputError, match=message):
+        compile_bundle(path, tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_version_before_must_be_older_and_elsewhere(pair: Pair, recipe: WriteRecipe, tmp_path: Path) -> None:
+    rest = f'[update]\ndelta_from = "{pair.folder / "v2"}"'
+
+    with pytest.raises(InputError, match="expected an older version of 'tiny' than 2, got tiny@2"):
+        compile_bundle(recipe(version=2, rest=rest), tmp_path / "out")
+    with pytest.raises(InputError, match="is the output itself"):
+        compile_bundle(recipe(version=3, rest=rest), pair.folder / "v2")
+
+
+def test_other_folders_are_not_overwritten(recipe: WriteRecipe, tmp_path: Path) -> None:
+    with pytest.raises(ConflictError):
+        compile_bundle(recipe(), tmp_path)
+
+
+def test_a_convolution_compiles(recipe: WriteRecipe, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("heavy.onnx", "light-v1.onnx", "calibration.safetensors", "quantization.safetensors"):
+        (tmp_path / name).unlink()
+    models.write_cnn(tmp_path / "light-v1.onnx")
+    heavy = onnxruntime.InferenceSession(str(models.write_cnn(tmp_path / "heavy.onnx", scale=0.5)))
+    image = rng.random((300, 1, 8, 8), dtype=np.float32)
+    labels = heavy.run(None, {"image": image})[0].argmax(axis=1)
+    models.write_samples(tmp_path / "calibration.safetensors", {"image": image, "labels": labels})
+    models.write_samples(tmp_path / "quantization.safetensors", {"image": image[:50]})
+
+    outcome = compile_bundle(recipe(), tmp_path / "out")
+
+    assert [entry.refused for entry in outcome.variants] == ["", "", ""]
+    assert accuracy(outcome.variants[0].logits, labels) == outcome.variants[0].report.accuracy
+    config = (tmp_path / "out" / "heavy" / "config.pbtxt").read_text()
+    assert "KIND_CPU" in config

@@ -1,0 +1,141 @@
+"""Fetching over a real channel: offsets, limits, broken streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from edge.fetcher import METADATA_BYTES, RegistryFetcher
+from edge.uplink import open_channel
+from isthmus.errors import DigestMismatchError, NotFoundError, UnavailableError
+from isthmus.v1 import registry_pb2, registry_pb2_grpc
+from tests.edge.faulty_cloud import make_identity
+
+DATA = bytes(range(256)) * 4
+
+
+class Servicer(registry_pb2_grpc.RegistryServiceServicer):
+    """Sends DATA in chunks of 100 bytes; breaks off as often as it is told."""
+
+    def __init__(self) -> None:
+        self.offsets: list[int] = []
+        self.breaks = 0
+        self.tokens: set[Any] = set()
+
+    async def FetchBlob(  # noqa: N802
+        self, request: registry_pb2.FetchBlobRequest, context: Any
+    ) -> AsyncIterator[registry_pb2.FetchBlobResponse]:
+        self.offsets.append(request.offset)
+        self.tokens.add(dict(context.invocation_metadata())["authorization"])
+        if request.sha256 == "missing":
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such blob")
+        if request.sha256 == "forbidden":
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no")
+        if request.sha256 == "stalls":
+            yield registry_pb2.FetchBlobResponse(data=DATA[:10])
+            await asyncio.sleep(3600)
+        for start in range(request.offset, len(DATA), 100):
+            yield registry_pb2.FetchBlobResponse(data=DATA[start : start + 100])
+            if self.breaks:
+                self.breaks -= 1
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+
+    async def FetchMetadata(  # noqa: N802
+        self, request: registry_pb2.FetchMetadataRequest, context: Any
+    ) -> AsyncIterator[registry_pb2.FetchMetadataResponse]:
+        while True:
+            yield registry_pb2.FetchMetadataResponse(data=b"x" * (1 << 20))
+
+
+Scenario = Callable[[RegistryFetcher, Servicer, Path], Awaitable[None]]
+
+
+def with_fetcher(tmp_path: Path, scenario: Scenario, *, stall_s: float = 30.0) -> None:
+    async def token() -> str:
+        return "t"
+
+    async def run() -> None:
+        identity, servicer = make_identity(tmp_path), Servicer()  # type: ignore[abstract]
+        server = grpc.aio.server()
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(servicer, server)
+        pair = (identity.key.read_bytes(), identity.certificate.read_bytes())
+        port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
+        await server.start()
+        async with open_channel(f"localhost:{port}", identity.ca) as channel:
+            await scenario(RegistryFetcher(channel, token, stall_s=stall_s), servicer, tmp_path / "file")
+        await server.stop(None)
+
+    asyncio.run(run())
+
+
+def test_whole_blob_with_token(tmp_path: Path) -> None:
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        assert await fetcher.blob("a", path, length=len(DATA)) == len(DATA)
+        assert path.read_bytes() == DATA
+        assert servicer.tokens == {"Bearer t"}
+
+    with_fetcher(tmp_path, scenario)
+
+
+def test_fetch_goes_on_after_what_is_there(tmp_path: Path) -> None:
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        path.write_bytes(DATA[:333])
+        assert await fetcher.blob("a", path, length=len(DATA)) == len(DATA) - 333
+        assert servicer.offsets == [333]
+        assert path.read_bytes() == DATA
+
+    with_fetcher(tmp_path, scenario)
+
+
+@pytest.mark.slow
+def test_broken_stream_is_taken_up_where_it_broke(tmp_path: Path) -> None:
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        servicer.breaks = 3
+        assert await fetcher.blob("a", path, length=len(DATA)) == len(DATA)
+        assert servicer.offsets == [0, 100, 200, 300]
+        assert path.read_bytes() == DATA
+
+    with_fetcher(tmp_path, scenario)
+
+
+def test_more_bytes_than_announced_are_not_taken(tmp_path: Path) -> None:
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        with pytest.raises(DigestMismatchError, match="at most 250 bytes"):
+            await fetcher.blob("a", path, length=250)
+        assert path.stat().st_size <= 250
+
+    with_fetcher(tmp_path, scenario)
+
+
+def test_endless_metadata_is_cut_off(tmp_path: Path) -> None:
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        with pytest.raises(DigestMismatchError, match=f"at most {METADATA_BYTES} bytes"):
+            await fetcher.metadata("timestamp.json")
+
+    with_fetcher(tmp_path, scenario)
+
+
+def test_missing_blob_is_not_found_and_other_refusals_may_pass(tmp_path: Path) -> None:
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        with pytest.raises(NotFoundError, match="no such blob"):
+            await fetcher.blob("missing", path, length=9)
+        with pytest.raises(NotFoundError):
+            await fetcher.metadata("targets/missing")
+        with pytest.raises(UnavailableError):
+            await fetcher.metadata("targets/forbidden")
+
+    with_fetcher(tmp_path, scenario)
+
+
+@pytest.mark.slow
+def test_stalled_stream_is_given_up_after_some_attempts(tmp_path: Path) -> None:
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        with pytest.raises(UnavailableError, match="nothing came"):
+            await fetcher.metadata("targets/stalls")
+
+    with_fetcher(tmp_path, scenario, stall_s=0.2)

@@ -1,0 +1,140 @@
+"""`isthmus keys` and `isthmus token`, as a person or a script uses them."""
+
+import json
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from isthmus.errors import ConflictError, IdentityError, InputError
+from security.cli import keys_app, token_app
+from security.durations import parse_duration
+from security.tokens import TokenIssuer
+
+
+def _run(app: Any, *arguments: object, stdin: str = "") -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def _succeed(app: Any, *arguments: object, stdin: str = "") -> Result:
+    result = _run(app, *arguments, stdin=stdin)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def test_init_makes_a_workspace_and_says_what_next(tmp_path: Path) -> None:
+    result = _succeed(keys_app, "init", tmp_path / "w", "--host", "cloud.example.org", "--name", "acme")
+    assert result.stdout == ""
+    assert "keep offline" in result.stderr
+    assert f"isthmus cloud serve --home {tmp_path / 'w'}/cloud --listen 0.0.0.0:8443" in result.stderr
+    assert "--cloud cloud.example.org:8443" in result.stderr
+    assert TokenIssuer.load(tmp_path / "w" / "cloud").audience == "isthmus://acme/cloud"
+    with pytest.raises(ConflictError):
+        raise _run(keys_app, "init", tmp_path / "w", "--host", "localhost").exception or AssertionError
+
+
+def test_init_needs_a_host(tmp_path: Path) -> None:
+    assert _run(keys_app, "init", tmp_path / "w").exit_code == 2
+    assert not (tmp_path / "w").exists()
+
+
+def test_show_lists_keys_without_secrets(workspace: Path) -> None:
+    rows = json.loads(_succeed(keys_app, "show", workspace, "--json").stdout)
+    by_file = {row["file"]: row for row in rows}
+    assert by_file["cloud/server.pem"]["days_left"] == 396
+    assert by_file["operator/root.key"]["algorithm"] == "Ed25519"
+    table = _succeed(keys_app, "show", workspace).stdout
+    secrets = [
+        line
+        for path in workspace.rglob("*.key")
+        for line in path.read_text().splitlines()
+        if not line.startswith("-----")
+    ]
+    assert secrets
+    assert not any(secret in table or secret in json.dumps(rows) for secret in secrets)
+
+
+def test_a_minted_token_is_valid_and_inspected_without_its_signature(workspace: Path, issuer: TokenIssuer) -> None:
+    minted = _succeed(
+        token_app, "mint", "--home", workspace / "cloud", "--role", "client", "--subject", "ann",
+        "--model", "triage", "--ttl", "15m",
+    )  # fmt: skip
+    token = minted.stdout.strip()
+    claims = issuer.verifier().verify(token)
+    assert claims.subject == "ann"
+    assert claims.models == {"triage"}
+    assert claims.scopes == {"infer"}
+    shown = _succeed(token_app, "inspect", "-", "--home", workspace / "cloud", "--json", stdin=token + "\n")
+    record = json.loads(shown.stdout)
+    assert (record["sub"], record["models"], record["verified"]) == ("ann", ["triage"], "valid")
+    assert token.split(".")[2] not in shown.output
+    unverified = json.loads(_succeed(token_app, "inspect", token, "--json").stdout)
+    assert unverified["verified"] == "not checked"
+
+
+def test_a_token_file_is_private_and_can_be_renewed(workspace: Path, tmp_path: Path, issuer: TokenIssuer) -> None:
+    path = tmp_path / "operator.token"
+    command = ("mint", "--home", workspace / "cloud", "--role", "operator", "--subject", "ann", "--output", path)
+    seen = set()
+    for _ in range(2):
+        result = _succeed(token_app, *command)
+        token = path.read_text().strip()
+        assert token not in result.output
+        assert issuer.verifier().verify(token).subject == "ann"
+        assert path.stat().st_mode & 0o777 == 0o600
+        seen.add(token)
+    assert len(seen) == 2
+
+
+def test_json_of_mint_can_be_read_by_a_script(workspace: Path, issuer: TokenIssuer) -> None:
+    result = _succeed(
+        token_app, "mint", "--home", workspace / "cloud", "--role", "device", "--subject", "cam-1", "--json"
+    )
+    assert issuer.verifier().verify(json.loads(result.stdout)["token"]).subject == "cam-1"
+
+
+def test_inspect_with_home_refuses_a_forged_token(workspace: Path, issuer: TokenIssuer) -> None:
+    token, _ = issuer.mint("ann", "client", ttl=timedelta(minutes=1))
+    forged = token[:-4] + ("AAAA" if token[-4:] != "AAAA" else "BAAA")
+    with pytest.raises(IdentityError):
+        raise _run(token_app, "inspect", forged, "--home", workspace / "cloud").exception or AssertionError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90s", timedelta(seconds=90)),
+        ("15m", timedelta(minutes=15)),
+        ("12h", timedelta(hours=12)),
+        (" 30d ", timedelta(days=30)),
+    ],
+)
+def test_durations(text: str, expected: timedelta) -> None:
+    assert parse_duration(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "15", "m", "0h", "-1h", "1.5h", "1w", "1h30m", "1H", "9999999d", "١h"])
+def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(InputError, match="15m, 12h or 30d"):
+        parse_duration(text)
+
+
+@pytest.mark.slow
+def test_errors_reach_a_person_as_one_line_and_a_hint(workspace: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "isthmus", "token", "mint",
+            "--home", str(workspace / "cloud"), "--role", "operator", "--subject", "ann", "--ttl", "1w",
+        ],
+        env={"PYTHONPATH": ".:proto", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == InputError.exit_code
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: expected a duration such as 90s, 15m, 12h or 30d, got '1w'",
+        "hint: a whole number, then s, m, h or d",
+    ]
