@@ -226,8 +226,9 @@ class CloudClient:
         return {
             "cloud": self._cloud,
             "version": about.version,
-            "triton": triton,
-            "tls": f"{who.tls_version} {who.tls_group}".strip(),
+            "triton_version": triton,
+            "tls_version": who.tls_version,
+            "tls_group": who.tls_group,
             "subject": who.subject,
             "models": [_statistics_row(model) for model in statistics.model_stats],
         }

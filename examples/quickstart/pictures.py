@@ -34,7 +34,7 @@ def draw_policy(folder: Path, report: dict[str, Any], out: Path) -> None:
         axes.plot(0, 100 * edge["accuracy"], "s", color=colour, ms=7, clip_on=False, label=f"edge only, {version}")
         place = (100 * point["escalation_rate"], 100 * point["accuracy"])
         axes.plot(*place, "o", color=colour, ms=10, mec="black", label=f"isthmus {version}, as served", zorder=5)
-        offset = (10, -16) if version == "v1" else (10, 8)
+        offset = (10, -16) if version == "v1" else (-96, 10)
         axes.annotate(f"{place[1]:.1f} % at {place[0]:.0f} %", place, xytext=offset, textcoords="offset points")
     heavy = 100 * report["cloud_only"]["accuracy"]
     axes.plot(100, heavy, "D", color="black", ms=7, clip_on=False, label="cloud only")
@@ -78,10 +78,10 @@ def _timeline(axes: Any, rows: Rows, marks: dict[str, float], away: list[tuple[f
             axes.plot(chosen.started - start, chosen.latency_ms, ".", ms=4, color=colour, label=label)
     for place, (name, moment) in enumerate(sorted(marks.items(), key=lambda item: item[1])):
         axes.axvline(moment - start, color="black", lw=0.8)
-        height = 0.97 - 0.09 * (place % 2)
+        height = 0.98 - 0.09 * (place % 2)
         axes.text(moment - start, height, f" {name}", transform=axes.get_xaxis_transform(), fontsize=8, va="top")
     axes.axhline(DEADLINE_S * 1e3, color="#d7301f", lw=0.8, ls="--")
-    axes.text(rows.started.max() - start, DEADLINE_S * 1e3, "deadline", fontsize=8, va="bottom", ha="right")
-    axes.set(yscale="log", ylabel="latency, ms", ylim=(0.3, 4e3))
+    axes.text(rows.started.max() - start, DEADLINE_S * 1e3, "deadline", fontsize=8, va="top", ha="right")
+    axes.set(yscale="log", ylabel="latency, ms", ylim=(0.5, 2e4))
     axes.set_title(title, loc="left")
     axes.legend(fontsize=8, ncols=4, loc="upper left", frameon=False, bbox_to_anchor=(0.45, 1.13))

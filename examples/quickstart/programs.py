@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -34,6 +34,7 @@ class Shell:
 
     console: Console
     logs: Path
+    last: list[str] = field(default_factory=list)
 
     def run(self, *args: str | Path) -> str:
         """Run one command to its end and return its standard output.
@@ -42,7 +43,9 @@ class Shell:
             ProgramError: It failed.
         """
         words = [str(arg) for arg in args]
-        self._show(words)
+        if words != self.last:  # asked again and again while waiting: one line is enough
+            self._show(words)
+        self.last = words
         done = subprocess.run([*command(), *words], capture_output=True, text=True, check=False, env=environment())
         with (self.logs / "commands.log").open("a") as log:
             log.write(f"$ isthmus {shlex.join(words)}\n{done.stdout}{done.stderr}\n")

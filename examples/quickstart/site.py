@@ -13,6 +13,11 @@ from examples.quickstart.programs import ProgramError, Server, Shell, wait_until
 
 DEVICE: Final = "kiosk-1"
 VARIANT: Final = "openvino-int8"
+_AGENT_SETTINGS: Final = f"""\
+variant = "{VARIANT}"
+capture = true         # keep the heavy model's answers for the next training
+capture_flush_s = 1.0  # and write them down soon: this story does not last long
+"""
 
 
 @dataclass(slots=True)
@@ -81,19 +86,21 @@ class Site:
         )
         return published
 
-    def enrol_device(self) -> None:
-        """Invite the device and enrol it with the one-time code."""
+    def enrol_device(self, *hosts: str) -> None:
+        """Invite the device and enrol it with the one-time code; `hosts` are names under which others may call it."""
         invite = self.shell.run_json("device", "invite", DEVICE, *self._operator())
         self.shell.run(
             *("edge", "enrol", "--cloud", self.cloud_address, "--code", invite["code"]),
             *("--trust", self.folder / "site" / "trust", "--home", self.device),
+            *(word for host in hosts for word in ("--host", host)),
         )
+        (self.device / "edge.toml").write_text(_AGENT_SETTINGS)
 
-    def start_agent(self, *flags: str) -> None:
+    def start_agent(self) -> None:
         """Start the agent on the device and wait until it serves."""
         self.agent = self.shell.start(
             *("agent", "edge", "run", "--home", self.device, "--model", self.model),
-            *("--variant", VARIANT, "--listen", self.agent_address, *flags),
+            *("--listen", self.agent_address, "--config", self.device / "edge.toml"),
         )
         self.agent_address = str(self.agent.wait_ready()["address"])
         with triton.InferenceServerClient(self.agent_address) as client:
@@ -110,9 +117,16 @@ class Site:
         status: Mapping[str, Any] = self.shell.run_json("cloud", "status", *self._operator())
         return status
 
-    def export_captures(self, out: Path) -> None:
-        """Collect what the agent kept of the heavy model's answers."""
-        self.shell.run("edge", "captures", "export", "--home", self.device, "--model", self.model, "--output", out)
+    def export_captures(self, out: Path, rows: int) -> None:
+        """Collect the heavy model's answers that the agent kept; wait until all `rows` of them are on its disk."""
+        words = ("edge", "captures", "export", "--home", self.device, "--model", self.model, "--output", out)
+        wait_until(lambda: self._exported(words) >= rows, f"{rows} captures", 30, every_s=0.5)
+
+    def _exported(self, words: tuple[str | Path, ...]) -> int:
+        try:
+            return int(self.shell.run_json(*words)["rows"])
+        except ProgramError:  # nothing was written yet
+            return 0
 
     def stop(self) -> None:
         """End both servers."""

@@ -33,8 +33,6 @@ from isthmus.digests import sha256_file
 from isthmus.terminal import progress
 
 WORKERS: Final = 2  # clients that send at the same time
-QUIET_SECONDS: Final = 3.0  # of undisturbed load before and after each event
-OUTAGE_SECONDS: Final = 4.0  # how long the gateway stays away
 
 
 @dataclass(slots=True)
@@ -44,6 +42,8 @@ class Run:
     story: Story
     build: Path
     console: Console
+    quiet_s: float = 3.0  # of undisturbed load before and after each event
+    outage_s: float = 4.0  # how long the gateway stays away
     splits: Splits = field(init=False)
     models: story_models.Models = field(init=False)
     site: Site = field(init=False)
@@ -76,6 +76,7 @@ def run_story(run: Run) -> None:
         ("update", update_light_model),
         ("outage", kill_the_cloud),
     ]
+    started = time.monotonic()
     try:
         for number, (name, step) in enumerate(steps, 1):
             run.console.rule(f"[bold]{number}. {name}", align="left")
@@ -84,7 +85,8 @@ def run_story(run: Run) -> None:
             run.step_seconds[name] = round(time.monotonic() - begun, 1)
     finally:
         run.site.stop()
-    (run.raw / "facts.json").write_text(json.dumps(run.facts | {"step_seconds": run.step_seconds}, indent=2))
+    run.facts |= {"step_seconds": run.step_seconds, "wall_s": round(time.monotonic() - started, 1)}
+    (run.raw / "facts.json").write_text(json.dumps(run.facts, indent=2))
 
 
 def prepare_models(run: Run) -> None:
@@ -126,7 +128,7 @@ def start_cloud(run: Run) -> None:
 def start_device(run: Run) -> None:
     """Enrol the device with a one-time code, start its agent, let it fetch and check version 1."""
     run.site.enrol_device()
-    run.site.start_agent("--capture")
+    run.site.start_agent()
     run.console.print(f"  the agent serves {run.story.model_name} on {run.site.agent_address}")
 
 
@@ -136,8 +138,8 @@ def send_requests(run: Run) -> None:
     The heavy model's answers to the traffic are collected before the first test message is sent, so that nothing of
     the test part can reach the training of version 2.
     """
-    _send(run, "traffic", run.splits.traffic, "unlabelled traffic")
-    run.site.export_captures(run.folder / "captured.safetensors")
+    traffic = _send(run, "traffic", run.splits.traffic, "unlabelled traffic")
+    run.site.export_captures(run.folder / "captured.safetensors", traffic.routes()["cloud"])
     before = run.site.agent_status()["uplink"]["bytes_up"]
     _send(run, "v1-isthmus", run.splits.test, "test messages")
     run.facts["bytes_up"] = {"v1": run.site.agent_status()["uplink"]["bytes_up"] - before}
@@ -155,12 +157,12 @@ def update_light_model(run: Run) -> None:
     run.console.print(f"  version 2 learned from {learned:,} answers of the heavy model")
     bundle = _compile(run, 2, light, previous=run.folder / "bundle-1")
     with _steady_load(run, "update") as load:
-        time.sleep(QUIET_SECONDS)
+        time.sleep(run.quiet_s)
         published = time.time()
         run.site.publish(bundle)
         wait_until(lambda: any(r.version == 2 for r in load.since(published)), "the agent to serve version 2", 60)
         run.facts["update_events"] = {"published": published, "serving": time.time()}
-        time.sleep(QUIET_SECONDS)
+        time.sleep(run.quiet_s)
     status = run.site.agent_status()
     run.facts["update"] = _model_status(status, run)["last_update"] | {"rebuilt_equal": _slot_equals(run, bundle)}
     before = status["uplink"]["bytes_up"]
@@ -175,18 +177,18 @@ def kill_the_cloud(run: Run) -> None:
     cloud = run.site.running_cloud()
     events: dict[str, float] = {}
     with _steady_load(run, "outage") as load:
-        time.sleep(QUIET_SECONDS)
+        time.sleep(run.quiet_s)
         events["triton killed"] = time.time()
         os.kill(int(cloud.state()["triton_pid"]), signal.SIGKILL)
         wait_until(lambda: _answered_by(load, "fallback", events["triton killed"]), "a fallback answer", 30)
         events["triton back"] = _wait_for_cloud(load)
-        time.sleep(QUIET_SECONDS)
+        time.sleep(run.quiet_s)
         events["gateway killed"] = time.time()
         cloud.kill()
-        time.sleep(OUTAGE_SECONDS)
+        time.sleep(run.outage_s)
         run.site.start_cloud()
         events["gateway back"] = _wait_for_cloud(load)
-        time.sleep(QUIET_SECONDS)
+        time.sleep(run.quiet_s)
     run.facts["outage_events"] = events
     run.facts["agent_pid_unchanged"] = run.site.agent is not None and run.site.agent.alive()
 
@@ -208,8 +210,8 @@ def _compile(run: Run, version: int, light: Path, *, previous: Path | None) -> P
     return bundle
 
 
-def _send(run: Run, name: str, split: Split, title: str, *, route: str = "") -> None:
-    """Send all samples with live progress and keep the rows under `name`."""
+def _send(run: Run, name: str, split: Split, title: str, *, route: str = "") -> Recording:
+    """Send all samples with live progress, keep the rows under `name` and return them."""
     with progress() as bars:
         task = bars.add_task(title, total=len(split))
 
@@ -222,6 +224,7 @@ def _send(run: Run, name: str, split: Split, title: str, *, route: str = "") -> 
         recording = send_all(address, run.story.model_name, split, workers=WORKERS, route=route, tick=every)
         tick(recording)
     recording.save(run.raw / f"{name}.npz")
+    return recording
 
 
 def _every(count: int, tick: Callable[[Recording], None]) -> Callable[[Recording], None]:

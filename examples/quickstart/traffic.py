@@ -118,7 +118,9 @@ def send_all(
     route: str = "",
     tick: Callable[[Recording], None],
 ) -> Recording:
-    """Send every sample once; with a forced route in batches, otherwise one by one.
+    """Send every sample once, one by one; batches only for the heavy model alone, where no score is of interest.
+
+    (A batch is one request with one route and one score, the smallest of its rows.)
 
     Args:
         address: Where the agent listens.
@@ -129,7 +131,7 @@ def send_all(
         tick: Called after each request with all rows so far.
     """
     recording, lock = Recording(), threading.Lock()
-    jobs = _slices(len(split), BATCH if route else 1)
+    jobs = _slices(len(split), BATCH if route == "cloud" else 1)
 
     def work() -> None:
         with Application(address, model, route=route) as application:

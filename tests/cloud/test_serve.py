@@ -104,7 +104,7 @@ def test_the_operators_commands_from_publish_to_status(workspace: Workspace, tmp
         assert len(json.loads(invited.stdout)["code"]) >= 22
         assert isthmus("device", "list", **environment).returncode == 0
         status = json.loads(isthmus("cloud", "status", "--json", **environment).stdout)
-        assert status["triton"] == "2.51.0"
+        assert status["triton_version"] == "2.51.0"
         assert [model["heavy_version"] for model in status["models"]] == [1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0

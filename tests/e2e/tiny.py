@@ -60,7 +60,7 @@ class TinyStory:
     def prepare(self, cache: Path, progress: Progress) -> Splits:
         del cache, progress
         rng = np.random.default_rng(7)
-        centres = rng.normal(size=(CLASSES, 16)) * 0.75
+        centres = rng.normal(size=(CLASSES, 16)) * 0.9
         return divide(draw(rng, centres, 5000), draw(rng, centres, 1600), labelled=1500, quantization=100)
 
     def train_heavy(self, splits: Splits, out: Path, progress: Progress) -> None:
@@ -71,7 +71,7 @@ class TinyStory:
 
     def train_light(self, splits: Splits, out: Path, checkpoint: Path, progress: Progress) -> None:
         fix_seed(1)
-        model = Classifier(SEEN, 128)
+        model = Classifier(SEEN, 64)
         fit(model, examples(splits.labelled), SCHEDULE, progress, "light")
         save_checkpoint(model, checkpoint)
         export_onnx(model, splits.labelled.inputs, out)
@@ -85,10 +85,10 @@ class TinyStory:
         out: Path,
         progress: Progress,
     ) -> None:
-        model = Classifier(SEEN, 128)
+        model = Classifier(SEEN, 64)
         load_checkpoint(model, checkpoint)
         captured = Examples(to_tensors(captured_inputs), soft_targets(captured_logits, CLASSES))
-        schedule = Schedule(epochs=1, batch=64, body_rate=2e-4, head_rate=2e-4)
+        schedule = Schedule(epochs=1, batch=64, body_rate=3e-5, head_rate=3e-5)
         fit(model, join(examples(splits.labelled), captured), schedule, progress, "update")
         export_onnx(model, splits.labelled.inputs, out)
 
