@@ -20,6 +20,7 @@ from edge import describe
 from edge.model import LiveModel, ServedModels
 from edge.router import Router
 from isthmus import __version__
+from isthmus.address import UNIX, check_free, split_address
 from isthmus.errors import ConfigError, InputError, NotFoundError, UnavailableError
 from isthmus.oip import SERVICE, service_pb2
 from isthmus.status import StatusInterceptor
@@ -30,11 +31,15 @@ AGENT_SERVICE: Final = "isthmus.v1.AgentService"
 Handler = Callable[[bytes, Any], Awaitable[Any]]
 
 
-def is_local(address: str) -> bool:
-    """Return whether only this machine can reach a listener at `address` (HOST:PORT or unix:PATH)."""
-    if address.startswith("unix:"):
+def is_local(address: str, what: str = "listen") -> bool:
+    """Return whether only this machine can reach a listener at `address` (HOST:PORT or unix:PATH).
+
+    Raises:
+        ConfigError: It is no address; `what` names the option that it was given for.
+    """
+    if address.startswith(UNIX):
         return True
-    host = address.rpartition(":")[0].strip("[]")
+    host, _ = split_address(address, what)
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -189,6 +194,7 @@ class AgentServer:
     ) -> None:
         if credentials is None and not is_local(listen):
             raise ConfigError(f"{listen} can be reached from other machines: expected TLS credentials, got none")
+        check_free(listen, "listen")
         self._listen = listen
         self._credentials = credentials
         self._health = health.aio.HealthServicer()
@@ -198,10 +204,7 @@ class AgentServer:
             options=(
                 ("grpc.max_receive_message_length", message_bytes),
                 ("grpc.max_send_message_length", message_bytes),
-                (
-                    "grpc.so_reuseport",
-                    0,
-                ),  # a second agent on the port must fail, not take half of the requests
+                ("grpc.so_reuseport", 0),  # a second agent on the port must fail, not take half of the requests
             ),
         )
 
@@ -226,11 +229,13 @@ class AgentServer:
                 port = self._server.add_insecure_port(self._listen)
             else:
                 port = self._server.add_secure_port(self._listen, self._credentials)
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._listen}: {error}") from error
+        except RuntimeError as error:  # what check_free does not see, such as the missing folder of a unix:PATH
+            raise ConfigError(
+                f"listen: cannot listen on {self._listen}", hint="expected HOST:PORT or unix:PATH of this machine"
+            ) from error
         await self.set_ready(ready=False)
         await self._server.start()
-        return self._listen if self._listen.startswith("unix:") else f"{self._listen.rpartition(':')[0]}:{port}"
+        return self._listen if self._listen.startswith(UNIX) else f"{self._listen.rpartition(':')[0]}:{port}"
 
     async def set_ready(self, *, ready: bool) -> None:
         """Tell health checks whether every model serves."""

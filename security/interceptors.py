@@ -17,7 +17,7 @@ import grpc
 import structlog
 
 from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
-from isthmus.status import REASON_KEY, status_of, wrap_handler
+from isthmus.status import status_of, trailing_metadata, wrap_handler
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
 from security.tokens import Claims, TokenVerifier
 
@@ -77,7 +77,11 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             return None
         claims = self._verifier.verify(_bearer_token(metadata))
         if needed != AUTHENTICATED and needed not in claims.scopes:
-            raise PermissionDeniedError(f"this method needs the scope {needed}", reason="missing-scope")
+            raise PermissionDeniedError(
+                f"this method needs the scope {needed}",
+                reason="missing-scope",
+                hint="use a token of a role that has it: isthmus token mint --role ROLE",
+            )
         return claims
 
 
@@ -94,7 +98,7 @@ def _bearer_token(metadata: Any) -> str:
 def _refusal(error: IsthmusError) -> grpc.RpcMethodHandler[Any, Any]:
     async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
         del requests
-        await context.abort(status_of(error), error.message, ((REASON_KEY, error.reason),))
+        await context.abort(status_of(error), error.message, trailing_metadata(error))
         yield b""  # never reached: it makes this function a stream
 
     # Whatever the method's kind, a stream of requests can be refused before the first one is read.

@@ -35,12 +35,14 @@ REASONS: Final = frozenset(
     }
 )
 
+_EXPIRED_HINT: Final = "isthmus token mint makes a new one; on a device, look at the clock"
+
 PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey
 
 
-def refuse(message: str, reason: str) -> IdentityError:
+def refuse(message: str, reason: str, *, hint: str = "") -> IdentityError:
     """Return the error for a token that is not accepted."""
-    return IdentityError(message, reason=reason)
+    return IdentityError(message, reason=reason, hint=hint)
 
 
 def read_header(token: str, *, algorithm: str, kind: str, names: Collection[str]) -> Mapping[str, Any]:
@@ -116,7 +118,7 @@ def check_times(claims: Mapping[str, Any], now_s: float) -> None:
     """
     expires, not_before, issued = (whole_seconds(claims, name) for name in ("exp", "nbf", "iat"))
     if now_s >= expires + EXPIRY_LEEWAY_S:
-        raise refuse("the token expired", "expired-token")
+        raise refuse("the token expired", "expired-token", hint=_EXPIRED_HINT)
     if max(not_before, issued) > now_s + NOT_BEFORE_LEEWAY_S:
         raise refuse("the token is not valid yet", "not-yet-valid-token")
 
@@ -137,11 +139,11 @@ def text_claim(claims: Mapping[str, Any], name: str, *, longest: int = 256) -> s
     """Return a claim that is text.
 
     Raises:
-        IdentityError: It is empty, too long, or something else.
+        IdentityError: It is empty, too long, or something else (half a surrogate pair, which no database takes).
     """
     value = claims[name]
-    if not isinstance(value, str) or not 0 < len(value) <= longest:
-        raise refuse(f"the token's {name} must be 1 to {longest} characters", "malformed-token")
+    if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
+        raise refuse(f"the token's {name} must be 1 to {longest} printable characters", "malformed-token")
     return value
 
 

@@ -40,7 +40,11 @@ class KeySet:
         """
         key = self._keys.get(kid) if isinstance(kid, str) else None
         if key is None:
-            raise IdentityError("the token is signed with a key that is not known here", reason="unknown-key")
+            raise IdentityError(
+                "the token is signed with a key that is not known here",
+                reason="unknown-key",
+                hint="mint one with this cloud's own folder: isthmus token mint --home DIR/cloud",
+            )
         return key
 
 

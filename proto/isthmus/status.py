@@ -2,6 +2,9 @@
 
 Servers translate on the way out (`StatusInterceptor`): the caller gets the message of our own errors, and of any
 other exception only "internal error"; details go to the log. Clients translate on the way in (`from_rpc`).
+
+What a status code cannot say travels as trailing metadata: the error's class (FAILED_PRECONDITION stands for five of
+them), its reason, and its hint, percent-encoded as the message itself is.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
+from urllib.parse import quote, unquote
 
 import grpc
 import structlog
@@ -29,7 +33,22 @@ STATUS_OF: Final[tuple[tuple[type[errors.IsthmusError], grpc.StatusCode], ...]] 
     (errors.VerificationError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
 )
+_KIND_OF: Final = {  # for codes that say enough; a peer that sends no class is translated by its code alone
+    grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InputError,
+    grpc.StatusCode.ABORTED: errors.ConflictError,
+    grpc.StatusCode.ALREADY_EXISTS: errors.ConflictError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.IdentityError,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDeniedError,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.TrustError,
+}
+KIND_KEY: Final = "isthmus-error"  # the `reason` of the class in isthmus.errors
 REASON_KEY: Final = "isthmus-reason"
+HINT_KEY: Final = "isthmus-hint"
+_READABLE: Final = "".join(chr(code) for code in range(32, 127) if chr(code) != "%")
+# A status that is larger than the peer's limit for metadata (8 KiB by default) would be lost as a whole.
+_MAX_MESSAGE: Final = 2000  # characters
+_MAX_HINT: Final = 1000  # bytes, encoded
 
 log = structlog.get_logger(__name__)
 
@@ -46,24 +65,29 @@ def from_rpc(error: grpc.RpcError, what: str) -> errors.IsthmusError:
     """
     code = error.code() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else grpc.StatusCode.UNKNOWN
     detail = (error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else str(error)) or code.name
-    kinds: dict[grpc.StatusCode, type[errors.IsthmusError]] = {
-        grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
-        grpc.StatusCode.INVALID_ARGUMENT: errors.InputError,
-        grpc.StatusCode.ABORTED: errors.ConflictError,
-        grpc.StatusCode.ALREADY_EXISTS: errors.ConflictError,
-        grpc.StatusCode.UNAUTHENTICATED: errors.IdentityError,
-        grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDeniedError,
-        grpc.StatusCode.FAILED_PRECONDITION: errors.TrustError,
-    }
-    kind = kinds.get(code, errors.UnavailableError)
-    return kind(f"{what}: {detail}", reason=_reason(error))
+    told = _trailing(error)
+    kind = _kind(told.get(KIND_KEY, ""), code) or _KIND_OF.get(code, errors.UnavailableError)
+    return kind(f"{what}: {detail}", reason=told.get(REASON_KEY, ""), hint=unquote(told.get(HINT_KEY, "")))
 
 
-def _reason(error: grpc.RpcError) -> str:
+def _trailing(error: grpc.RpcError) -> dict[str, str]:
     if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
-        return ""
+        return {}
     metadata: Any = error.trailing_metadata() or ()
-    return next((str(value) for key, value in metadata if key == REASON_KEY), "")
+    return {key: value for key, value in metadata if isinstance(value, str)}
+
+
+def _kind(name: str, code: grpc.StatusCode) -> type[errors.IsthmusError] | None:
+    """Return the class that the peer named, when it is one that goes with the code."""
+    return next((kind for kind, with_code in STATUS_OF if kind.reason == name and with_code is code), None)
+
+
+def trailing_metadata(error: errors.IsthmusError) -> tuple[tuple[str, str], ...]:
+    """Return what a status code and message do not say of `error`, as trailing metadata."""
+    kind = next((kind for kind, _ in STATUS_OF if isinstance(error, kind)), errors.IsthmusError)
+    metadata = ((KIND_KEY, kind.reason), (REASON_KEY, error.reason))
+    hint = quote(error.hint, safe=_READABLE)
+    return (*metadata, (HINT_KEY, hint)) if 0 < len(hint) <= _MAX_HINT else metadata
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
@@ -137,7 +161,7 @@ def _translated_stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.IsthmusError) -> None:
-    await context.abort(status_of(error), error.message, ((REASON_KEY, error.reason),))
+    await context.abort(status_of(error), error.message[:_MAX_MESSAGE], trailing_metadata(error))
 
 
 async def _abort_internal(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:

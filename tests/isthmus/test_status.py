@@ -14,6 +14,8 @@ from isthmus.status import STATUS_OF, StatusInterceptor, from_rpc
 
 RAISED: dict[str, Exception] = {
     **{kind.__name__: kind("what came", reason="a-reason") for kind, _ in STATUS_OF},
+    "Hinted": errors.ConfigError("what came", hint="run “isthmus keys init” & 100 % try again\nthen"),
+    "Endless": errors.BundleError("x" * 100_000, hint="y" * 100_000),
     "ValueError": ValueError("/etc/secret"),
 }
 
@@ -67,6 +69,7 @@ def test_our_errors_arrive_with_code_message_and_reason(
     assert caught.code() is code
     assert caught.details() == "what came"
     translated = from_rpc(caught, "asking")
+    assert type(translated) is kind
     assert translated.reason == "a-reason"
     assert "asking: what came" in translated.message
 
@@ -76,6 +79,29 @@ def test_other_exceptions_tell_the_caller_nothing(streaming: str) -> None:
     caught = asyncio.run(call("ValueError", streaming=streaming))
     assert caught.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in str(caught)
+
+
+@pytest.mark.parametrize("streaming", ["Unary", "Stream"])
+def test_hints_arrive_as_they_were(streaming: str) -> None:
+    sent = RAISED["Hinted"]
+    assert isinstance(sent, errors.ConfigError)
+    assert from_rpc(asyncio.run(call("Hinted", streaming=streaming)), "asking").hint == sent.hint
+
+
+def test_an_endless_message_is_cut_and_still_arrives() -> None:
+    caught = asyncio.run(call("Endless", streaming="Unary"))
+    assert caught.code() is grpc.StatusCode.FAILED_PRECONDITION
+    translated = from_rpc(caught, "asking")
+    assert isinstance(translated, errors.BundleError)
+    assert translated.message.startswith("asking: xxxx")
+    assert translated.hint == ""
+
+
+@pytest.mark.parametrize("named", ["not-found", "nonsense", ""])
+def test_a_class_that_does_not_go_with_the_code_is_not_believed(named: str) -> None:
+    metadata = grpc.aio.Metadata(("isthmus-error", named))
+    refused = grpc.aio.AioRpcError(grpc.StatusCode.FAILED_PRECONDITION, grpc.aio.Metadata(), metadata, details="no")
+    assert type(from_rpc(refused, "asking")) is errors.TrustError
 
 
 def test_every_error_class_has_a_status() -> None:

@@ -1,0 +1,114 @@
+"""What is installed where: a device stays light, every import is declared, and the wheel holds the five packages."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PACKAGES = {"isthmus": ROOT / "proto" / "isthmus", **{n: ROOT / n for n in ("security", "edge", "cloud", "compiler")}}
+NOT_ON_A_DEVICE = {"torch", "onnx", "nncf", "tvm", "sqlalchemy", "fastapi", "fsspec", "pytriton", "alembic", "mlflow"}
+# Where the name that is imported is not the name that is installed.
+DISTRIBUTION = {
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+    "jwt": "pyjwt",
+    "pytriton": "nvidia-pytriton",
+    "pydantic_core": "pydantic",
+    "pydantic_settings": "pydantic-settings",
+    "triton_python_backend_utils": "",  # provided by Triton to the models that it runs
+}
+
+
+def declared(*extras: str) -> set[str]:
+    """Return the distributions that the extras install by name, the project's own extras followed."""
+    wanted = list(PROJECT["dependencies"])
+    for extra in extras:
+        wanted += PROJECT["optional-dependencies"][extra]
+    names: set[str] = set()
+    for requirement in wanted:
+        name = re.split(r"[\[<>=!;~ ]", requirement, maxsplit=1)[0].lower()
+        if name == "isthmus":
+            names |= declared(*re.findall(r"[\w-]+", requirement.partition("[")[2]))
+        else:
+            names.add(name)
+    return names
+
+
+def imported(package: Path) -> set[str]:
+    """Return the top-level names that a package's files import, at whatever depth."""
+    names: set[str] = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names) - set(PACKAGES) - {"examples"}
+
+
+@pytest.mark.parametrize(
+    ("package", "extras"),
+    [
+        ("security", ()),
+        ("edge", ("edge-openvino", "edge-onnxruntime")),
+        ("cloud", ("cloud",)),
+        ("compiler", ("compiler",)),
+    ],
+)
+def test_every_import_is_declared_in_the_extra_of_its_program(package: str, extras: tuple[str, ...]) -> None:
+    names = {DISTRIBUTION.get(name, name).lower() for name in imported(PACKAGES[package])} - {""}
+    assert names <= declared(*extras)
+
+
+@pytest.mark.parametrize("extra", ["edge-openvino", "edge-onnxruntime", "edge-tvm"])
+def test_a_device_is_asked_to_install_nothing_heavy(extra: str) -> None:
+    assert not declared(extra) & (NOT_ON_A_DEVICE | {"nvidia-pytriton", "matplotlib"})
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=ENV)
+    return {name.partition(".")[0] for name in shown.stdout.split()}
+
+
+ENV = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"}
+
+
+def test_the_edge_command_line_loads_no_runtime_and_no_server() -> None:
+    assert not loaded_by("import edge.cli") & (NOT_ON_A_DEVICE | {"openvino", "onnxruntime", "grpc", "tritonclient"})
+
+
+@pytest.mark.slow
+def test_a_running_agent_loads_nothing_of_the_other_programs() -> None:
+    assert not loaded_by("import edge.bootstrap") & (NOT_ON_A_DEVICE | {"cloud", "compiler", "openvino", "onnxruntime"})
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_five_packages_and_nothing_else(tmp_path: Path) -> None:
+    build = "from setuptools.build_meta import build_wheel; import sys; build_wheel(sys.argv[1])"
+    source = tmp_path / "source"
+    source.mkdir()
+    listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True, cwd=ROOT)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], check=True, cwd=source, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+    assert "isthmus/v1/fleet.proto" in names
+    assert "compiler/targets/triton_python_model.py" in names
+    assert "edge/py.typed" in names
