@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from isthmus.digests import check_file, check_sha256, sha256_bytes
 from isthmus.errors import DigestMismatchError, InputError, NotFoundError
+from security.keyfiles import sync_folder
 
 CHUNK: Final = 256 << 10  # bytes of one message of a stream
 
@@ -101,11 +102,8 @@ class Folder:
 
     def _sync_folder(self, name: str) -> None:
         if isinstance(self._fs, LocalFileSystem):
-            descriptor = os.open(Path(self._path(name)).parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)  # or a power cut could forget the rename
-            finally:
-                os.close(descriptor)
+            sync_folder(Path(self._path(name)).parent)  # or a power cut could forget the rename
+            sync_folder(Path(self._root))  # or the folder, which may be new
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name[:2]}/{name}"

@@ -35,7 +35,8 @@ from cloud.publish import Publisher
 from cloud.registry import RegistryService
 from cloud.supervisor import TritonServer
 from cloud.triton import TritonClient, check_link
-from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.address import check_free
+from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
 from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc
@@ -46,6 +47,8 @@ from security.tls import server_credentials
 from security.tokens import TokenIssuer
 
 _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", "tuf/1.root.json")
+_HEALTH_S: Final = 0.5
+_REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
 _SERVICES: Final = (SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService")
 
@@ -107,12 +110,14 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         )
 
         ready_file = _ReadyFile(settings.ready_file, address, triton)
+        ready_file.check()
         stack.callback(ready_file.remove)
         await _start_triton(triton, client, pool, ready_file)
         await publisher.restore()
         await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
         await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
-        await _listen(server, settings.drain_s, stack)
+        servicer = await _listen(server, settings.drain_s, stack)
+        await stack.enter_async_context(_background(_report_health(servicer, pool), name="health"))
         stack.callback(catalog.close)
         ready_file.write()
         log.info("cloud serves", address=address, models=catalog.models)
@@ -128,13 +133,22 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
             hint="isthmus keys init DIR --host localhost makes one; its cloud folder is DIR/cloud",
         )
     state = home / "state"
-    state.mkdir(mode=0o700, exist_ok=True)
-    (state / "triton").mkdir(exist_ok=True)
-    lock = stack.enter_context((state / "lock").open("w"))
+    try:
+        state.mkdir(mode=0o700, exist_ok=True)
+        (state / "triton").mkdir(exist_ok=True)
+        lock = stack.enter_context((state / "lock").open("w"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {state}: {error.strerror}", hint="the cloud keeps its database and blobs there"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise ConflictError(f"another cloud runs on {home}", reason="workspace-in-use") from error
+        raise ConflictError(
+            f"another cloud runs on {home}",
+            hint="stop it first; another workspace, made by isthmus keys init, can run beside it",
+            reason="workspace-in-use",
+        ) from error
     return state
 
 
@@ -159,6 +173,12 @@ async def _start_triton(
     triton: TritonServer | None, client: TritonClient, pool: HeavyPool, ready_file: _ReadyFile
 ) -> None:
     if triton is None:
+        if not await client.is_live():
+            raise UnavailableError(
+                f"no Triton answers at {client.address}",
+                hint="start it there, or leave --triton out to have one started here",
+                reason="triton-unavailable",
+            )
         log.info("using an external Triton", address=client.address, version=await client.server_version())
         await pool.restore()
         return
@@ -172,6 +192,7 @@ async def _start_triton(
 
 def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Server, str]:
     """Return a server that is bound to its address, and that address."""
+    check_free(settings.listen, "listen")
     server = grpc.aio.server(
         interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())),
         options=(
@@ -189,14 +210,14 @@ def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Serv
         port = 0
     if port == 0:
         raise ConfigError(
-            f"cannot listen on {settings.listen}",
+            f"listen: cannot listen on {settings.listen}",
             hint="another program may have the port, or the address is not this machine's; --listen takes another one",
             reason="address-in-use",
         )
     return server, f"{settings.listen.rpartition(':')[0]}:{port}"
 
 
-async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack) -> None:
+async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack) -> health.aio.HealthServicer:
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), server)
@@ -205,11 +226,24 @@ async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack
     await server.start()
     stack.push_async_callback(server.stop, drain_s)
     stack.push_async_callback(servicer.enter_graceful_shutdown)
+    return servicer
+
+
+async def _report_health(servicer: health.aio.HealthServicer, pool: HeavyPool) -> None:
+    """Say NOT_SERVING of inference, and of inference only, while Triton is away: devices still get tokens and updates.
+
+    The process as a whole ("") stays SERVING: restarting or bypassing it would not bring Triton back any sooner.
+    """
+    status = health_pb2.HealthCheckResponse
+    while True:
+        await servicer.set(SERVICE, status.SERVING if await pool.is_up() else status.NOT_SERVING)
+        await asyncio.sleep(_HEALTH_S)
 
 
 @contextlib.asynccontextmanager
 async def _background(work: Any, *, name: str) -> AsyncIterator[None]:
     task = asyncio.create_task(work, name=name)
+    task.add_done_callback(_complain)
     try:
         yield
     finally:
@@ -217,14 +251,22 @@ async def _background(work: Any, *, name: str) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
+def _complain(task: asyncio.Task[Any]) -> None:
+    """Say so when work that never ends has ended."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("background work died; restart the cloud", work=task.get_name(), exc_info=error)
+
+
 async def _keep_fresh(repository: CloudRepository) -> None:
     """Re-sign the metadata that is about to expire, now and every hour."""
     while True:
         try:
             await asyncio.to_thread(repository.refresh_if_due, datetime.now(UTC))
-        except IsthmusError as error:
-            log.exception("signed metadata not renewed", reason=error.reason)
-        await asyncio.sleep(_REFRESH_S)
+        except (IsthmusError, OSError) as error:  # a disk may be full for a while
+            log.exception("signed metadata not renewed", reason=getattr(error, "reason", "disk"))
+            await asyncio.sleep(_REFRESH_AGAIN_S)
+        else:
+            await asyncio.sleep(_REFRESH_S)
 
 
 class _ReadyFile:
@@ -233,6 +275,17 @@ class _ReadyFile:
     def __init__(self, path: Path | None, address: str, triton: TritonServer | None) -> None:
         self._path, self._address, self._triton = path, address, triton
         self._written = False
+
+    def check(self) -> None:
+        """Check that the file can be written, before anything is started.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        if self._path is not None and (self._path.is_dir() or not os.access(self._path.parent, os.W_OK | os.X_OK)):
+            raise ConfigError(
+                f"cannot write the ready file {self._path}", hint="--ready-file needs a file in a folder that exists"
+            )
 
     def write(self) -> None:
         """Write the file, whole or not at all."""

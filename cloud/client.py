@@ -6,6 +6,7 @@ Used by the command line and by tests; knows nothing of how the cloud keeps what
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,8 +17,9 @@ from typing import Any, Final, Self
 
 import grpc
 
+from isthmus.address import split_address
 from isthmus.bundle import MANIFEST, Manifest, open_bundle
-from isthmus.errors import ConfigError, InputError, NotFoundError
+from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError, UnavailableError
 from isthmus.oip import service_pb2, service_pb2_grpc
 from isthmus.status import from_rpc
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc
@@ -28,6 +30,20 @@ from security.tls import channel_credentials
 CHUNK: Final = 256 << 10  # bytes of one upload message
 PUBLISH_S: Final = 1800.0  # deltas and loading a large heavy model take their time
 MAX_MESSAGE_BYTES: Final = 64 << 20
+MAX_INVITE_S: Final = 2**32 - 1  # what the message can say; the cloud allows less
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_MINTING: Final = "isthmus token mint --home DIR/cloud --role operator --subject YOU --output FILE makes one"
+# What gRPC says of a connection that cannot be made, and what a person can do about it.
+_CONNECTION_HINTS: Final = {
+    "Hostname Verification": "the cloud's certificate is not for this host; use one that was named in "
+    "isthmus keys init --host",
+    "CERTIFICATE_VERIFY_FAILED": "that cloud is from another workspace than the folder given as --trust, or its "
+    "certificate expired",
+    "Connection refused": "start it with isthmus cloud serve, or name its HOST:PORT with --cloud",
+    "resolving": "name the cloud's HOST:PORT with --cloud",
+    "WRONG_VERSION_NUMBER": "there is something else than a cloud at this address; name its HOST:PORT with --cloud",
+    "Deadline": "the cloud did not answer in time; look at its log, or name another HOST:PORT with --cloud",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +68,10 @@ class CloudClient:
     """A connection to a cloud; use it as a context manager."""
 
     def __init__(self, address: Address, *, timeout_s: float = 30.0) -> None:
-        token = read_file(address.token_file).decode("ascii", "replace").strip()
-        if not token:
-            raise ConfigError(f"{address.token_file} holds no token", hint="isthmus token mint makes one")
+        token = read_file(address.token_file, hint=_MINTING).decode("ascii", "replace").strip()
+        if not _TOKEN.fullmatch(token):
+            raise ConfigError(f"{address.token_file} holds no token", hint=_MINTING)
+        split_address(address.cloud, "cloud")
         credentials = grpc.composite_channel_credentials(
             channel_credentials(address.trust / "ca.pem"), grpc.access_token_call_credentials(token)
         )
@@ -93,10 +110,11 @@ class CloudClient:
         """
         told = progress or Progress()
         manifest = open_bundle(bundle)
+        repository = OperatorRepository(operator)
+        repository.check()
         self._check_new(manifest)
         uploaded = self._upload_missing(bundle, manifest, told)
         data = (bundle / MANIFEST).read_bytes()
-        repository = OperatorRepository(operator)
         targets = repository.sign_manifest(manifest.name, manifest.version, data, self.current_targets())
         told.waiting("deltas and heavy model")
         request = registry_pb2.PublishRequest(
@@ -165,7 +183,7 @@ class CloudClient:
         try:
             return b"".join(part.data for part in self._registry.FetchMetadata(request, timeout=self._timeout_s))
         except grpc.RpcError as error:
-            raise from_rpc(error, f"cannot fetch {name}") from error
+            raise self._explained(error, f"cannot fetch {name}") from error
 
     def release(self, model: str, version: int) -> None:
         """Set the version that devices should run.
@@ -203,6 +221,11 @@ class CloudClient:
 
     def invite(self, device_id: str, *, ttl_s: int = 0) -> dict[str, Any]:
         """Return a one-time enrolment code for a device."""
+        if not 0 <= ttl_s <= MAX_INVITE_S:
+            raise InputError(
+                f"expected a time to live of at most {MAX_INVITE_S} seconds, got {ttl_s}",
+                hint="an invitation is used within hours; a new one costs nothing",
+            )
         request = fleet_pb2.InviteRequest(device_id=device_id, ttl_s=ttl_s)
         answer = self._call(f"invite {device_id}", self._fleet.Invite, request)
         return {"device": device_id, "code": answer.code, "expires_at": _moment(answer.expires_at)}
@@ -237,7 +260,17 @@ class CloudClient:
         try:
             return method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
-            raise from_rpc(error, f"cannot {what}") from error
+            raise self._explained(error, f"cannot {what}") from error
+
+    def _explained(self, error: grpc.RpcError, what: str) -> IsthmusError:
+        """Return one of our errors; one of the connection says in a sentence what to do, without gRPC's own words."""
+        explained = from_rpc(error, what)
+        if not isinstance(explained, UnavailableError) or explained.hint or explained.reason != UnavailableError.reason:
+            return explained
+        hint = next((hint for words, hint in _CONNECTION_HINTS.items() if words in explained.message), "")
+        if not hint:
+            return explained
+        return UnavailableError(f"{what}: no answer from the cloud at {self._cloud}", hint=hint)
 
 
 def _upload_messages(path: Path, sha256: str, length: int, told: Progress) -> Iterator[Any]:
@@ -249,7 +282,8 @@ def _upload_messages(path: Path, sha256: str, length: int, told: Progress) -> It
 
 
 def _device_row(device: Any, report: Any) -> dict[str, Any]:
-    state = fleet_pb2.UpdateState.Name(report.state).removeprefix("UPDATE_STATE_").lower()
+    known = report.state in fleet_pb2.UpdateState.values()  # a newer cloud may know more
+    state = fleet_pb2.UpdateState.Name(report.state).removeprefix("UPDATE_STATE_").lower() if known else "?"
     return {
         "device": device.device_id,
         "last_seen": _moment(device.last_seen_at),

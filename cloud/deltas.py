@@ -60,11 +60,13 @@ async def prepare_deltas(blobs: Blobs, deltas: Deltas, new: Manifest, bases: Ite
     todo = [pair for pair in pairs if not await asyncio.to_thread(deltas.has, pair.old, pair.new)]
     if todo:
         await _make(blobs, deltas, todo)
-    return [
-        PreparedDelta(pair.path, pair.from_version, deltas.length(pair.old, pair.new), pair.length)
-        for pair in pairs
-        if deltas.has(pair.old, pair.new)
-    ]
+    return await asyncio.to_thread(
+        lambda: [
+            PreparedDelta(pair.path, pair.from_version, deltas.length(pair.old, pair.new), pair.length)
+            for pair in pairs
+            if deltas.has(pair.old, pair.new)
+        ]
+    )
 
 
 async def _make(blobs: Blobs, deltas: Deltas, pairs: Sequence[_Pair]) -> None:
@@ -86,11 +88,13 @@ async def _make(blobs: Blobs, deltas: Deltas, pairs: Sequence[_Pair]) -> None:
             await asyncio.to_thread(process.join)
         finally:
             process.kill()  # when this publish is cancelled nobody wants the rest
+        if process.exitcode:
+            log.error("the process that makes deltas died; devices fetch whole files", exit_code=process.exitcode)
         for pair, job in zip(pairs, jobs, strict=True):
             if job.out.is_file():
                 await asyncio.to_thread(deltas.store, pair.old, pair.new, job.out)
             else:
-                log.info("no delta is worth its bytes", path=pair.path, from_version=pair.from_version)
+                log.info("no delta for this file", path=pair.path, from_version=pair.from_version)
 
 
 def _changed_files(old: Manifest, new: Manifest) -> Iterable[_Pair]:

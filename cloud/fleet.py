@@ -38,6 +38,8 @@ MAX_INVITE_S: Final = 30 * 86400
 MAX_WATCHED: Final = 64  # models of one device
 _KEEP_ASSERTIONS_S: Final = 300  # beyond their expiry: more than any leeway
 _MAX_TEXT: Final = 500  # characters of a reason or detail that are kept
+_MAX_NUMBER: Final = 2**53  # as in a manifest; a database holds no more than 2**63 - 1
+_STATES: Final = frozenset({fleet_pb2.UPDATE_STATE_ACTIVE, fleet_pb2.UPDATE_STATE_REFUSED})
 
 log = structlog.get_logger(__name__)
 
@@ -177,15 +179,18 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """Keep a device's report.
 
         Raises:
-            InputError: The report has no state, or is about a model that there is not.
+            InputError: The report has no known state, numbers that cannot be ours, or a model that there is not.
             IdentityError: The device is not enrolled here.
         """
         del context
-        if request.state == fleet_pb2.UPDATE_STATE_UNSPECIFIED or not request.model:
+        if request.state not in _STATES or not request.model:
             raise InputError("expected a report with a model and a state")
-        if self._catalog.released(request.model) is None:
+        if max(request.version, request.serving_version, request.bytes_fetched) > _MAX_NUMBER:
+            raise InputError(f"expected versions and bytes of at most {_MAX_NUMBER}")
+        claims = current_claims()
+        if not claims.may_use(request.model) or self._catalog.released(request.model) is None:
             raise InputError(f"there is no model {request.model[:80]!r} to report on")
-        device_id = current_claims().subject
+        device_id = claims.subject
         await asyncio.to_thread(self._keep_report, device_id, request)
         state = fleet_pb2.UpdateState.Name(request.state)
         log.info("device reports", device=device_id, model=request.model, version=request.version, state=state)
@@ -205,10 +210,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                     version=report.version,
                     state=report.state,
                     serving_version=report.serving_version,
-                    reason=report.reason[:_MAX_TEXT],
-                    detail=report.detail[:_MAX_TEXT],
+                    reason=_printable(report.reason),
+                    detail=_printable(report.detail),
                     bytes_fetched=report.bytes_fetched,
-                    variant=report.variant[:_MAX_TEXT],
+                    variant=_printable(report.variant),
                     reported_at=now,
                 )
             )
@@ -253,6 +258,11 @@ def _take_invite(session: Session, code: str, now: float) -> str:
             reason="wrong-code",
         )
     return session.scalars(select(db.Invite.device_id).where(db.Invite.code_sha256 == _hash(code))).one()
+
+
+def _printable(text: str) -> str:
+    """Return a device's text as an operator's terminal may show it: no control characters, not endless."""
+    return "".join(character if character.isprintable() else " " for character in text[:_MAX_TEXT])
 
 
 def _hash(code: str) -> str:

@@ -110,8 +110,8 @@ class Gateway:
         return service_pb2.ServerLiveResponse(live=True)
 
     async def server_ready(self, _request: Any, _context: _Context) -> Any:
-        """Say whether Triton answers."""
-        return service_pb2.ServerReadyResponse(ready=await self._client.is_live())
+        """Say whether Triton answers and has its models."""
+        return service_pb2.ServerReadyResponse(ready=await self._pool.is_up())
 
     async def server_metadata(self, _request: Any, _context: _Context) -> Any:
         """Name the gateway and the Triton behind it.
@@ -138,7 +138,7 @@ class Gateway:
             UnavailableError: Triton does not answer.
         """
         _, heavy = self._resolve(current_claims(), request.name, request.version)
-        answer = await self._client.metadata(heavy.name)
+        answer = await self._pool.metadata(heavy)
         answer.name = request.name
         answer.versions[:] = [str(version) for version in self._catalog.versions(request.name)]
         return answer

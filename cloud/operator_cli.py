@@ -39,8 +39,10 @@ def connect(flags: Mapping[str, object], config: Path | None) -> Iterator[tuple[
     settings = load_settings(OperatorSettings, config, flags).value
     if settings.trust is None or settings.token_file is None:
         missing = "trust" if settings.trust is None else "token_file"
+        what = "the workspace's trust folder" if settings.trust is None else "a file that isthmus token mint wrote"
         raise ConfigError(
-            f"the setting {missing} is not set", hint=f"--{missing.replace('_', '-')} or ISTHMUS_{missing.upper()}"
+            f"the setting {missing} is not set",
+            hint=f"--{missing.replace('_', '-')} or ISTHMUS_{missing.upper()} names {what}",
         )
     with CloudClient(
         Address(settings.cloud, settings.trust, settings.token_file), timeout_s=settings.timeout_s
@@ -66,7 +68,10 @@ def publish(
     started = time.monotonic()
     with connect(flags, config) as (client, settings):
         if settings.operator is None:
-            raise ConfigError("the setting operator is not set", hint="--operator or ISTHMUS_OPERATOR")
+            raise ConfigError(
+                "the setting operator is not set",
+                hint="--operator or ISTHMUS_OPERATOR names the workspace's operator folder, which signs bundles",
+            )
         with progress() as display:
             task = display.add_task("upload", total=None)
             told = Progress(
@@ -145,5 +150,7 @@ def list_devices(
 def _parse_version(text: str) -> tuple[str, int]:
     model, at, number = text.rpartition("@")
     if not at or not model or not number.isdecimal():
-        raise InputError(f"expected MODEL@VERSION, for example triage@3, got {text!r}")
+        raise InputError(
+            f"expected MODEL@VERSION, for example triage@3, got {text!r}", hint="isthmus model list shows what there is"
+        )
     return model, int(number)

@@ -116,24 +116,23 @@ class Publisher:
             UnavailableError: Triton is down.
         """
         async with self._lock:
-            manifest = parse_manifest(manifest_json)  # (1)
-            _check_identity(manifest, model, version)
-            self._check_newest(model, version)
-            self._repository.accept_targets(targets_json)  # (2)
-            _check_vouched(targets_json, manifest, manifest_json)
-            await asyncio.to_thread(self._check_blobs, manifest)  # (3)
+            manifest = await asyncio.to_thread(
+                self._check, model, version, manifest_json, targets_json
+            )  # (1), (2), (3)
             bases = self._catalog.versions(model)[-self._delta_bases :] if self._delta_bases else []
-            old = [self.manifest(model, base) for base in bases]
+            old = [await asyncio.to_thread(self.manifest, model, base) for base in bases]
             deltas = await prepare_deltas(self._blobs, self._deltas, manifest, old)  # (4)
-            heavy = self._heavy_id(manifest)
+            heavy = await asyncio.to_thread(self._heavy_id, manifest)
             fresh = heavy not in self._pool.loaded
             try:
                 await self._load_heavy(heavy, manifest)  # (5)
-                await self._pool.try_out(heavy, manifest, self._golden_inputs(manifest))
+                await self._pool.try_out(heavy, manifest, await asyncio.to_thread(self._golden_inputs, manifest))
                 await asyncio.to_thread(self._blobs.store, manifest_json)
                 await _uninterrupted(self._commit(manifest, manifest_json, targets_json, heavy))  # (6), (7)
             except BaseException:
-                if fresh:  # a second attempt may bring another heavy model under the same version
+                # A second attempt may bring another heavy model under the same version; but a caller who left while
+                # the commit went on to its end has published it.
+                if fresh and version not in self._catalog.versions(model):
                     await self._pool.retire(heavy)
                 raise
             if release:
@@ -158,7 +157,7 @@ class Publisher:
                     reason="unknown-version",
                 )
             heavy = self._catalog.heavy(model, version)
-            await self._load_heavy(heavy, self.manifest(model, heavy.version))
+            await self._load_heavy(heavy, await asyncio.to_thread(self.manifest, model, heavy.version))
             await _uninterrupted(self._release(model, version))
             await self._retire_unwanted(model)
 
@@ -173,6 +172,16 @@ class Publisher:
         if row is None:
             raise NotFoundError(f"model {model!r} has no version {version}", reason="unknown-version")
         return parse_manifest(self._blobs.read_all(row.manifest_sha256))
+
+    def _check(self, model: str, version: int, manifest_json: bytes, targets_json: bytes) -> Manifest:
+        """Return the manifest when it may be published; blocks, for signatures and thousands of blobs take a while."""
+        manifest = parse_manifest(manifest_json)  # (1)
+        _check_identity(manifest, model, version)
+        self._check_newest(model, version)
+        self._repository.accept_targets(targets_json)  # (2)
+        _check_vouched(targets_json, manifest, manifest_json)
+        self._check_blobs(manifest)  # (3)
+        return manifest
 
     async def _commit(self, manifest: Manifest, manifest_json: bytes, targets_json: bytes, heavy: HeavyId) -> None:
         await asyncio.to_thread(self._repository.commit, targets_json)

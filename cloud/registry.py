@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, Final
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import select
 
@@ -24,6 +25,7 @@ from security.repository import CloudRepository
 MAX_BLOB_BYTES: Final = 16 << 30
 MAX_ASKED: Final = 20_000  # digests in one FindMissing
 _END: Final = object()
+_T = TypeVar("_T")
 
 
 class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
@@ -99,7 +101,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             raise InputError("expected a first message with the blob's sha256 and length")
         if first.length > MAX_BLOB_BYTES:
             raise InputError(f"length: expected at most {MAX_BLOB_BYTES} bytes, got {first.length}")
-        with self._blobs.upload(first.sha256, first.length) as upload:
+        async with _in_thread(self._blobs.upload(first.sha256, first.length)) as upload:
             await asyncio.to_thread(upload.write, first.data)
             async for message in request_iterator:
                 await asyncio.to_thread(upload.write, message.data)
@@ -161,6 +163,19 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             bytes=sum(entry.length for entry in manifest.files.values()),
             variants=[variant.id for variant in manifest.variants],
         )
+
+
+@asynccontextmanager
+async def _in_thread(blocking: AbstractContextManager[_T]) -> AsyncIterator[_T]:
+    """Enter and leave a context manager outside of the event loop: an upload ends with a flush to the disk."""
+    value = await asyncio.to_thread(blocking.__enter__)
+    try:
+        yield value
+    except BaseException as error:
+        if not await asyncio.to_thread(blocking.__exit__, type(error), error, error.__traceback__):
+            raise
+    else:
+        await asyncio.to_thread(blocking.__exit__, None, None, None)
 
 
 async def _chunks(source: Iterator[bytes]) -> AsyncIterator[bytes]:

@@ -32,7 +32,7 @@ import structlog
 
 from cloud.triton import TritonClient
 from isthmus.digests import sha256_bytes
-from isthmus.errors import ConfigError, IsthmusError, MissingExtraError, UnavailableError
+from isthmus.errors import ConfigError, MissingExtraError, UnavailableError
 
 _PORT: Final = 8001  # Triton appends its port's number to the path of a Unix socket
 _POLL_S: Final = 0.05
@@ -198,7 +198,7 @@ class TritonServer:
             try:
                 await self._launch()
                 await on_started()
-            except (IsthmusError, OSError):
+            except Exception:  # whatever it was: giving up would leave the cloud without Triton for good
                 log.exception("Triton did not start again")
                 self._kill()
             # A server that lives for a while starts again at once; one that keeps dying, ever more slowly.

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
+import structlog
 from google.protobuf import json_format, text_format
 
 from isthmus.errors import BundleError, ConfigError, InputError, IsthmusError, UnavailableError
 from isthmus.oip import MODEL_INFER, model_config_pb2, service_pb2, service_pb2_grpc
+from isthmus.status import TOO_LATE
+from security.tls import channel_credentials
 
 CONFIG: Final = "config.pbtxt"
 CONTROL_S: Final = 5.0  # deadline of calls that neither infer nor load
@@ -31,6 +34,8 @@ _OPTIONS: Final = (
     ("grpc.max_receive_message_length", 1 << 30),
     ("grpc.max_send_message_length", -1),  # a model pushed to an external Triton is one message
 )
+
+log = structlog.get_logger(__name__)
 
 
 class DeadStubError(UnavailableError):
@@ -47,7 +52,7 @@ class TritonClient:
         if ca is None:
             self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         else:
-            credentials = grpc.ssl_channel_credentials(root_certificates=ca.read_bytes())
+            credentials = channel_credentials(ca)
             self._channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._infer: Any = self._channel.unary_unary(MODEL_INFER)  # no serializers: bytes in, bytes out
@@ -134,8 +139,9 @@ class TritonClient:
             await self._stub.RepositoryModelLoad(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                log.warning("Triton did not load a model", heavy=name, code=error.code().name, detail=error.details())
                 raise UnavailableError(
-                    f"Triton did not load {name} within {timeout_s:g} s: {error.details()}"
+                    f"Triton did not load {name} within {timeout_s:g} s, or is down", reason="triton-unavailable"
                 ) from error
             raise BundleError(f"Triton cannot load {name}: {error.details()}", reason="heavy-not-loadable") from error
 
@@ -152,7 +158,9 @@ class TritonClient:
         try:
             return await getattr(self._stub, method)(request, timeout=CONTROL_S)
         except grpc.aio.AioRpcError as error:
-            raise UnavailableError(f"cannot {what}: {error.details()}", reason="triton-unavailable") from error
+            # The details name our socket and Triton's own names of models: nothing for callers.
+            log.info("Triton refused a call", method=method, code=error.code().name, detail=error.details())
+            raise UnavailableError(f"cannot {what}: Triton does not answer", reason="triton-unavailable") from error
 
 
 def _inference_error(error: grpc.aio.AioRpcError) -> IsthmusError:
@@ -162,7 +170,7 @@ def _inference_error(error: grpc.aio.AioRpcError) -> IsthmusError:
     if code is grpc.StatusCode.INTERNAL and _DEAD_STUB in detail:
         return DeadStubError("the heavy model's process died; it is being started again")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return UnavailableError("the heavy model did not answer in time", reason="deadline-exceeded")
+        return UnavailableError("the heavy model did not answer in time", reason=TOO_LATE)
     if code is grpc.StatusCode.NOT_FOUND:
         return UnavailableError("the heavy model is not loaded now", reason="heavy-not-loaded")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):

@@ -94,7 +94,9 @@ def _read(source: Path) -> bytes:
             raise InputError(f"{source}: expected a model of at most {MAX_MODEL_BYTES} bytes, got {size}")
         return source.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror}") from error
+        raise InputError(
+            f"cannot read {source}: {error.strerror}", hint="light.source and heavy.source name ONNX files"
+        ) from error
 
 
 def _parse(data: bytes, source: Path) -> Any:
@@ -104,7 +106,7 @@ def _parse(data: bytes, source: Path) -> Any:
     try:
         model = onnx.load_model_from_string(data)
     except DecodeError as error:
-        raise InputError(f"{source}: not an ONNX file") from error
+        raise InputError(f"{source}: not an ONNX file", hint="torch.onnx.export writes one") from error
     if not model.graph.node:
         raise InputError(f"{source}: not an ONNX model, or one without a single operator")
     return model

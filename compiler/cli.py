@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, progress, show_record, show_table
 
 if TYPE_CHECKING:
@@ -33,8 +34,13 @@ def compile_command(
     as_json: JsonOption = False,
 ) -> None:
     """Compile a light and a heavy model into a bundle: variants, calibration, golden answers, manifest."""
-    from compiler.package import write_archive
+    from compiler.package import check_folder, write_archive
     from compiler.pipeline import GuardError, compile_bundle
+
+    if archive is not None:
+        check_folder(archive.parent, "archive")
+        if archive.is_dir():
+            raise InputError(f"{archive} is a folder", hint="give the name of a file as --archive")
 
     with progress() as display:
         tasks: dict[str, Any] = {}

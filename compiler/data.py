@@ -108,7 +108,10 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, Array]:
                 )
             return {name: file.get_tensor(name) for name in names}
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(
+            f"cannot read {path}: {error.strerror or error}",
+            hint="data.calibration and data.quantization name safetensors files",
+        ) from error
     except (SafetensorError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a safetensors file: {error}") from error
 

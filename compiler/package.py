@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -97,10 +98,21 @@ def check_output(output: Path) -> None:
     """
     if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise ConflictError(f"{output} exists and is not a bundle", hint="give another --output, or remove it")
+    check_folder(output.parent, "output")
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make a folder, where it is not there, and check that files can be made in it.
+
+    Raises:
+        InputError: They cannot.
+    """
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise InputError(f"cannot write to {output.parent}: {error.strerror}") from error
+        raise InputError(f"cannot write to {folder}: {error.strerror}", hint=f"give another --{option}") from error
 
 
 def move_into_place(folder: Path, output: Path) -> None:
@@ -108,7 +120,11 @@ def move_into_place(folder: Path, output: Path) -> None:
     if output.exists():
         old = folder.with_name(f"{folder.name}.replaced")
         output.rename(old)
-        folder.rename(output)
+        try:
+            folder.rename(output)
+        except BaseException:
+            old.rename(output)  # or it would be removed with the folder that we work in
+            raise
         shutil.rmtree(old)
     else:
         folder.rename(output)

@@ -24,7 +24,7 @@ from compiler.capture import CapturedModel, capture, check_same_interface
 from compiler.data import LabelledSamples, Samples, load_labelled, load_samples, run_in_batches
 from compiler.evaluate import Labels, Logits, accuracy
 from compiler.heavy import heavy_logits
-from compiler.package import Contents, check_output, move_into_place, write_bundle
+from compiler.package import Contents, check_folder, check_output, move_into_place, write_bundle
 from compiler.recipe import Recipe, VariantSection, load_recipe
 from compiler.report import Report, VariantReport
 from compiler.targets import BuildOptions, Built, Target, load_target
@@ -127,9 +127,12 @@ def compile_bundle(
     """
     # 1
     recipe, recipe_sha256 = load_recipe(recipe_path)
+    targets = {section.id: _target(section) for section in recipe.variants}
+    load_target(recipe.heavy.target, role="heavy")
     check_output(output)
     previous = _previous(recipe, output)
     cache = output.parent / ".compile-cache" if cache is None else cache
+    check_folder(cache, "cache")
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
         work = Path(scratch)
         bundle = work / "bundle"
@@ -141,13 +144,24 @@ def compile_bundle(
         # 5
         reference = _reference(job)
         # 6
-        variants = tuple(_variant(job, section, reference, work) for section in recipe.variants)
+        variants = tuple(_variant(job, section, targets[section.id], reference, work) for section in recipe.variants)
         report = _report(job, variants, reference[job.score_output], heavy)
         # 7
         if any(entry.refused for entry in variants):
             raise GuardError(Outcome(output, variants, report))
         # 8
         return _finish(job, variants, heavy, report, recipe_sha256, output)
+
+
+def _target(section: VariantSection) -> Target:
+    """Return a variant's target, before any work is done for it."""
+    target = load_target(section.target, role="light")
+    if section.precision not in target.precisions:
+        raise InputError(
+            f"target {section.target!r} has no precision {section.precision!r}; it has {', '.join(target.precisions)}",
+            hint="mend the recipe",
+        )
+    return target
 
 
 def _previous(recipe: Recipe, output: Path) -> tuple[Path, Manifest] | None:
@@ -219,13 +233,10 @@ def _reference(job: _Job) -> dict[str, Array]:
     return outputs
 
 
-def _variant(job: _Job, section: VariantSection, reference: Mapping[str, Array], work: Path) -> VariantOutcome:
+def _variant(
+    job: _Job, section: VariantSection, target: Target, reference: Mapping[str, Array], work: Path
+) -> VariantOutcome:
     """Build and verify one variant, on a new grid when the old one is worse than the guard allows."""
-    target = load_target(section.target, role="light")
-    if section.precision not in target.precisions:
-        raise InputError(
-            f"target {section.target!r} has no precision {section.precision!r}; it has {', '.join(target.precisions)}"
-        )
     options = BuildOptions(
         precision=section.precision,
         samples=None if job.quantization is None else job.quantization.inputs,

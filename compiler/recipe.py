@@ -7,6 +7,8 @@ What the fields mean together (inputs, labels, data) is checked where the files 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -119,6 +121,21 @@ class Recipe(_Section):
         return self
 
 
+_SECTIONS: Final[Mapping[str, type[BaseModel]]] = {
+    "model": ModelSection,
+    "light": LightSection,
+    "heavy": HeavySection,
+    "variants": VariantSection,
+    "data": DataSection,
+    "guard": GuardSection,
+    "calibration": CalibrationSection,
+    "update": UpdateSection,
+}
+_NEEDED: Final = (
+    "model.name", "model.version", "light.source", "heavy.source", "[[variants]] with a target", "data.calibration"
+)  # fmt: skip
+
+
 def load_recipe(path: Path) -> tuple[Recipe, str]:
     """Return the recipe in `path` with absolute paths and labels read, and the SHA-256 of the file.
 
@@ -129,16 +146,43 @@ def load_recipe(path: Path) -> tuple[Recipe, str]:
     try:
         document = tomllib.loads(data.decode())
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not a TOML document: {error}") from error
+        raise InputError(f"{path}: not a TOML document: {error}", hint="mend the recipe") from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply for a recipe") from error
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise InputError(f"{path}: {where}: {first['msg']}") from error
+        raise _explained(path, error) from error
     return _resolve(recipe, path.resolve().parent), sha256_bytes(data)
+
+
+def _explained(path: Path, error: ValidationError) -> InputError:
+    """Return what is wrong first; an unknown field before the one that is missing because it is misspelt."""
+    found = error.errors(include_url=False)
+    first = min(found, key=lambda one: one["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in first["loc"]) or "recipe"
+    if first["type"] == "extra_forbidden":
+        known = _fields_of(first["loc"][:-1])
+        close = get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return InputError(f"{path}: {where}: there is no such field", hint=hint)
+    if first["type"] == "missing":
+        return InputError(f"{path}: {where} is missing", hint=f"every recipe needs {', '.join(_NEEDED)}")
+    if first["type"] == "value_error":  # of a section as a whole
+        return InputError(f"{path}: {where}: {first['msg']}", hint="mend the recipe")
+    got = repr(first["input"])
+    return InputError(
+        f"{path}: {where}: {first['msg']}, got {got if len(got) <= 80 else got[:77] + '...'}", hint="mend the recipe"
+    )
+
+
+def _fields_of(where: Sequence[int | str]) -> list[str]:
+    """Return the fields of the section at this place of a recipe."""
+    section: type[BaseModel] = Recipe
+    for part in where:
+        if isinstance(part, str):
+            section = _SECTIONS[part]
+    return list(section.model_fields)
 
 
 def _resolve(recipe: Recipe, folder: Path) -> Recipe:
@@ -178,7 +222,9 @@ def _read(path: Path, limit: int) -> bytes:
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(
+            f"cannot read {path}: {error.strerror}", hint="paths in a recipe are relative to its folder"
+        ) from error
     if len(data) > limit:
         raise InputError(f"{path}: expected at most {limit} bytes")
     return data

@@ -33,6 +33,7 @@ _RUNS: Final = 100
 # without VNNI add up in another way, and single roundings flip).
 _TOLERANCE: Final = {"fp32": 1e-3, "int8": 5e-2}
 _LEAST_TOLERANCE: Final = 1e-3
+_ROUNDING: Final = 1e-9  # 0.9 - 0.88 is more than 0.02 in floating point; one row of data is far more than this
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def check_variant(
     if precision == "fp32" and difference > guard.max_difference:
         refused = f"it differs from the source by {difference:.3g}, allowed is {guard.max_difference:g}"
     # (4)
-    if precision != "fp32" and theirs - ours > guard.max_accuracy_drop:
+    if precision != "fp32" and theirs - ours > guard.max_accuracy_drop + _ROUNDING:
         fall = f"{theirs - ours:.4f} ({theirs:.4f} to {ours:.4f})"
         refused = f"its accuracy fell by {fall}, allowed is {guard.max_accuracy_drop:g}"
     return Measured(ours, difference, refused)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import grpc
 import structlog
@@ -29,7 +29,7 @@ from edge.spool import Spool
 from edge.store import write_atomically
 from edge.updater import Updater
 from edge.uplink import Uplink, watch_connection
-from isthmus.errors import UnavailableError
+from isthmus.errors import ConfigError, UnavailableError
 from isthmus.v1 import agent_pb2
 
 _RESTART_S: Final = 60.0  # longest pause before a loop that failed starts again
@@ -41,6 +41,7 @@ log = structlog.get_logger(__name__)
 class Agent:
     """All parts of an agent, wired by edge.bootstrap."""
 
+    lock: BinaryIO
     channel: grpc.aio.Channel
     server: AgentServer
     models: ServedModels
@@ -59,21 +60,31 @@ class Agent:
         """Serve until `stop` is set.
 
         Raises:
-            ConfigError: The address cannot be bound.
+            ConfigError: The address cannot be bound, or the ready file cannot be written.
         """
-        address = await self.server.start()
-        log.info("listening", address=address)
-        async with asyncio.TaskGroup() as group:
-            loops = [group.create_task(_outlasting(name, loop)) for name, loop in self._loops().items()]
-            if self.ready_file is not None:
-                ready = {"address": address, "pid": os.getpid()}
-                write_atomically(self.ready_file, json.dumps(ready).encode() + b"\n")
-            await stop.wait()
-            log.info("stopping")
-            await self.server.stop(self.shutdown_s)
-            for task in loops:
-                task.cancel()
-        await self._close()
+        try:
+            address = await self.server.start()
+            log.info("listening", address=address)
+            self._tell_ready(address)
+            async with asyncio.TaskGroup() as group:
+                loops = [group.create_task(_outlasting(name, loop)) for name, loop in self._loops().items()]
+                await stop.wait()
+                log.info("stopping")
+                await self.server.stop(self.shutdown_s)
+                for task in loops:
+                    task.cancel()
+        finally:
+            await self._close()
+
+    def _tell_ready(self, address: str) -> None:
+        if self.ready_file is None:
+            return
+        try:
+            write_atomically(self.ready_file, json.dumps({"address": address, "pid": os.getpid()}).encode() + b"\n")
+        except OSError as error:
+            raise ConfigError(
+                f"ready_file: cannot write {self.ready_file}: {error.strerror}", hint="expected a folder that exists"
+            ) from error
 
     def _loops(self) -> dict[str, Callable[[], Awaitable[None]]]:
         loops: dict[str, Callable[[], Awaitable[None]]] = {
@@ -90,14 +101,15 @@ class Agent:
 
     def _connected(self) -> None:
         log.info("connected to the cloud")
-        self.uplink.breaker.nudge()
+        self.uplink.nudge()
         self.token.connected()
         self.fleet.connected()
 
     async def _keep_current(self, model: str, updater: Updater) -> None:
-        if not self.models.version(model):
-            await updater.start()
         backoff = Backoff(first_s=1.0, longest_s=60.0)
+        await self._serve_installed(model, updater, backoff)
+        if not self.models.version(model) and not self.desired.version(model):
+            log.info("waiting for a first version", model=model, hint=f"isthmus model release {model}@VERSION")
         settled = 0  # the version that was activated or refused last
         while True:
             await self.server.set_ready(ready=self.models.ready)
@@ -118,6 +130,21 @@ class Agent:
             settled = version
             backoff.reset()
 
+    async def _serve_installed(self, model: str, updater: Updater, backoff: Backoff) -> None:
+        while not self.models.version(model):
+            try:
+                await updater.start()
+            except UnavailableError as error:
+                log.warning("installed version cannot be read", model=model, error=error.message)
+                await backoff.pause()
+            except ConfigError as error:  # a version with another variant may come
+                log.warning(
+                    "installed version cannot be opened here", model=model, error=error.message, hint=error.hint
+                )
+                return
+            else:
+                return
+
     async def _keep_captures(self) -> None:
         while True:
             try:
@@ -130,11 +157,13 @@ class Agent:
                 await spool.flush()
 
     async def _close(self) -> None:
+        await self.server.stop(0)  # a no-op after an orderly stop
         for spool in self.spools.values():
             await spool.flush()
         for name, _ in self.models:
             self.models.swap(name, None)
         await self.channel.close()
+        self.lock.close()
 
 
 async def _outlasting(name: str, loop: Callable[[], Awaitable[None]]) -> None:

@@ -86,8 +86,8 @@ async def _rebuild(fetcher: Fetcher, plan: FilePlan, old: FileEntry, base: Path,
         await asyncio.to_thread(apply_delta, base, delta, target, sha256=wanted.sha256, length=wanted.length)
     except NotFoundError:
         rebuilt = False
-    except (DeltaError, DigestMismatchError) as error:
-        log.warning("delta not used", path=plan.path, error=error.message)
+    except (DeltaError, DigestMismatchError, OSError) as error:  # a base that cannot be read is not needed either
+        log.warning("delta not used", path=plan.path, error=str(error))
         rebuilt = False
     else:
         rebuilt = True
@@ -129,9 +129,12 @@ def _holds(path: Path, wanted: FileEntry) -> bool:
 
 def _keep(installed: Path, target: Path, wanted: FileEntry) -> bool:
     try:
-        os.link(installed, target)
-    except FileNotFoundError:
+        try:
+            os.link(installed, target)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(installed, target)
+        return _holds(target, wanted)
+    except OSError as error:  # an installed file that cannot be read is fetched again
+        log.warning("installed file not kept", path=target.name, error=str(error))
+        target.unlink(missing_ok=True)
         return False
-    except OSError:  # a file system without hard links
-        shutil.copyfile(installed, target)
-    return _holds(target, wanted)

@@ -40,10 +40,12 @@ def build_agent(settings: EdgeSettings) -> Agent:
 
     Raises:
         ConfigError: The device is not enrolled, or the settings cannot work.
+        ConflictError: Another agent runs in the device's folder.
     """
     home = DeviceHome(settings.home)
     enrolment = home.enrolment()
     names = _model_names(settings)
+    lock = home.lock()  # two agents would remove each other's slots
     channel = open_channel(enrolment.cloud, home.ca, message_bytes=settings.message_mib << 20)
     token = AccessToken(home, enrolment, channel)
     uplink = _uplink(settings, channel, token)
@@ -73,6 +75,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         message_bytes=settings.message_mib << 20,
     )
     return Agent(
+        lock=lock,
         channel=channel,
         server=server,
         models=models,
@@ -95,11 +98,12 @@ def _model_names(settings: EdgeSettings) -> tuple[str, ...]:
     try:
         return tuple(dict.fromkeys(check_name(name) for name in settings.models))
     except ValueError as error:
-        raise ConfigError(f"models: {error}") from error
+        raise ConfigError(f"models: {error}", hint="`isthmus model list` shows the names") from error
 
 
 def _uplink(settings: EdgeSettings, channel: grpc.aio.Channel, token: AccessToken) -> Uplink:
-    breaker = Breaker(
+    new_breaker = partial(
+        Breaker,
         failures=settings.breaker_failures,
         first_wait_s=settings.breaker_first_wait_s,
         longest_wait_s=settings.breaker_longest_wait_s,
@@ -107,7 +111,8 @@ def _uplink(settings: EdgeSettings, channel: grpc.aio.Channel, token: AccessToke
     return Uplink(
         channel,
         token.current,
-        breaker,
+        new_breaker(),
+        new_breaker(),
         guard_s=settings.guard_s,
         longest_s=settings.longest_escalation_s,
         unauthenticated=token.renew_soon,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.terminal import JsonOption, note, show_record, show_table
+from isthmus.terminal import JsonOption, note, show_record
 
 app = typer.Typer(no_args_is_help=True, help="Enrol a device and run its agent.")
 captures_app = typer.Typer(no_args_is_help=True, help="Escalated requests with the cloud's answers.")
@@ -89,14 +89,17 @@ def status(
         return
     uplink: dict[str, Any] = answer["uplink"]
     show_record("agent", {"device": answer["device_id"], **{f"uplink {k}": v for k, v in uplink.items()}})
-    show_table("models", [_row(model) for model in answer["models"]])
+    for model in answer["models"]:
+        show_record(model["model"], _told(model))
 
 
-def _row(model: dict[str, Any]) -> dict[str, Any]:
+def _told(model: dict[str, Any]) -> dict[str, Any]:
     last = model.get("last_update") or {}
     update = f"{last['from_version']} -> {last['to_version']} {last['outcome']} {last['reason']}" if last else None
-    plain = {name: model[name] for name in ("model", "version", "variant", "threshold", "errors")}
-    return {**plain, **model["answers"], "last_update": update, "bytes_fetched": last.get("bytes_fetched")}
+    plain = {name: model[name] for name in ("version", "variant", "threshold")}
+    answers = {f"answers {route}": count for route, count in model["answers"].items()}
+    update_told = {"last update": update, "bytes fetched": last.get("bytes_fetched")}
+    return {**plain, **answers, "errors": model["errors"], **update_told}
 
 
 @captures_app.command()

@@ -14,7 +14,7 @@ from typing import Any, Final
 import grpc
 
 from edge.backoff import Backoff
-from isthmus.errors import DigestMismatchError, IsthmusError, NotFoundError, UnavailableError
+from isthmus.errors import DigestMismatchError, InputError, IsthmusError, NotFoundError, UnavailableError
 from isthmus.status import from_rpc
 from isthmus.v1 import registry_pb2, registry_pb2_grpc
 from security.trust import TrustedManifests
@@ -23,6 +23,10 @@ METADATA_BYTES: Final = 8 << 20  # no metadata file or manifest is larger
 TARGETS: Final = "targets/"  # prefix of names that stand for a signed target, by its SHA-256
 _STALL_S: Final = 30.0  # a stream that brings nothing for this long is broken off
 _ATTEMPTS: Final = 5
+
+
+class _RequestRefusedError(UnavailableError):
+    """The registry calls the request wrong: its idea of a file is another than ours."""
 
 
 class RegistryFetcher:
@@ -95,9 +99,13 @@ class RegistryFetcher:
                 with path.open("ab") as file:
                     offset = file.tell()
                     async for chunk in self._chunks(await start(offset), limit - offset, what):
-                        file.write(chunk)
+                        await asyncio.to_thread(file.write, chunk)
                         moved += len(chunk)
-            except UnavailableError:
+            except UnavailableError as error:
+                if isinstance(error, _RequestRefusedError) and offset > 0:
+                    await asyncio.to_thread(
+                        path.unlink
+                    )  # the registry's file is shorter now than the one that this is a part of
                 failures = 1 if moved > before else failures + 1  # progress earns new attempts
                 if failures >= _ATTEMPTS:
                     raise
@@ -155,4 +163,6 @@ def _translated(error: grpc.aio.AioRpcError, what: str) -> IsthmusError:
     # Whatever refuses a device for now (a token being renewed, a quota) is not a verdict on the bundle.
     if isinstance(translated, NotFoundError):
         return translated
+    if isinstance(translated, InputError):
+        return _RequestRefusedError(translated.message, reason=translated.reason)
     return UnavailableError(translated.message, reason=translated.reason)

@@ -18,6 +18,7 @@ from edge.updater import Outcome
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 
 REPORT_TIMEOUT_S: Final = 10.0
+_REFUSALS: Final = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND})
 
 log = structlog.get_logger(__name__)
 
@@ -123,17 +124,18 @@ class FleetLink:
                     del self._reports[model]
 
     async def _send(self, report: fleet_pb2.ReportRequest) -> bool:
+        """Return whether the cloud has decided about this report: taken, or refused for good."""
         try:
             await self._stub.Report(report, metadata=await self._metadata(), timeout=REPORT_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             self._note(error, "report")
-            return False
+            return error.code() in _REFUSALS  # again and again it would only hold up those of other models
         return True
 
     def _note(self, error: grpc.aio.AioRpcError, what: str) -> None:
         if error.code() is grpc.StatusCode.UNAUTHENTICATED:
             self._unauthenticated()
-        log.info("call interrupted", call=what, code=error.code().name, detail=(error.details() or "")[:200])
+        log.info("call ended", call=what, code=error.code().name, detail=(error.details() or "")[:200])
 
     async def _metadata(self) -> Any:
         return (("authorization", f"Bearer {await self._token()}"),)

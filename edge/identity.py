@@ -9,12 +9,13 @@ enrolment.json               the rest; written last, so a folder that has it is 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import grpc
 import structlog
@@ -23,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from edge.backoff import Backoff
 from edge.store import write_atomically
 from edge.uplink import open_channel
-from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.address import split_address
+from isthmus.errors import ConfigError, ConflictError, IdentityError, IsthmusError, UnavailableError
 from isthmus.status import from_rpc
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.assertions import make_assertion
@@ -31,6 +33,10 @@ from security.enrolment import make_csr, new_device_key
 
 ENROL_TIMEOUT_S: Final = 30.0
 TOKEN_TIMEOUT_S: Final = 10.0
+_HINTS: Final = {
+    UnavailableError: "is `isthmus cloud serve` running at --cloud, and does --trust come from its workspace?",
+    IdentityError: "a code is good for one device and a short time; `isthmus device invite DEVICE` prints a new one",
+}
 _UNNAMED: Final = "device"  # in the signing request only: the invitation says who the device is
 _YOUNG_S: Final = 5.0
 _RENEW_AT: Final = 0.6  # of a token's life; leaves several retries before it ends
@@ -80,6 +86,22 @@ class DeviceHome:
         """Return the public keys that verify tokens."""
         return self.path / "jwks.json"
 
+    def lock(self) -> BinaryIO:
+        """Keep other agents out of the folder until the returned file is closed, or this process ends.
+
+        Raises:
+            ConflictError: Another agent runs in it.
+        """
+        file = (self.path / "agent.lock").open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ConflictError(
+                f"another agent runs in {self.path}", hint="stop it, or enrol another device with another --home"
+            ) from error
+        return file
+
     def models(self, model: str) -> Path:
         """Return the folder of a model's slots."""
         return self.path / "models" / model
@@ -115,15 +137,20 @@ async def enrol(home: DeviceHome, *, cloud: str, code: str, trust: Path, hosts: 
         hosts: Names and addresses under which other machines will call this device.
 
     Raises:
+        ConfigError: `cloud` is no address, or `trust` lacks a file.
         ConflictError: The device is enrolled already.
         IdentityError: The cloud does not accept the code.
         UnavailableError: The cloud cannot be reached.
     """
+    split_address(cloud, "--cloud")
     if (home.path / "enrolment.json").exists():
         raise ConflictError(f"{home.path} is enrolled already", hint="use another --home for another device")
     missing = [name for name in ("ca.pem", "root.json") if not (trust / name).is_file()]
     if missing:
-        raise ConfigError(f"--trust {trust}: expected ca.pem and root.json, missing {' and '.join(missing)}")
+        raise ConfigError(
+            f"--trust {trust}: expected ca.pem and root.json, missing {' and '.join(missing)}",
+            hint="copy the folder trust/ of the workspace that `isthmus keys init` made",
+        )
     (home.path / "trust").mkdir(parents=True, exist_ok=True)
     for name in ("ca.pem", "root.json"):
         write_atomically(home.path / "trust" / name, (trust / name).read_bytes())
@@ -149,7 +176,7 @@ async def _exchange(home: DeviceHome, cloud: str, code: str, csr: bytes) -> flee
             request = fleet_pb2.EnrolRequest(code=code, csr_pem=csr)
             response: fleet_pb2.EnrolResponse = await stub.Enrol(request, timeout=ENROL_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc(error, f"enrolment at {cloud}") from error
+            raise from_rpc(error, f"enrolment at {cloud}", hints=_HINTS) from error
     return response
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import structlog
 
 from edge.model import LiveModel, ServedModels
 from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide, score_request
@@ -24,6 +25,8 @@ from edge.uplink import Answer, Failure
 from isthmus.errors import InputError
 from isthmus.oip import override_fields, read_parameters, service_pb2, set_parameter
 from isthmus.tensors import Array, decode_inputs, decode_outputs, encode_outputs
+
+log = structlog.get_logger(__name__)
 
 Capture = Callable[[str, Mapping[str, Array], Mapping[str, Array]], None]
 
@@ -118,7 +121,11 @@ class Router:
 
     async def _light(self, question: _Question, live: LiveModel) -> dict[str, Array]:
         started = self._clock()
-        outputs = await live.infer(question.inputs)
+        try:
+            outputs = await live.infer(question.inputs)
+        except InputError as error:  # the runtime's words are for the operator
+            log.warning("light model cannot compute", model=live.manifest.name, error=error.message)
+            raise InputError("the light model cannot compute these values", reason=error.reason) from error
         counters = self._models.counters[live.manifest.name]
         counters.light_inferences += 1
         counters.light_ns += int((self._clock() - started) * 1e9)
@@ -203,7 +210,7 @@ def _explained(response: Any, question: _Question, live: LiveModel, route: Route
         "isthmus.score": score,
         "isthmus.threshold": live.operating_point.threshold,
         "isthmus.calibration": live.calibration_id,
-        "isthmus.edge_version": str(live.manifest.version),
+        "isthmus.edge_version": live.manifest.version,
         "isthmus.cloud_version": cloud_version if route == "cloud" else None,
     }
     for name, value in explanation.items():

@@ -3,7 +3,7 @@
 The checks, in order; each failure has its own reason:
 
 1. The calibration record is this bundle's and covers the variant                  calibration-mismatch
-2. The golden file has every input, and this variant's expected outputs            bad-golden
+2. The golden file has every input, and this variant's expected, finite outputs    bad-golden
 3. The runtime computes them, with the declared names, types and shapes            cannot-infer, golden-shape
 4. Every value is finite                                                           golden-not-finite
 5. No value differs from the expected one by more than the variant's tolerance     golden-mismatch
@@ -90,6 +90,8 @@ def _difference(name: str, want: Array, got: Array | None) -> float:
             f"golden output {name}: expected {want.dtype} {list(want.shape)}, got {came}",
             reason="golden-shape",
         )
+    if not np.isfinite(want).all():  # every difference from it would pass
+        raise VerificationError(f"{GOLDEN}: output {name}: expected finite numbers", reason="bad-golden")
     if not np.isfinite(got).all():
         raise VerificationError(f"golden output {name}: expected finite numbers", reason="golden-not-finite")
     return float(np.abs(got.astype(np.float64) - want.astype(np.float64)).max())

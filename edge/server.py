@@ -194,7 +194,6 @@ class AgentServer:
     ) -> None:
         if credentials is None and not is_local(listen):
             raise ConfigError(f"{listen} can be reached from other machines: expected TLS credentials, got none")
-        check_free(listen, "listen")
         self._listen = listen
         self._credentials = credentials
         self._health = health.aio.HealthServicer()
@@ -224,6 +223,7 @@ class AgentServer:
         Raises:
             ConfigError: The address cannot be bound.
         """
+        check_free(self._listen, "listen")
         try:
             if self._credentials is None:
                 port = self._server.add_insecure_port(self._listen)

@@ -1,8 +1,8 @@
 """Capture: what the heavy model answered to hard requests, kept on the device for the next fine-tuning.
 
 Opt-in. Rows wait in memory and go to disk in safetensors files of at most 256 rows ("input.<name>", "output.<name>");
-each file appears by one rename. The folder is bounded by bytes, the oldest files go first; memory is bounded by rows,
-and what does not fit is dropped and counted, because serving comes first.
+each file appears by one rename. The folder is bounded by bytes, the oldest files go first; memory is bounded by rows
+and bytes, and what does not fit is dropped and counted, because serving comes first.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from isthmus.tensors import Array
 
 FILE_ROWS: Final = 256
 _WAITING_ROWS: Final = 4 * FILE_ROWS
+_FULL_BYTES: Final = 4 << 20
+_WAITING_BYTES: Final = 4 * _FULL_BYTES
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +43,7 @@ class Spool:
         self._folder = folder
         self._limit_bytes = limit_bytes
         self._rows: list[dict[str, Array]] = []
+        self._bytes = 0  # of the arrays in `_rows`
         self._writing = threading.Lock()
         self.dropped = 0
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -55,17 +58,18 @@ class Spool:
         if len(lengths) != 1:  # no common batch axis: the request as a whole is one row
             tensors = {name: array[np.newaxis] for name, array in tensors.items()}
             lengths = {1}
-        rows = lengths.pop()
-        if len(self._rows) + rows > _WAITING_ROWS:
+        rows, size = lengths.pop(), sum(array.nbytes for array in tensors.values())
+        if len(self._rows) + rows > _WAITING_ROWS or self._bytes + size > _WAITING_BYTES:
             self.dropped += rows
         else:
             # Copies: a view would keep the whole request's bytes alive.
             self._rows += [{name: array[i].copy() for name, array in tensors.items()} for i in range(rows)]
-        return len(self._rows) >= FILE_ROWS
+            self._bytes += size
+        return len(self._rows) >= FILE_ROWS or self._bytes >= _FULL_BYTES
 
     async def flush(self) -> None:
         """Write what is waiting; a disk that cannot take it costs the captures, nothing else."""
-        rows, self._rows = self._rows, []
+        rows, self._rows, self._bytes = self._rows, [], 0
         try:
             await asyncio.to_thread(self._write_all, rows)
         except OSError as error:
@@ -103,8 +107,8 @@ def export_captures(folder: Path, output: Path) -> int:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             parts.append(load_file(path))
-        except SafetensorError:  # a disk error in one file must not cost the others
-            continue
+        except (SafetensorError, OSError) as error:  # a disk error in one file must not cost the others
+            log.warning("captures left out", file=path.name, error=str(error))
     newest = _form(parts[-1]) if parts else None
     # A model whose tensors changed starts anew: rows of the old form fit no training set of the new one.
     parts = [part for part in parts if _form(part) == newest]

@@ -7,13 +7,20 @@ from typing import Any, Final
 
 import grpc
 
+from edge.policy import ROUTES
 from edge.server import is_local
-from isthmus.errors import InputError
+from isthmus.errors import IdentityError, InputError, PermissionDeniedError, UnavailableError
 from isthmus.status import from_rpc
 from isthmus.v1 import agent_pb2, agent_pb2_grpc
 from security.tls import channel_credentials
 
 TIMEOUT_S: Final = 5.0
+_MINT: Final = "an operator's `isthmus token mint` makes one"
+_HINTS: Final = {
+    UnavailableError: "is the agent running, and is --address what it listens on? `isthmus edge run` prints it",
+    IdentityError: f"expected --token-file with a token of this device's cloud; {_MINT}",
+    PermissionDeniedError: f"expected a token with the scope that this method asks for; {_MINT}",
+}
 
 
 def fetch_status(address: str, *, ca: Path | None = None, token_file: Path | None = None) -> dict[str, Any]:
@@ -25,12 +32,17 @@ def fetch_status(address: str, *, ca: Path | None = None, token_file: Path | Non
         token_file: Holds the access token that such an agent wants.
 
     Raises:
-        InputError: The agent is on another machine and `ca` is missing.
+        InputError: The agent is on another machine and `ca` is missing, or the token file holds no token.
+        ConfigError: `address` is none, or a file cannot be read.
         UnavailableError: No agent answers.
     """
-    if ca is None and not is_local(address):
-        raise InputError(f"{address} is another machine: expected --ca and --token-file", reason="tls-required")
-    metadata = () if token_file is None else (("authorization", f"Bearer {token_file.read_text().strip()}"),)
+    if not is_local(address, "--address") and ca is None:
+        raise InputError(
+            f"{address} is another machine: expected --ca and --token-file, got none",
+            hint="--ca is trust/ca.pem of the agent's folder; an operator's `isthmus token mint` makes a token",
+            reason="tls-required",
+        )
+    metadata = () if token_file is None else (("authorization", f"Bearer {_read_token(token_file)}"),)
     channel = grpc.insecure_channel(address) if ca is None else grpc.secure_channel(address, channel_credentials(ca))
     with channel:
         try:
@@ -38,13 +50,24 @@ def fetch_status(address: str, *, ca: Path | None = None, token_file: Path | Non
                 agent_pb2.GetStatusRequest(), timeout=TIMEOUT_S, metadata=metadata
             )
         except grpc.RpcError as error:
-            raise from_rpc(error, f"agent at {address}") from error
+            raise from_rpc(error, f"agent at {address}", hints=_HINTS) from error
     return _plain(answer)
+
+
+def _read_token(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except UnicodeDecodeError:
+        token = ""
+    if not token or len(token.split()) != 1:
+        raise InputError(f"--token-file {path}: expected one access token, got something else", hint=_MINT)
+    return token
 
 
 def _plain(status: agent_pb2.GetStatusResponse) -> dict[str, Any]:
     models = [
-        _fields(model) | {"answers": dict(model.answers), "last_update": _update(model)} for model in status.models
+        _fields(model) | {"answers": {route: model.answers[route] for route in ROUTES}, "last_update": _update(model)}
+        for model in status.models
     ]
     return {"device_id": status.device_id, "uplink": _fields(status.uplink), "models": models}
 

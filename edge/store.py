@@ -12,6 +12,7 @@ partial slot, whose fetch can go on.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -22,8 +23,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from isthmus.bundle import MANIFEST, Manifest, parse_manifest
 from isthmus.digests import check_file
-from isthmus.errors import BundleError
+from isthmus.errors import BundleError, UnavailableError
 
+# What says nothing about the file: rights, and limits of this process or machine.
+_NO_VERDICT: Final = frozenset({errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _PARTIAL: Final = ".partial-"
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,15}")
 
@@ -142,12 +145,15 @@ def check_slot(slot: Path, variant: str) -> Manifest:
     Raises:
         BundleError: The manifest is missing or malformed, or there is no such variant in it.
         DigestMismatchError: A file is not the one that the manifest names.
+        UnavailableError: The system refuses to read a file that is there.
     """
     try:
         manifest = parse_manifest((slot / MANIFEST).read_bytes())
         for name, entry in manifest.device_files(variant).items():
             check_file(slot / name, sha256=entry.sha256, length=entry.length, what=name)
     except OSError as error:
+        if error.errno in _NO_VERDICT:
+            raise UnavailableError(f"slot {slot.name}: {error}", reason="disk") from error
         raise BundleError(f"slot {slot.name}: {error}", reason="slot-broken") from error
     return manifest
 

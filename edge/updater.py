@@ -29,7 +29,7 @@ from edge.model import LiveModel, ServedModels
 from edge.plan import FilePlan, plan_files
 from edge.store import SlotStore, check_slot, write_atomically
 from isthmus.bundle import MANIFEST, FileEntry, Manifest, Variant, parse_manifest
-from isthmus.errors import BundleError, IsthmusError, TrustError, UnavailableError, VerificationError
+from isthmus.errors import BundleError, ConfigError, IsthmusError, TrustError, UnavailableError, VerificationError
 
 log = structlog.get_logger(__name__)
 
@@ -150,15 +150,22 @@ class Updater:
         self._variant = ""
 
     async def start(self) -> None:
-        """Serve the installed version, or the one before it when that one is broken; none is no error."""
+        """Serve the installed version, or the one before it when that one is broken; none is no error.
+
+        Raises:
+            ConfigError: This machine cannot open what it has, for example because the runtime is not installed.
+            UnavailableError: The disk cannot be read now.
+        """
         while version := self._store.state.current:
             slot, variant = self._store.slot(version), self._store.state.variant
             try:
                 await asyncio.to_thread(check_slot, slot, variant)
                 live = await asyncio.to_thread(self._open, slot, variant)
+            except (ConfigError, UnavailableError):  # no verdict on the version: it must not cost the installed one
+                raise
             except IsthmusError as error:
                 log.warning("installed version is broken", model=self._model, version=version, error=error.message)
-                self._store.fall_back(error.reason)
+                await asyncio.to_thread(self._store.fall_back, error.reason)
                 continue
             self._models.swap(self._model, live)
             log.info("serving", model=self._model, version=version, variant=variant)
@@ -183,7 +190,8 @@ class Updater:
         except IsthmusError as error:
             reason, detail = error.reason, error.message
             log.warning("update refused", model=self._model, version=version, step=self.step.value, error=detail)
-            self._store.refuse(version, reason)
+            if reason not in _MAY_PASS:  # what was fetched may be wanted yet
+                await asyncio.to_thread(self._store.refuse, version, reason)
         else:
             self._enter(Step.REPORT, version)
         finally:
@@ -206,7 +214,7 @@ class Updater:
         try:
             self._enter(Step.ACTIVATE, version)
             await asyncio.to_thread(self._store.seal, version)
-            self._store.activate(version, plan.variant.id)
+            await asyncio.to_thread(self._store.activate, version, plan.variant.id)
         except BaseException:
             live.retire()
             raise
@@ -217,6 +225,8 @@ class Updater:
             return self._open_slot(slot, variant)
         except IsthmusError:
             raise
+        except OSError as error:
+            raise UnavailableError(f"slot {slot.name}: {error}", reason="disk") from error
         except Exception as error:  # whatever a bundle provokes in a runtime is a verdict on the bundle
             raise VerificationError(f"self-test: {error!r}"[:500], reason="self-test-crashed") from error
 
@@ -241,8 +251,8 @@ class Updater:
             raise BundleError(f"expected the manifest of {self._model}@{version}, got {got}")
         variant = self._choose(manifest)
         self._variant = variant.id
-        files = plan_files(manifest.device_files(variant.id), self._installed())
-        return _Plan(version, data, variant, files, self._store.partial(version))
+        files = plan_files(manifest.device_files(variant.id), await asyncio.to_thread(self._installed))
+        return _Plan(version, data, variant, files, await asyncio.to_thread(self._store.partial, version))
 
     def _installed(self) -> dict[str, FileEntry]:
         state = self._store.state
@@ -255,4 +265,4 @@ class Updater:
         base = self._store.slot(self._store.state.current)
         for file in plan.files:
             self._files.append(await bring_file(self._fetcher, file, base=base, partial=plan.partial))
-        write_atomically(plan.partial / MANIFEST, plan.manifest_bytes)
+        await asyncio.to_thread(write_atomically, plan.partial / MANIFEST, plan.manifest_bytes)

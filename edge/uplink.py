@@ -9,12 +9,15 @@
     cloud-refused       the cloud understood and said no
     bad-cloud-answer    bytes that are not an answer, or not one to this request
 
-A refusal is a healthy cloud's answer, so it does not open the breaker; the other failures do.
+A refusal is a healthy cloud's answer, so it does not open the breaker; the other failures do. A call that gives the
+cloud less time than it takes says nothing about the cloud, so hurried calls have a breaker of their own: they open it
+for each other, and callers with more time go on being answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,9 @@ FailureReason = Literal[
     "breaker-open", "no-time-left", "cloud-unavailable", "cloud-timeout", "cloud-refused", "bad-cloud-answer"
 ]
 _SHORTEST_BUDGET_S: Final = 0.005  # not even a local round trip with inference is quicker
+_HURRIED_S: Final = 0.1  # a call with a smaller budget is hurried, whatever the cloud's pace
+_HURRIED_RATIO: Final = 2.0  # so is one with a budget below this many usual answers
+_PACE_WEIGHT: Final = 0.2  # of the newest answer in the usual time of one
 _REASON_OF: Final[dict[grpc.StatusCode, FailureReason]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: "cloud-timeout",
     grpc.StatusCode.INVALID_ARGUMENT: "cloud-refused",
@@ -106,6 +112,7 @@ class Uplink:
         channel: To the gateway.
         token: Returns the current access token, None when there is none.
         breaker: Decides whether the cloud is asked at all.
+        hurried_breaker: Decides it for calls that leave the cloud little time.
         guard_s: Part of the deadline that is kept for returning the light answer.
         longest_s: No escalation waits longer.
         unauthenticated: Called when the cloud does not accept the token.
@@ -116,17 +123,22 @@ class Uplink:
         channel: grpc.aio.Channel,
         token: Callable[[], str | None],
         breaker: Breaker,
+        hurried_breaker: Breaker,
         *,
         guard_s: float,
         longest_s: float,
         unauthenticated: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.breaker = breaker
+        self.hurried_breaker = hurried_breaker
         self.counters = UplinkCounters()
         self._token = token
         self._guard_s = guard_s
         self._longest_s = longest_s
         self._unauthenticated = unauthenticated
+        self._clock = clock
+        self._pace_s = 0.0  # usual time of an answer
         self._model_infer: Any = channel.unary_unary(MODEL_INFER)  # bytes in, bytes out
 
     async def escalate(self, request: bytes, *, remaining_s: float, check: Callable[[Any], None]) -> Answer | Failure:
@@ -143,21 +155,31 @@ class Uplink:
         token = self._token()
         if token is None:
             return self._skip("cloud-unavailable")
-        ticket = self.breaker.admit()
+        hurried = budget_s < max(_HURRIED_S, _HURRIED_RATIO * self._pace_s)
+        breaker = self.hurried_breaker if hurried else self.breaker
+        ticket = breaker.admit()
         if ticket is None:
             return self._skip("breaker-open")
         self.counters.attempts += 1
         self.counters.bytes_up += len(request)
-        settled = False
+        settled, started = False, self._clock()
         try:
             outcome = await self._ask(request, token, budget_s, check)
             settled = True
         finally:
             if not settled:  # the caller went away
                 self.counters.failures += 1
-                self.breaker.abandon(ticket)
-        self._count(outcome, ticket)
+                breaker.abandon(ticket)
+        if isinstance(outcome, Answer):
+            took_s = self._clock() - started
+            self._pace_s = took_s if not self._pace_s else self._pace_s + _PACE_WEIGHT * (took_s - self._pace_s)
+        self._count(outcome, breaker, ticket)
         return outcome
+
+    def nudge(self) -> None:
+        """Try the cloud again now: there is fresh evidence, such as a new connection, that it is back."""
+        self.breaker.nudge()
+        self.hurried_breaker.nudge()
 
     async def _ask(self, request: bytes, token: str, budget_s: float, check: Callable[[Any], None]) -> Answer | Failure:
         metadata = (("authorization", f"Bearer {token}"),)
@@ -174,6 +196,9 @@ class Uplink:
         except (DecodeError, IsthmusError) as error:
             log.warning("bad cloud answer", error=str(error)[:200])
             return Failure("bad-cloud-answer")
+        except Exception:  # the light answer is there: nothing that happens on this side of it may take it away
+            log.exception("escalation failed")
+            return Failure("cloud-unavailable")
         return Answer(response)
 
     def _explain(self, error: grpc.aio.AioRpcError) -> Failure:
@@ -188,13 +213,13 @@ class Uplink:
         self.counters.skipped += 1
         return Failure(reason)
 
-    def _count(self, outcome: Answer | Failure, ticket: int) -> None:
+    def _count(self, outcome: Answer | Failure, breaker: Breaker, ticket: int) -> None:
         if isinstance(outcome, Answer):
             self.counters.successes += 1
-            self.breaker.succeed(ticket)
+            breaker.succeed(ticket)
             return
         self.counters.failures += 1
         if outcome.reason == "cloud-refused":
-            self.breaker.succeed(ticket)
+            breaker.succeed(ticket)
         else:
-            self.breaker.fail(ticket)
+            breaker.fail(ticket)

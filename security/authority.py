@@ -71,7 +71,10 @@ def host_name(host: str) -> x509.GeneralName:
         pass
     # A name of digits and dots only is a mistyped address.
     if not _DNS_NAME.match(host) or host.replace(".", "").isdigit():
-        raise InputError(f"expected a DNS name or an IP address, got {host[:80]!r}")
+        raise InputError(
+            f"expected a DNS name or an IP address, got {host[:80]!r}",
+            hint="for example cloud.example or 192.0.2.7, with neither scheme nor port",
+        )
     return x509.DNSName(host.lower())
 
 

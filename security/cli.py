@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ def mint(
     from security.tokens import ALL_MODELS, TokenIssuer
 
     issuer = TokenIssuer.load(home)
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise InputError(f"cannot write {output}", hint="--output needs a file in a folder that exists")
     text, expires_at = issuer.mint(subject, role, models=model or [ALL_MODELS], ttl=parse_duration(ttl))
     record: dict[str, Any] = {"subject": subject, "role": role, "expires": expires_at.isoformat()}
     if output is not None:
@@ -140,9 +143,10 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a token says, without its signature; with --home also whether it is valid."""
+    from security.jws import MAX_TOKEN_BYTES
     from security.tokens import TokenIssuer, describe_token
 
-    value = (sys.stdin.read() if text == "-" else text).strip()
+    value = (sys.stdin.buffer.read(MAX_TOKEN_BYTES + 1).decode("ascii", "replace") if text == "-" else text).strip()
     record = describe_token(value)
     if home is None:
         record["verified"] = "not checked"

@@ -24,6 +24,7 @@ from isthmus.errors import ConfigError, ConflictError
 
 PRIVATE_MODE: Final = 0o600
 PUBLIC_MODE: Final = 0o644
+_WORKSPACE_HINT: Final = "`isthmus keys init DIR --host NAME` makes a workspace: DIR/operator, DIR/cloud and DIR/trust"
 
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
@@ -124,8 +125,8 @@ def load_private_key(path: Path) -> PrivateKey:
     raise ConfigError(f"{path}: expected an Ed25519 or ECDSA P-256 private key, got {type(key).__name__}")
 
 
-def read_file(path: Path) -> bytes:
-    """Read a key, certificate or metadata file.
+def read_file(path: Path, *, hint: str = _WORKSPACE_HINT) -> bytes:
+    """Read a key, certificate, token or metadata file; `hint` says where it comes from.
 
     Raises:
         ConfigError: It cannot be read.
@@ -133,6 +134,4 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}", hint="`isthmus keys init DIR --host NAME` makes a workspace"
-        ) from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}", hint=hint) from error

@@ -135,7 +135,9 @@ def parse_signed_targets(data: bytes, root: Root) -> Metadata[Targets]:
         root.verify_delegate(Targets.type, metadata.signed_bytes, metadata.signatures)
     except RepositoryError as error:
         raise TrustError(
-            "the targets metadata is not signed by the operator's targets key", reason="unsigned"
+            "the targets metadata is not signed by the operator's targets key",
+            reason="unsigned",
+            hint="operator folder and cloud must be of one workspace",
         ) from error
     if metadata.signed.delegations is not None:
         raise TrustError("the targets metadata delegates to other keys", reason="malformed-metadata")

@@ -84,6 +84,19 @@ class OperatorRepository:
         self._folder = operator_dir
         self._clock = clock
 
+    def check(self) -> None:
+        """Check that this folder can sign, before anything is uploaded.
+
+        Raises:
+            ConfigError: It is not an operator folder, or its targets key is not the one that the root names.
+        """
+        if not (self._folder / "targets.key").is_file() or not (self._folder / "tuf" / "targets.json").is_file():
+            raise ConfigError(
+                f"{self._folder} is not the operator folder of a workspace: it lacks targets.key or tuf/targets.json",
+                hint="isthmus keys init DIR --host NAME makes a workspace; its operator folder is DIR/operator",
+            )
+        _signer_for(Targets.type, _newest_root(self._folder / "tuf"), self._folder / "targets.key")
+
     def sign_manifest(self, model: str, version: int, manifest: bytes, current_targets: bytes) -> bytes:
         """Return the next targets metadata, which also vouches for this manifest; keep a copy.
 

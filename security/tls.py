@@ -114,4 +114,4 @@ def _load_chain(path: Path, pem: bytes) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(pem)
     except ValueError as error:
-        raise ConfigError(f"{path}: expected PEM certificates") from error
+        raise ConfigError(f"{path}: expected PEM certificates", hint="isthmus keys init wrote them") from error

@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,6 +69,7 @@ __all__ = [
 TYPE: Final = "at+jwt"  # RFC 9068 section 2.1
 MAX_TTL: Final = timedelta(days=30)
 ALL_MODELS: Final = "*"
+_FROM_FILE: Final = "a token in a file is read from standard input: isthmus token inspect - < FILE"
 _REQUIRED: Final = ("iss", "aud", "sub", "exp", "nbf", "iat", "jti", "scope", "models")
 
 
@@ -211,11 +213,18 @@ class TokenIssuer:
             InputError: The role is unknown, the subject unusable, or the time to live out of range.
         """
         if role not in SCOPES_OF_ROLE:
-            raise InputError(f"expected a role of {', '.join(SCOPES_OF_ROLE)}, got {role[:80]!r}")
+            close = get_close_matches(role, SCOPES_OF_ROLE, n=1)
+            raise InputError(
+                f"expected a role of {', '.join(SCOPES_OF_ROLE)}, got {role[:80]!r}",
+                hint=f"did you mean {close[0]}?" if close else "people are operators, applications clients",
+            )
         if not 0 < len(subject) <= 128 or not subject.isprintable():
             raise InputError("expected a subject of 1 to 128 printable characters")
         if not timedelta(seconds=1) <= ttl <= MAX_TTL:
-            raise InputError(f"expected a time to live between 1s and {MAX_TTL.days}d, got {ttl}")
+            raise InputError(
+                f"expected a time to live between 1s and {MAX_TTL.days}d, got {ttl}",
+                hint="tokens are short-lived on purpose: mint a new one when it is needed",
+            )
         if not models or not all(0 < len(name) <= 128 for name in models):
             raise InputError("expected at least one model name, or * for all")
         issued = int((now or datetime.now(UTC)).timestamp())
@@ -241,12 +250,18 @@ def describe_token(token: str) -> dict[str, Any]:
     Raises:
         IdentityError: It is no JWT.
     """
-    if len(token) > MAX_TOKEN_BYTES:
-        raise refuse(f"expected a token of at most {MAX_TOKEN_BYTES} characters", "malformed-token")
+    if len(token) > MAX_TOKEN_BYTES or not token.isascii():
+        raise refuse(
+            f"expected a token of at most {MAX_TOKEN_BYTES} ASCII characters", "malformed-token", hint=_FROM_FILE
+        )
     try:
         decoded = jwt.decode_complete(token, options={"verify_signature": False})
     except jwt.PyJWTError as error:
-        raise refuse("expected a token, got something else", "malformed-token") from error
+        raise refuse(
+            "expected a token, got something else",
+            "malformed-token",
+            hint=_FROM_FILE,
+        ) from error
     header = {name: decoded["header"].get(name) for name in ("alg", "kid", "typ")}
     return {**header, **{name: _readable(name, value) for name, value in decoded["payload"].items()}}
 

@@ -22,7 +22,14 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from isthmus.errors import ConfigError, ConflictError, InputError
 from security.authority import create_ca, create_issuing_ca, host_names, issue_server_certificate, load_certificate
-from security.keyfiles import load_private_key, make_private_folder, read_file, replace_file, save_private_key
+from security.keyfiles import (
+    load_private_key,
+    make_private_folder,
+    read_file,
+    replace_file,
+    save_private_key,
+    sync_folder,
+)
 from security.metadata import expiry_of
 from security.repository import create_repository
 from security.tokens import TokenIssuer, create_token_issuer
@@ -75,8 +82,13 @@ def init_workspace(root: Path, hosts: Sequence[str], name: str, now: datetime) -
         raise InputError("a workspace needs the host under which the cloud is reached", hint="--host NAME names one")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ConflictError(f"{root} exists already", hint="a workspace is never overwritten; choose another folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make {root}: {error.strerror}", hint="choose a place where you may make folders"
+        ) from error
     try:
         _write(beside, hosts, name, now)
         beside.chmod(0o755)  # the secrets are in folders of their own, for their owner only
@@ -84,6 +96,7 @@ def init_workspace(root: Path, hosts: Sequence[str], name: str, now: datetime) -
     except BaseException:
         shutil.rmtree(beside)
         raise
+    sync_folder(root.parent)
 
 
 def _write(root: Path, hosts: Sequence[str], name: str, now: datetime) -> None:

@@ -46,15 +46,33 @@ def declared(*extras: str) -> set[str]:
 
 
 def imported(package: Path) -> set[str]:
-    """Return the top-level names that a package's files import, at whatever depth."""
+    """Return the top-level names that a package needs: what its files import at whatever depth, and what those do."""
     names: set[str] = set()
-    for path in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names.add(node.module.partition(".")[0])
+    todo, seen = set(package.rglob("*.py")), set[Path]()
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        modules = imports_of(path)
+        names |= {module.partition(".")[0] for module in modules}
+        todo |= {file for module in modules if (file := file_of(module)) is not None} - seen
     return names - set(sys.stdlib_module_names) - set(PACKAGES) - {"examples"}
+
+
+def imports_of(path: Path) -> set[str]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def file_of(module: str) -> Path | None:
+    """Return the file of a module of ours; None for others, and for names that are no modules."""
+    top, *rest = module.split(".")
+    path = PACKAGES[top].joinpath(*rest) if top in PACKAGES else ROOT / "nowhere"
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, cast
@@ -78,7 +79,11 @@ def load_target(name: str, *, role: str) -> Target:
         MissingExtraError: Its library is not installed.
     """
     if name not in TARGETS:
-        raise InputError(f"unknown target {name!r}; there are {', '.join(TARGETS)}")
+        close = get_close_matches(name, TARGETS, n=1)
+        raise InputError(
+            f"unknown target {name!r}; there are {', '.join(TARGETS)}",
+            hint=f"did you mean {close[0]}?" if close else "mend the recipe",
+        )
     module, _, attribute = TARGETS[name].partition(":")
     try:
         target = cast("Target", getattr(import_module(module), attribute)())

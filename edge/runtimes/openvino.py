@@ -38,16 +38,40 @@ class OpenVinoRuntime:
         except RuntimeError as error:
             raise BundleError(f"OpenVINO cannot open {path.name}: {str(error)[-300:]}", reason="cannot-open") from error
         self._request: Any = model.create_infer_request()
+        self._inputs = [
+            (frozenset(port.get_names()), port.get_element_type().to_dtype(), port.get_partial_shape())
+            for port in model.inputs
+        ]
         self._outputs = [(index, sorted(port.get_names())) for index, port in enumerate(model.outputs)]
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name."""
+        self._check(inputs)
         try:
             results = self._request.infer(dict(inputs), share_inputs=True)
         except RuntimeError as error:
             raise InputError(f"OpenVINO cannot compute: {str(error)[-300:]}", reason="cannot-infer") from error
         # A port may have several names (an ONNX output and the tensor it aliases); callers know one of them.
         return {name: results[index] for index, names in self._outputs for name in names}
+
+    def _check(self, inputs: Mapping[str, Array]) -> None:
+        # OpenVINO itself converts datatypes, takes other shapes and computes with what was there before, all silently.
+        for name, array in inputs.items():
+            port = next((port for port in self._inputs if name in port[0]), None)
+            if port is None:
+                raise InputError(f"OpenVINO cannot compute: no input {name!r}", reason="cannot-infer")
+            _, dtype, shape = port
+            if array.dtype != dtype or not shape.compatible(openvino.PartialShape(list(array.shape))):
+                raise InputError(
+                    f"OpenVINO cannot compute: input {name!r}: expected {dtype} {shape}, "
+                    f"got {array.dtype} {list(array.shape)}",
+                    reason="cannot-infer",
+                )
+        if len(inputs) != len(self._inputs):
+            raise InputError(
+                f"OpenVINO cannot compute: expected {len(self._inputs)} inputs, got {len(inputs)}",
+                reason="cannot-infer",
+            )
 
     def close(self) -> None:
         """Drop the compiled model."""

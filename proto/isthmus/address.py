@@ -11,12 +11,13 @@ import os
 import re
 import socket
 from contextlib import closing
+from pathlib import Path
 from typing import Final
 
 from isthmus.errors import ConfigError
 
 UNIX: Final = "unix:"
-_HOST: Final = re.compile(r"\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\.?")
+_HOST: Final = re.compile(r"\[[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?\]|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\.?")
 _LAST_PORT: Final = 65535
 
 
@@ -40,15 +41,18 @@ def split_address(address: str, what: str) -> tuple[str, int]:
 
 
 def check_free(address: str, what: str) -> None:
-    """Check that a listener at HOST:PORT can be had; unix:PATH and port 0 always can.
+    """Check that a listener at HOST:PORT or unix:PATH can be had; port 0 always can.
 
     gRPC itself says only that it "failed to bind", and is content with one of a name's addresses: with another
     program's listener on the other one, callers would reach whichever they try first.
 
     Raises:
-        ConfigError: The port is taken, or HOST is not this machine; the message says which.
+        ConfigError: The port is taken, HOST is not this machine, or PATH has no folder; the message says which.
     """
     if address.startswith(UNIX):
+        folder = Path(address.removeprefix(UNIX)).parent
+        if not folder.is_dir():
+            raise ConfigError(f"{what}: cannot listen on {address}: there is no folder {folder}", hint="make it first")
         return
     host, port = split_address(address, what)
     if port == 0:
@@ -60,7 +64,7 @@ def check_free(address: str, what: str) -> None:
     errors = [_bind(family, sockaddr) for family, _, _, _, sockaddr in found]
     if errno.EADDRINUSE in errors:
         raise ConfigError(
-            f"{what}: {address} is taken by another program",
+            f"{what}: cannot listen on {address}: another program does",
             hint="stop it, or listen on another port; port 0 takes a free one",
         )
     if errors and all(errors):
@@ -73,7 +77,9 @@ def check_free(address: str, what: str) -> None:
 def _bind(family: int, sockaddr: tuple[object, ...]) -> int:
     try:
         with closing(socket.socket(family, socket.SOCK_STREAM)) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: past connections do not count
+            listener.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as gRPC does: past connections do not count
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind(sockaddr)

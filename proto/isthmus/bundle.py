@@ -69,7 +69,8 @@ _T = TypeVar("_T", bound=BaseModel)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # NaN and infinity would pass every comparison with a threshold or tolerance, or none.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def to_json(self) -> bytes:
         """Return canonical JSON: fixed key order, two spaces, UTF-8, one newline at the end."""

@@ -26,16 +26,17 @@ class Group:
 
     target: str  # "module:attribute" of a typer.Typer
     help: str
+    extra: str = "serving"  # what to install when a package of its is missing
 
 
 GROUPS: Final = {
-    "compile": Group("compiler.cli:app", "Make a bundle from a light and a heavy model."),
+    "compile": Group("compiler.cli:app", "Make a bundle from a light and a heavy model.", "compiler"),
     "keys": Group("security.cli:keys_app", "Create and inspect the keys and certificates of a workspace."),
     "token": Group("security.cli:token_app", "Mint and inspect access tokens."),
-    "cloud": Group("cloud.cli:app", "Run the gateway, registry and Triton."),
+    "cloud": Group("cloud.cli:app", "Run the gateway, registry and Triton.", "cloud"),
     "model": Group("cloud.operator_cli:model_app", "Publish, release and list model versions."),
     "device": Group("cloud.operator_cli:device_app", "Invite and list devices."),
-    "edge": Group("edge.cli:app", "Enrol a device and run its agent."),
+    "edge": Group("edge.cli:app", "Enrol a device and run its agent.", "edge-openvino"),
     "delta": Group("isthmus.delta.cli:app", "Make, apply and inspect deltas of files."),
     "config": Group("isthmus.config_cli:app", "Show where each setting's value comes from."),
 }
@@ -85,7 +86,7 @@ def _import_command(name: str, group: Group) -> Any:
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"`isthmus {name}` needs the package {error.name!r}, which is not installed",
-            hint="install the extra of this program, for example pip install 'isthmus[cloud]'",
+            hint=f"pip install 'isthmus[{group.extra}]'",
         ) from error
     return typer.main.get_command(getattr(module, attribute))
 
@@ -136,3 +137,8 @@ def main() -> None:
         if error.hint:
             typer.secho(f"hint: {error.hint}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a file or folder that somebody named, and that the system refuses
+        path = f"{error.filename}: " if error.filename is not None else ""
+        typer.secho(f"error: {path}{error.strerror or error}", err=True, fg="red")
+        typer.secho("hint: expected a path that this user can read, or write where results go", err=True)
+        sys.exit(ConfigError.exit_code)

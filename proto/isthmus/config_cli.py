@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -15,7 +16,11 @@ from isthmus.terminal import JsonOption, show_table
 app = typer.Typer(no_args_is_help=True, help="Show where each setting's value comes from.")
 
 # Named by import string: the contract package imports no program.
-PROGRAMS: Final = {"cloud": "cloud.config:CloudSettings", "edge": "edge.config:EdgeSettings"}
+PROGRAMS: Final = {
+    "cloud": "cloud.config:CloudSettings",
+    "edge": "edge.config:EdgeSettings",
+    "operator": "cloud.config:OperatorSettings",
+}
 
 
 @app.callback()
@@ -25,7 +30,7 @@ def group() -> None:
 
 @app.command()
 def show(
-    program: Annotated[str, typer.Argument(help="cloud or edge.")],
+    program: Annotated[str, typer.Argument(help="cloud, edge or operator.")],
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,7 +51,10 @@ def show(
 def _settings_class(program: str) -> type[Settings]:
     target = PROGRAMS.get(program)
     if target is None:
-        raise InputError(f"expected a program, one of {', '.join(PROGRAMS)}, got {program!r}")
+        raise InputError(
+            f"expected a program, one of {', '.join(PROGRAMS)}, got {program!r}",
+            hint=f"for example `isthmus config show {next(iter(get_close_matches(program, PROGRAMS, n=1)), 'edge')}`",
+        )
     module, name = target.split(":")
     settings: type = getattr(importlib.import_module(module), name)
     if not issubclass(settings, Settings):

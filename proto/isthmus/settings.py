@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from isthmus.errors import ConfigError
 
@@ -82,23 +88,39 @@ def _from_file(kind: type[Settings], file: Path | None) -> list[tuple[str, Any, 
     try:
         values = tomllib.loads(file.read_text())
     except OSError as error:
-        raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot read configuration {file}: {error.strerror}", hint="expected a TOML file of NAME = VALUE lines"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+        raise ConfigError(f"{file} is not valid TOML: {error}", hint="expected NAME = VALUE lines") from error
     for name in values:
-        if name not in kind.model_fields:
-            close = get_close_matches(name, kind.model_fields, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known settings: {', '.join(kind.model_fields)}"
-            raise ConfigError(f"{file}: unknown setting {name!r}", hint=hint)
+        _check_declared(kind, name, f"{file}: unknown setting {name!r}")
     return [(name, value, f"file {file}") for name, value in values.items()]
 
 
+def _check_declared(kind: type[Settings], name: str, message: str) -> None:
+    if name not in kind.model_fields:
+        close = get_close_matches(name, kind.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known settings: {', '.join(kind.model_fields)}"
+        raise ConfigError(message, hint=hint)
+
+
 def _from_environment(kind: type[Settings]) -> list[tuple[str, Any, str]]:
-    source = EnvSettingsSource(kind, env_prefix=kind.env_prefix)
+    present = {key.upper() for key in os.environ if key.upper().startswith(kind.env_prefix)}
+    if kind.env_prefix != Settings.env_prefix:  # the programs' own prefixes begin with that one
+        for key in sorted(present):
+            name = key.removeprefix(kind.env_prefix).lower()
+            _check_declared(kind, name, f"environment {key}: unknown setting {name!r}")
+    try:
+        values = EnvSettingsSource(kind, env_prefix=kind.env_prefix)()
+    except SettingsError as error:
+        raise ConfigError(
+            f"environment {kind.env_prefix}*: {error}", hint='expected JSON for a list, for example ["a", "b"]'
+        ) from error
     return [
         (name, value, f"environment {kind.env_prefix}{name.upper()}")
-        for name, value in source().items()
-        if f"{kind.env_prefix}{name.upper()}" in {key.upper() for key in os.environ}
+        for name, value in values.items()
+        if f"{kind.env_prefix}{name.upper()}" in present
     ]
 
 

@@ -10,7 +10,7 @@ them), its reason, and its hint, percent-encoded as the message itself is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote, unquote
 
@@ -45,29 +45,41 @@ _KIND_OF: Final = {  # for codes that say enough; a peer that sends no class is 
 KIND_KEY: Final = "isthmus-error"  # the `reason` of the class in isthmus.errors
 REASON_KEY: Final = "isthmus-reason"
 HINT_KEY: Final = "isthmus-hint"
+TOO_LATE: Final = "deadline-exceeded"  # the reason of an UnavailableError for which time ran out
 _READABLE: Final = "".join(chr(code) for code in range(32, 127) if chr(code) != "%")
 # A status that is larger than the peer's limit for metadata (8 KiB by default) would be lost as a whole.
 _MAX_MESSAGE: Final = 2000  # characters
 _MAX_HINT: Final = 1000  # bytes, encoded
+_NO_HINTS: Final[Mapping[type[errors.IsthmusError], str]] = {}
 
 log = structlog.get_logger(__name__)
 
 
 def status_of(error: errors.IsthmusError) -> grpc.StatusCode:
     """Return the status code that callers see for `error`."""
+    if isinstance(error, errors.UnavailableError) and error.reason == TOO_LATE:
+        return grpc.StatusCode.DEADLINE_EXCEEDED  # whichever side's clock strikes first, the caller sees the same
     return next((code for kind, code in STATUS_OF if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
-def from_rpc(error: grpc.RpcError, what: str) -> errors.IsthmusError:
-    """Turn a failed call into one of our errors; `what` says what was being done.
+def from_rpc(
+    error: grpc.RpcError, what: str, *, hints: Mapping[type[errors.IsthmusError], str] = _NO_HINTS
+) -> errors.IsthmusError:
+    """Turn a failed call into one of our errors.
 
     The peer's message is kept: our own servers send only messages that are meant for callers.
+
+    Args:
+        error: How the call failed.
+        what: What was being done.
+        hints: What a person can do next, by the class of the error; a hint of the peer goes first.
     """
     code = error.code() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else grpc.StatusCode.UNKNOWN
     detail = (error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else str(error)) or code.name
     told = _trailing(error)
     kind = _kind(told.get(KIND_KEY, ""), code) or _KIND_OF.get(code, errors.UnavailableError)
-    return kind(f"{what}: {detail}", reason=told.get(REASON_KEY, ""), hint=unquote(told.get(HINT_KEY, "")))
+    hint = unquote(told.get(HINT_KEY, "")) or hints.get(kind, "")
+    return kind(f"{what}: {detail}", reason=told.get(REASON_KEY, ""), hint=hint)
 
 
 def _trailing(error: grpc.RpcError) -> dict[str, str]:

@@ -145,7 +145,7 @@ def decode_outputs(response: Any) -> dict[str, Array]:
     """Return a ModelInferResponse's raw outputs by name.
 
     Raises:
-        InputError: A tensor's byte count does not match its shape and datatype, or its datatype is unknown.
+        InputError: A tensor's byte count does not match its shape and datatype, or one of the two is unusable.
     """
     if len(response.raw_output_contents) != len(response.outputs):
         raise InputError(
@@ -158,7 +158,10 @@ def decode_outputs(response: Any) -> dict[str, Array]:
             raise InputError(f"output {tensor.name[:80]!r}: unknown datatype {tensor.datatype!r} or negative shape")
         if math.prod(tensor.shape) * dtype.itemsize != len(data):
             raise InputError(f"output {tensor.name[:80]!r}: byte count does not match shape and datatype")
-        arrays[tensor.name] = np.frombuffer(data, dtype=dtype).reshape(tuple(tensor.shape))
+        try:
+            arrays[tensor.name] = np.frombuffer(data, dtype=dtype).reshape(tuple(tensor.shape))
+        except ValueError as error:  # more axes, or longer ones, than an array can have
+            raise InputError(f"output {tensor.name[:80]!r}: unusable shape {list(tensor.shape)[:8]}") from error
     return arrays
 
 

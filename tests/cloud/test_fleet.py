@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from security.interceptors import AuthInterceptor
 from security.tls import channel_credentials, server_credentials
 from security.tokens import TokenIssuer, make_assertion
 from tests.cloud.workspaces import Workspace, make_workspace
+
+BROKEN_SUBJECT = rb'{"sub": "\ud800"}'  # JSON that no database takes
 
 
 class Clock:
@@ -54,8 +57,10 @@ class Stage:
         async with grpc.aio.secure_channel(self.address, trust) as channel:
             yield fleet_pb2_grpc.FleetServiceStub(channel)
 
-    def bearer(self, role: str, subject: str = "somebody") -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {self.workspace.token(role, subject)}"),)
+    def bearer(
+        self, role: str, subject: str = "somebody", models: tuple[str, ...] = ("*",)
+    ) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.workspace.token(role, subject, models)}"),)
 
 
 @pytest.fixture
@@ -216,11 +221,14 @@ def test_assertions_of_others_are_refused(stage: Stage) -> None:
             new_device_key(stage.folder / "thief.key")
             now, audience = datetime.now(UTC), enrolled.token_audience
             key = stage.folder / "camera-1.key"
+            header, _, signature = make_assertion(key, "camera-1", audience, now).split(".")
+            half_a_character = f"{header}.{base64.urlsafe_b64encode(BROKEN_SUBJECT).decode().rstrip('=')}.{signature}"
             for assertion in (
                 make_assertion(stage.folder / "thief.key", "camera-1", audience, now),
                 make_assertion(key, "camera-2", audience, now),
                 make_assertion(key, "camera-1", "somebody else", now),
                 make_assertion(key, "camera-1", audience, now - timedelta(minutes=5)),
+                half_a_character,
                 "nonsense",
                 "",
             ):
@@ -277,7 +285,7 @@ def test_reports_are_kept_under_the_devices_own_name(stage: Stage) -> None:
             await enrol(stage, fleet)
             report = fleet_pb2.ReportRequest(
                 model="triage", version=3, state=fleet_pb2.UPDATE_STATE_REFUSED, serving_version=2,
-                reason="digest-mismatch", detail="x" * 5000, bytes_fetched=7, variant="onnxruntime-fp32",
+                reason="digest-mismatch", detail="\x1b[31m" + "x" * 5000, bytes_fetched=7, variant="onnxruntime-fp32",
             )  # fmt: skip
             await fleet.Report(report, metadata=stage.bearer("device", "camera-1"), timeout=10)
             stranger = fleet.Report(report, metadata=stage.bearer("device", "stranger"), timeout=10)
@@ -287,7 +295,19 @@ def test_reports_are_kept_under_the_devices_own_name(stage: Stage) -> None:
             assert device.device_id == "camera-1"
             (kept,) = device.reports
             assert (kept.serving_version, kept.reason, len(kept.detail)) == (2, "digest-mismatch", 500)
+            assert kept.detail.startswith(" [31mxxx")  # nothing that an operator's terminal would obey
             call = fleet.Report(fleet_pb2.ReportRequest(), metadata=stage.bearer("device", "camera-1"), timeout=10)
+            assert (await refusal(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
+            known = fleet_pb2.ReportRequest(state=fleet_pb2.UPDATE_STATE_ACTIVE).SerializeToString()
+            known = fleet_pb2.ReportRequest(model="triage", version=3).SerializeToString() + known
+            for wrong in (
+                fleet_pb2.ReportRequest.FromString(known[:-1] + bytes([99])),  # an enum's value that nobody knows
+                fleet_pb2.ReportRequest(model="triage", version=2**64 - 1, state=fleet_pb2.UPDATE_STATE_ACTIVE),
+                fleet_pb2.ReportRequest(model="other", version=3, state=fleet_pb2.UPDATE_STATE_ACTIVE),
+            ):
+                call = fleet.Report(wrong, metadata=stage.bearer("device", "camera-1"), timeout=10)
+                assert (await refusal(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
+            call = fleet.Report(report, metadata=stage.bearer("device", "camera-1", ("other",)), timeout=10)
             assert (await refusal(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
             call = fleet.ListDevices(listing, metadata=stage.bearer("device", "camera-1"), timeout=10)
             assert (await refusal(call))[0] is grpc.StatusCode.PERMISSION_DENIED

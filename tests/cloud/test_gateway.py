@@ -190,6 +190,9 @@ def test_a_dead_triton_is_unavailable_at_once_and_comes_back(stage: Stage) -> No
         async with stub(stage) as inference:
             os.kill(stage.cloud.triton.pid, signal.SIGKILL)
             slowest, codes = 0.0, set()
+            asked = service_pb2.ModelMetadataRequest(name="triage")
+            _, detail, _ = await refusal(inference.ModelMetadata(asked, metadata=metadata, timeout=10))
+            assert "/" not in detail  # not where its socket is
 
             async def answers() -> bool:
                 nonlocal slowest

@@ -29,15 +29,18 @@ REQUEST = encode_request("triage", {"x": X}).SerializeToString()
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[tuple[TritonServer, HeavyPool]]:
+async def running(
+    folder: Path, *, watched: bool = True, stop_s: float = 0.2
+) -> AsyncIterator[tuple[TritonServer, HeavyPool]]:
+    """Run a Triton; `watched` says whether dead processes are looked for without a request that complains."""
     repository = folder / "repository"
     for heavy in (ONE, TWO):
         write_heavy(repository / heavy.name, factor=10 * heavy.version)
-    server = TritonServer(repository, log_file=folder / "triton.log", stop_s=4.0)
+    server = TritonServer(repository, log_file=folder / "triton.log", stop_s=stop_s)
     client = TritonClient(server.address)
     pool = HeavyPool(client, repository, count_stubs=server.count_stubs)
     await server.start(pool.restore)
-    watch = asyncio.create_task(pool.watch())
+    watch = asyncio.create_task(pool.watch() if watched else asyncio.sleep(0))
     try:
         yield server, pool
     finally:
@@ -78,6 +81,8 @@ def test_serves_two_versions_and_refuses_what_it_has_not(tmp_path: Path) -> None
             await pool.retire(ONE)
             with pytest.raises(UnavailableError):
                 await answer(pool, ONE)
+            with pytest.raises(UnavailableError):
+                await pool.metadata(ONE)
             assert await answer(pool, TWO) == 20.0
 
     asyncio.run(story())
@@ -178,7 +183,7 @@ def test_a_dead_model_process_is_mended_without_traffic(tmp_path: Path) -> None:
 
 def test_a_dead_model_process_costs_one_slow_request_at_most(tmp_path: Path) -> None:
     async def story() -> None:
-        async with running(tmp_path) as (server, pool):
+        async with running(tmp_path, watched=False) as (server, pool):
             await pool.load(ONE)
             for pid in stubs_of(server):
                 os.kill(pid, signal.SIGKILL)
@@ -214,7 +219,7 @@ def test_a_model_that_cannot_load_is_refused_and_others_serve_on(tmp_path: Path)
 
 def test_stopping_leaves_no_process_socket_or_shared_memory(tmp_path: Path) -> None:
     async def story() -> tuple[list[int], Path]:
-        async with running(tmp_path) as (server, pool):
+        async with running(tmp_path, stop_s=4.0) as (server, pool):
             await pool.load(ONE)
             return [server.pid, *stubs_of(server)], Path(server.address.removeprefix("unix:"))
 
@@ -222,6 +227,45 @@ def test_stopping_leaves_no_process_socket_or_shared_memory(tmp_path: Path) -> N
     assert len(pids) >= 2
     assert not [pid for pid in pids if Path(f"/proc/{pid}/exe").exists()]
     assert not socket.parent.exists()
+
+
+def test_a_triton_that_ignores_us_is_killed_with_its_models(tmp_path: Path) -> None:
+    async def story() -> list[int]:
+        async with running(tmp_path) as (server, pool):
+            await pool.load(ONE)
+            pids = [server.pid, *stubs_of(server)]
+            os.kill(server.pid, signal.SIGSTOP)
+            return pids
+
+    pids = asyncio.run(story())
+    assert len(pids) >= 2
+    assert not [pid for pid in pids if Path(f"/proc/{pid}/exe").exists()]
+
+
+def test_whatever_goes_wrong_when_triton_comes_back_is_tried_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        write_heavy(tmp_path / "repository" / ONE.name, factor=10)
+        server = TritonServer(tmp_path / "repository", log_file=tmp_path / "triton.log", stop_s=0.2)
+        starts = 0
+
+        async def on_started() -> None:
+            nonlocal starts
+            starts += 1
+            if starts == 2:
+                raise KeyError("something that nobody thought of")
+
+        await server.start(on_started)
+        try:
+            os.kill(server.pid, signal.SIGKILL)
+
+            async def is_back() -> bool:
+                return starts == 3
+
+            await eventually(is_back, "Triton is started a third time")
+        finally:
+            await server.stop()
+
+    asyncio.run(story())
 
 
 def test_environment_that_cannot_host_models_is_refused() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from operator import methodcaller
 from pathlib import Path
@@ -14,14 +16,16 @@ import grpc
 import pytest
 
 from cloud.bootstrap import Cloud
-from cloud.client import CloudClient
+from cloud.client import CloudClient, Progress
 from cloud.heavy import HeavyId
+from isthmus.bundle import open_bundle
 from isthmus.delta import apply_delta
 from isthmus.digests import sha256_bytes, sha256_file
 from isthmus.errors import BundleError, ConflictError, InputError, IsthmusError, NotFoundError, TrustError
 from isthmus.v1 import registry_pb2
-from security.repository import OperatorRepository
+from security.repository import CloudRepository, OperatorRepository
 from security.trust import TrustedManifests
+from tests.cloud.conftest import eventually
 from tests.cloud.workspaces import Workspace, make_bundle, make_workspace, serving, write_manifest
 
 pytestmark = pytest.mark.slow
@@ -217,7 +221,7 @@ def test_a_heavy_model_that_does_not_load_is_refused_and_mended(stage: Stage, tm
     good = model.read_text()
     model.write_text("raise RuntimeError('does not start')")
     write_manifest(bundle, "broken", 1)
-    error = refusal(stage, TrustError, lambda: raw_publish(stage, bundle, "broken", 1), "broken")
+    error = refusal(stage, BundleError, lambda: raw_publish(stage, bundle, "broken", 1), "broken")
     assert error.reason == "heavy-not-loadable"
     model.write_text(good)
     write_manifest(bundle, "broken", 1)
@@ -227,7 +231,7 @@ def test_a_heavy_model_that_does_not_load_is_refused_and_mended(stage: Stage, tm
 def test_a_heavy_model_with_other_outputs_than_declared_is_refused(stage: Stage, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "v1", 1, model="liar")
     write_manifest(bundle, "liar", 1, classes=5)
-    error = refusal(stage, TrustError, lambda: raw_publish(stage, bundle, "liar", 1), "liar")
+    error = refusal(stage, BundleError, lambda: raw_publish(stage, bundle, "liar", 1), "liar")
     assert error.reason == "heavy-wrong"
     assert "[4, 5]" in error.message
 
@@ -235,8 +239,68 @@ def test_a_heavy_model_with_other_outputs_than_declared_is_refused(stage: Stage,
 def test_a_calibration_record_of_another_version_is_refused(stage: Stage, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "v1", 1, model="mixed")
     write_manifest(bundle, "mixed", 2)
-    error = refusal(stage, TrustError, lambda: raw_publish(stage, bundle, "mixed", 2), "mixed")
+    error = refusal(stage, BundleError, lambda: raw_publish(stage, bundle, "mixed", 2), "mixed")
     assert error.reason == BundleError.reason
+
+
+def test_a_caller_who_leaves_during_the_commit_has_published(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit goes on to its end, so its heavy model must stay loaded, too."""
+    bundle = make_bundle(tmp_path / "v1", 1, model="leaver")
+    committing = threading.Event()
+    commit = CloudRepository.commit
+
+    def slow_commit(repository: CloudRepository, targets: bytes) -> None:
+        committing.set()
+        assert left.wait(10)
+        commit(repository, targets)
+
+    left = threading.Event()
+    monkeypatch.setattr(CloudRepository, "commit", slow_commit)
+
+    def leave(client: CloudClient) -> None:
+        data = (bundle / "manifest.json").read_bytes()
+        client._upload_missing(bundle, open_bundle(bundle), Progress())
+        signed = OperatorRepository(stage.workspace.operator).sign_manifest("leaver", 1, data, client.current_targets())
+        request = registry_pb2.PublishRequest(model="leaver", version=1, targets_json=signed, manifest_json=data)
+        call = client._registry.Publish.future(request, timeout=30)
+        assert committing.wait(10)
+        call.cancel()
+
+    stage.ask(leave)
+
+    async def is_told() -> bool:
+        return any(task.cancelling() for task in asyncio.all_tasks())
+
+    stage.runner.run(eventually(is_told, "the cloud hears that the caller has gone"))
+    left.set()
+    stage.publish(make_bundle(tmp_path / "v2", 2, factor=20, model="leaver"))  # waits for the first one to be over
+    assert [heavy.version for heavy in stage.cloud.pool.loaded if heavy.model == "leaver"] == [1, 2]
+
+
+def test_the_flush_of_an_upload_does_not_hold_up_the_event_loop(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    flush = os.fsync
+
+    def watched(descriptor: int) -> None:
+        threads.append(threading.current_thread())
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+
+    def upload(client: CloudClient) -> None:
+        messages = iter(
+            [
+                registry_pb2.UploadBlobRequest(sha256=sha256_bytes(b"flushed"), length=7),
+                registry_pb2.UploadBlobRequest(data=b"flushed"),
+            ]
+        )
+        client._call("upload", client._registry.UploadBlob, messages)
+
+    stage.ask(upload)
+    assert threads
+    assert threading.main_thread() not in threads  # where the event loop of the cloud runs
 
 
 def test_an_upload_of_other_bytes_is_refused(stage: Stage) -> None:

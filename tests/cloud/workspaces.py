@@ -133,7 +133,8 @@ def _calibration(model: str, version: int) -> Calibration:
 @asynccontextmanager
 async def serving(workspace: Workspace, **settings: Any) -> AsyncIterator[Cloud]:
     """Run a real cloud, with a real Triton, on a free port."""
-    wanted: dict[str, Any] = {"home": workspace.home, "listen": "127.0.0.1:0", "triton_stop_s": 3.0, "drain_s": 1.0}
+    # A Triton with models takes two seconds to leave by itself; tests/cloud/test_heavy.py sees that it does.
+    wanted: dict[str, Any] = {"home": workspace.home, "listen": "127.0.0.1:0", "triton_stop_s": 0.2, "drain_s": 1.0}
     cloud = await start_cloud(CloudSettings(**wanted | settings))
     try:
         yield cloud

@@ -38,7 +38,9 @@ def nudged(weights: Weights, amount: float, *, seed: int = 1, only: tuple[str, .
     }
 
 
-def write_encoder(path: Path, weights: Weights, *, batch: str | int = "batch", output: str = "logits") -> Path:
+def write_encoder(
+    path: Path, weights: Weights, *, batch: str | int = "batch", output: str = "logits", mean: bool = False
+) -> Path:
     node = helper.make_node
     nodes = [node("Gather", ["words", "tokens"], ["embedded"], name="embed")]
     for name, axes in (("query", [0, 2, 1, 3]), ("key", [0, 2, 3, 1]), ("value", [0, 2, 1, 3])):
@@ -58,8 +60,10 @@ def write_encoder(path: Path, weights: Weights, *, batch: str | int = "batch", o
         node("Add", ["out_product", "out_bias"], ["outs"], name="out_add"),
         node("Add", ["embedded", "outs"], ["residual"], name="residual_add"),
         node("LayerNormalization", ["residual", "norm_scale", "norm_bias"], ["normed"], name="norm", axis=-1),
-        # Not the mean: OpenVINO 2026.4 fuses smoothing into it, and gets all rows but the first wrong.
-        node("Gather", ["normed", "first"], ["pooled"], name="pool", axis=1),
+        # Not the mean by default: in INT8, OpenVINO 2026.4 fuses smoothing into it and gets rows but the first wrong.
+        node("ReduceMean", ["normed"], ["pooled"], name="pool", axes=[1], keepdims=0)
+        if mean
+        else node("Gather", ["normed", "first"], ["pooled"], name="pool", axis=1),
         node("MatMul", ["pooled", "head"], ["head_product"], name="head_matmul"),
         node("Add", ["head_product", "head_bias"], [output], name="head_add"),
     ]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from compiler.package import check_output, move_into_place, write_archive
-from isthmus.errors import ConflictError
+from compiler.package import check_folder, check_output, move_into_place, write_archive
+from isthmus.errors import ConflictError, InputError
 
 
 def folder_with(path: Path, content: str) -> Path:
@@ -28,6 +28,24 @@ def test_the_archive_depends_on_names_and_bytes_only(tmp_path: Path) -> None:
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert tar.getnames() == ["manifest.json", "sub/data"]
+
+
+def test_a_move_that_fails_leaves_the_old_bundle(tmp_path: Path) -> None:
+    old = folder_with(tmp_path / "bundle", "old")
+    with pytest.raises(FileNotFoundError):
+        move_into_place(tmp_path / "work" / "never-made", old)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(FileNotFoundError):
+        move_into_place(tmp_path / "work" / "never-made", old)
+    assert (old / "sub" / "data").read_text() == "old"
+
+
+@pytest.mark.parametrize("folder", ["file/below", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_hint(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot write to") as raised:
+        check_folder(tmp_path / folder, "cache")
+    assert raised.value.hint == "give another --cache"
 
 
 def test_only_a_bundle_or_nothing_is_replaced(tmp_path: Path) -> None:

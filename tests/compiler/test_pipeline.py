@@ -70,6 +70,29 @@ def test_same_input_same_bytes(pair: Pair) -> None:
     assert digests(pair.folder / "again") == digests(pair.folder / "v1")
 
 
+def test_a_target_that_spoils_rows_in_a_batch_is_refused(tmp_path: Path) -> None:
+    """The mean before the head, in INT8, with OpenVINO 2026.4: all rows but the first come out wrong."""
+    fill_workspace(tmp_path)
+    models.write_encoder(tmp_path / "light-mean.onnx", light_weights(), mean=True)
+    with pytest.raises(GuardError, match="of a row alone differs by") as raised:
+        # However much accuracy may be lost: answers that depend on their neighbours are never good.
+        compile_bundle(write_recipe(tmp_path, variants=INT8, light="light-mean.onnx", drop=1.0), tmp_path / "out")
+    assert [entry.variant.id for entry in raised.value.outcome.variants if entry.refused] == ["openvino-int8"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_target_or_precision_is_found_before_any_work(tmp_path: Path) -> None:
+    fill_workspace(tmp_path)
+    (tmp_path / "heavy.onnx").write_bytes(b"nobody looks at it")
+    for variant, message, hint in (
+        ('target = "openvin"', "unknown target", "did you mean openvino?"),
+        ('target = "onnxruntime"\nprecision = "int8"', "has no precision", "recipe"),
+    ):
+        with pytest.raises(InputError, match=message) as raised:
+            compile_bundle(write_recipe(tmp_path, variants=f"[[variants]]\n{variant}\n"), tmp_path / "out")
+        assert hint in raised.value.hint
+
+
 def test_the_calibration_is_of_this_version_and_data(pair: Pair) -> None:
     calibration = parse_calibration((pair.folder / "v2" / "calibration.json").read_bytes())
 

@@ -22,6 +22,26 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
     assert [variant.id for variant in recipe.variants] == ["openvino-int8", "openvino-fp32", "onnxruntime-fp32"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message", "hint"),
+    [
+        ('name = "tiny"', 'nmae = "tiny"', "model.nmae: there is no such field", "did you mean name?"),
+        ("[guard]", "[gaurd]", "gaurd: there is no such field", "did you mean guard?"),
+        ('target = "onnxruntime"', 'targte = "onnxruntime"', "variants.2.targte", "did you mean target?"),
+        ("threads = 1", "zzz = 1", "heavy.zzz", "known here: source, target, instances, threads"),
+        ('name = "tiny"', "", "model.name is missing", "model.version"),
+        ("threads = 1", 'threads = "many"', "got 'many'", "recipe"),
+    ],
+)
+def test_a_typing_error_gets_a_hint(tmp_path: Path, old: str, new: str, message: str, hint: str) -> None:
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError) as raised:
+        load_recipe(path)
+    assert message in raised.value.message
+    assert hint in raised.value.hint
+
+
 def test_labels_come_from_a_file(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     path.write_text(path.read_text().replace('labels = ["a", "b", "c"]', 'labels_file = "labels.txt"'))

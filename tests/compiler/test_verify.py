@@ -49,6 +49,12 @@ def test_full_precision_must_not_differ(offset: float, refused: bool) -> None:
     assert bool(check(SOURCE + np.float32(offset))) == refused
 
 
+def test_what_is_allowed_exactly_is_allowed() -> None:
+    """1.0 - 0.98 is a little more than 0.02 in floating point."""
+    assert check(flipped(2), "int8", GuardSection(max_accuracy_drop=0.02)) == ""
+    assert check(flipped(3), "int8", GuardSection(max_accuracy_drop=0.02)) != ""
+
+
 @pytest.mark.parametrize(("wrong", "refused"), [(2, False), (3, True)])
 def test_int8_must_not_lose_accuracy(wrong: int, refused: bool) -> None:
     reason = check(flipped(wrong), "int8", GuardSection(max_accuracy_drop=0.0201))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -47,9 +48,10 @@ def test_the_gateway_speaks_tls13_only(site: Site) -> None:
     assert "Verify return code: 0 (ok)" in new.stdout
 
 
-def test_an_agent_beyond_loopback_speaks_tls13_only_and_wants_a_token(site: Site) -> None:
+def test_an_agent_beyond_loopback_speaks_tls13_only_and_wants_a_token(site: Site, tmp_path: Path) -> None:
+    home = shutil.copytree(site.device, tmp_path / "device")  # one agent on one folder
     server = site.shell.start(
-        *("open-agent", "edge", "run", "--home", site.device, "--model", "tiny", "--listen", "0.0.0.0:0")
+        *("open-agent", "edge", "run", "--home", home, "--model", "tiny", "--listen", "0.0.0.0:0")
     )
     try:
         port = str(server.wait_ready()["address"]).rsplit(":", 1)[1]

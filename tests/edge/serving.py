@@ -65,7 +65,7 @@ async def serving(
     models = ServedModels((MODEL,))
     models.swap(MODEL, open_variant(folder / "bundle"))
     async with faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
-        uplink = Uplink(channel, lambda: token, breaker or Breaker(), guard_s=guard_s, longest_s=10.0)
+        uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
         router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture)
         server = AgentServer(listen, InferenceService(models, router, may_use=may_use), agent_pb2.GetStatusResponse)
         address = await server.start()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -26,6 +27,7 @@ from edge.config import EdgeSettings
 from edge.identity import DeviceHome, enrol
 from edge.spool import export_captures
 from edge.status_client import fetch_status
+from edge.store import SlotStore
 from isthmus.errors import ConfigError, ConflictError, IdentityError, UnavailableError
 from isthmus.oip import service_pb2, service_pb2_grpc
 from isthmus.settings import load_settings
@@ -112,14 +114,14 @@ def test_life_of_a_device(tmp_path: Path) -> None:
                 cloud.release(2)
                 await agent.serves(2)
                 told = await agent.infer(bundles.HARD)
-                assert (told["isthmus.route"], told["isthmus.edge_version"]) == ("cloud", "2")
+                assert (told["isthmus.route"], told["isthmus.edge_version"]) == ("cloud", 2)
 
                 cloud.publish(3, golden=bundles.golden_tensors(500))
                 cloud.release(3)
                 await until(lambda: cloud.reports[-1].state == fleet_pb2.UPDATE_STATE_REFUSED)
                 report = cloud.reports[-1]
                 assert (report.version, report.serving_version, report.reason) == (3, 2, "golden-mismatch")
-                assert (await agent.infer(bundles.SURE))["isthmus.edge_version"] == "2"
+                assert (await agent.infer(bundles.SURE))["isthmus.edge_version"] == 2
 
                 status = await agent.status()
                 assert status["device_id"] == DEVICE
@@ -271,6 +273,66 @@ def test_enrolment_leaves_a_private_key_and_happens_once(tmp_path: Path) -> None
                 await enrol(DeviceHome(tmp_path / "d2"), cloud=cloud.address, code=CODE, trust=tmp_path)
         with pytest.raises(UnavailableError):
             await enrol(DeviceHome(tmp_path / "d3"), cloud=cloud.address, code=CODE, trust=cloud.trust)
+
+    asyncio.run(scenario())
+
+
+def test_runtime_that_is_gone_costs_no_version_and_another_variant_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "device"
+
+    async def scenario() -> None:
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            cloud.publish(1)
+            async with running(home) as agent:
+                cloud.release(1)
+                await agent.serves(1)
+            assert SlotStore(home / "models" / "triage").state.variant == "onnxruntime-fp32"
+            cloud.release(0)
+            for module in ("edge.runtimes", "edge.bootstrap"):
+                monkeypatch.setattr(f"{module}.is_installed", lambda name: name == "openvino")
+            async with running(home) as agent:
+                state = SlotStore(home / "models" / "triage").state
+                assert (state.current, state.failed) == (1, {})
+                cloud.release(1)
+                await agent.serves(1)
+                assert (await agent.status())["models"][0]["variant"] == "openvino-fp32"
+
+    asyncio.run(scenario())
+
+
+def test_folder_belongs_to_one_agent(tmp_path: Path) -> None:
+    home = tmp_path / "device"
+
+    async def scenario() -> None:
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            async with running(home):
+                with pytest.raises(ConflictError, match="another agent runs in"):
+                    build_agent(settings(home))
+            async with running(home):
+                pass
+
+    asyncio.run(scenario())
+
+
+def test_agent_that_cannot_start_lets_go_of_everything(tmp_path: Path) -> None:
+    home = tmp_path / "device"
+
+    async def scenario() -> None:
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            with socket.create_server(("127.0.0.1", 0)) as other:
+                port = other.getsockname()[1]
+                with pytest.raises(ConfigError, match="another program does"):
+                    await build_agent(settings(home, listen=f"127.0.0.1:{port}")).run(asyncio.Event())
+            agent = build_agent(settings(home, listen=f"127.0.0.1:{port}", ready_file=home / "nothere" / "ready"))
+            with pytest.raises(ConfigError, match="ready_file: cannot write"):
+                await agent.run(asyncio.Event())
+            async with running(home, listen=f"127.0.0.1:{port}"):
+                pass
 
     asyncio.run(scenario())
 

@@ -10,16 +10,17 @@ import pytest
 from typer.testing import CliRunner
 
 from edge.cli import app
-from isthmus.errors import ConfigError, IsthmusError, NotFoundError
+from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError, UnavailableError
 
 HEAVY = ("torch", "onnx", "nncf", "tvm", "openvino", "onnxruntime", "sqlalchemy", "fastapi", "tritonclient", "grpc")
+ENROL = ("--code", "c", "--trust", "{home}/nothere", "--home", "{home}/device")
 
 
 @pytest.mark.slow
 def test_import_is_light() -> None:
     script = (
         "import sys, edge.cli, edge.config\n"
-        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        f"loaded = [name for name in {(*HEAVY, 'numpy')!r} if name in sys.modules]\n"
         "assert not loaded, loaded\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env={"PYTHONPATH": ".:proto"})
@@ -45,12 +46,19 @@ def test_agent_loads_its_own_runtime_only() -> None:
         (["run", "--home", "{home}", "--model", "m"], ConfigError, "not the folder of an enrolled device"),
         (["captures", "export", "--home", "{home}", "--output", "{home}/o"], NotFoundError, "no captures"),
         (["status", "--address", "10.0.0.1:1"], IsthmusError, "expected --ca"),
+        (["status", "--address", "localhost"], ConfigError, "--address: expected HOST:PORT"),
+        (["status", "--address", "localhost:1"], UnavailableError, "agent at localhost:1"),
+        (["status", "--token-file", "{home}/empty"], InputError, "expected one access token"),
+        (["enrol", "--cloud", "https://x:1", *ENROL], ConfigError, "--cloud: expected HOST:PORT"),
+        (["enrol", "--cloud", "x:1", *ENROL], ConfigError, "missing ca.pem and root.json"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, arguments: list[str], kind: type[IsthmusError], message: str) -> None:
+    (tmp_path / "empty").touch()
     result = CliRunner().invoke(app, [argument.replace("{home}", str(tmp_path)) for argument in arguments])
     assert isinstance(result.exception, kind)
     assert message in result.exception.message
+    assert result.exception.hint
 
 
 def test_help_lists_the_commands() -> None:

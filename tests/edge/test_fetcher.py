@@ -39,6 +39,8 @@ class Servicer(registry_pb2_grpc.RegistryServiceServicer):
         if request.sha256 == "stalls":
             yield registry_pb2.FetchBlobResponse(data=DATA[:10])
             await asyncio.sleep(3600)
+        if request.offset > len(DATA):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "beyond the end")
         for start in range(request.offset, len(DATA), 100):
             yield registry_pb2.FetchBlobResponse(data=DATA[start : start + 100])
             if self.breaks:
@@ -98,6 +100,16 @@ def test_broken_stream_is_taken_up_where_it_broke(tmp_path: Path) -> None:
         servicer.breaks = 3
         assert await fetcher.blob("a", path, length=len(DATA)) == len(DATA)
         assert servicer.offsets == [0, 100, 200, 300]
+        assert path.read_bytes() == DATA
+
+    with_fetcher(tmp_path, scenario)
+
+
+def test_part_of_a_longer_file_than_there_is_now_is_dropped(tmp_path: Path) -> None:
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        path.write_bytes(b"x" * (len(DATA) + 1))
+        assert await fetcher.blob("a", path, length=len(DATA) * 2) == len(DATA)
+        assert servicer.offsets == [len(DATA) + 1, 0]
         assert path.read_bytes() == DATA
 
     with_fetcher(tmp_path, scenario)

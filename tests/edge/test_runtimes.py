@@ -58,7 +58,16 @@ def test_inputs_may_be_read_only_and_outputs_stay_as_they_are(name: str, tmp_pat
 @EVERY_RUNTIME
 def test_inputs_that_cannot_be_computed_are_the_callers_error(name: str, tmp_path: Path) -> None:
     runtime = open_runtime(name, tmp_path / "m" / bundles.save_variant(name, tmp_path / "m"))
-    for inputs in ({"nothere": SOME}, {"x": np.ones((2, 5), np.float32)}):
+    wrong: tuple[dict[str, Array], ...] = (
+        {},
+        {"nothere": SOME},
+        {"x": SOME, "nothere": SOME},
+        {"x": np.ones((2, 5), np.float32)},
+        {"x": np.ones((3,), np.float32)},
+        {"x": SOME.astype(np.float64)},
+        {"x": SOME.astype(np.int64)},
+    )
+    for inputs in wrong:
         with pytest.raises(InputError) as caught:
             runtime.infer(inputs)
         assert caught.value.reason == "cannot-infer"

@@ -116,6 +116,16 @@ def test_golden_file_that_is_none_is_refused(tmp_path: Path, bundle: tuple[Path,
     assert caught.value.reason == "bad-golden"
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_golden_outputs_that_every_answer_is_near_are_refused(tmp_path: Path, broken: float) -> None:
+    golden = bundles.golden_tensors(1)
+    golden[f"output.{VARIANT}.logits"] = np.full_like(golden[f"output.{VARIANT}.logits"], broken)
+    bundles.build_bundle(tmp_path / "b", golden=golden)
+    with pytest.raises(VerificationError, match="finite") as caught:
+        open_model(tmp_path / "b", VARIANT)
+    assert caught.value.reason == "bad-golden"
+
+
 def test_golden_outputs_of_another_model_are_refused(tmp_path: Path) -> None:
     bundles.build_bundle(tmp_path / "b", golden=bundles.golden_tensors(500))
     with pytest.raises(VerificationError) as caught:

@@ -76,6 +76,17 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert len(spool._rows) <= 4 * FILE_ROWS
 
 
+def test_memory_is_bounded_when_rows_are_large(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "s")
+    image = {"x": np.zeros((1, 1 << 18), np.float32)}  # 1 MiB
+    full = [spool.offer(image, {"logits": np.zeros((1, 2), np.float32)}) for _ in range(40)]
+    assert full.index(True) < 8
+    assert len(spool._rows) <= 16
+    assert spool.dropped == 40 - len(spool._rows)
+    flush(spool)
+    assert not spool.offer(image, {"logits": np.zeros((1, 2), np.float32)})
+
+
 def test_captures_do_not_keep_requests_alive(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "s")
     whole = np.zeros((1, 1_000_000), np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from edge.model import ServedModels
 from edge.store import SlotStore, check_slot, write_atomically
 from edge.updater import Outcome
-from isthmus.errors import BundleError, DigestMismatchError
+from isthmus.errors import BundleError, DigestMismatchError, UnavailableError
 from tests.edge.registry import Registry, make_updater
 
 VARIANT = "onnxruntime-fp32"
@@ -216,3 +217,17 @@ def test_check_slot_finds_every_kind_of_damage(tmp_path: Path) -> None:
     model.unlink()
     with pytest.raises(BundleError):
         check_slot(slot, VARIANT)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
+def test_file_that_the_system_refuses_to_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    registry = Registry(tmp_path / "registry", versions=(1,))
+
+    def refuse(path: Path, **kwargs: Any) -> None:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr("edge.store.check_file", refuse)
+    with pytest.raises(UnavailableError):
+        check_slot(registry.folder(1), VARIANT)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge.model import ServedModels
+from edge.model import LiveModel, ServedModels
 from edge.plan import choose_variant, plan_files
 from edge.store import SlotStore
 from edge.updater import Outcome, Step, Updater
 from isthmus.bundle import FileEntry, parse_manifest
 from isthmus.errors import (
     BundleError,
+    ConfigError,
     DeltaError,
     DigestMismatchError,
+    MissingExtraError,
     NotFoundError,
     TrustError,
     UnavailableError,
@@ -300,6 +304,87 @@ def test_start_falls_back_from_a_broken_version_and_can_install_it_again(tmp_pat
         assert outcome.active
         assert models.version(MODEL) == 2
         models.swap(MODEL, None)
+
+    with_device(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("problem", "raised"),
+    [
+        (MissingExtraError("runtime onnxruntime", "edge-onnxruntime"), ConfigError),
+        (OSError(errno.EMFILE, "Too many open files"), UnavailableError),
+    ],
+)
+def test_start_on_a_machine_that_is_not_ready_costs_no_version(
+    tmp_path: Path, problem: Exception, raised: type[Exception]
+) -> None:
+    async def scenario(device: Device) -> None:
+        await device.updater.update(1)
+        await device.updater.update(2)
+        models = ServedModels((MODEL,))
+        updater = make_updater(device.home, device.registry, models)
+        right = updater._open_slot
+
+        def fail(slot: Path, variant: str) -> LiveModel:
+            raise problem
+
+        updater._open_slot = fail
+        with pytest.raises(raised):
+            await updater.start()
+        assert (SlotStore(device.home).state.current, SlotStore(device.home).state.failed) == (2, {})
+        updater._open_slot = right
+        await updater.start()
+        assert models.version(MODEL) == 2
+        models.swap(MODEL, None)
+
+    with_device(tmp_path, scenario)
+
+
+def test_refusal_that_time_may_heal_keeps_what_was_fetched(tmp_path: Path) -> None:
+    async def scenario(device: Device) -> None:
+        await device.updater.update(1)
+        part = SlotStore(device.home).partial(2) / "part"
+        part.write_bytes(b"much")
+        device.registry.fail["manifest"] = TrustError("too old", reason="expired-metadata")
+        outcome = await device.updater.update(2)
+        assert (outcome.active, outcome.final) == (False, False)
+        assert part.exists()
+        assert not SlotStore(device.home).state.failed
+
+    with_device(tmp_path, scenario)
+
+
+def test_installed_files_that_cannot_be_read_are_fetched(tmp_path: Path) -> None:
+    async def scenario(device: Device) -> None:
+        await device.updater.update(1)
+        device.registry.publish(4, lambda folder, version: bundles.build_bundle(folder, version, weights_of=1))
+        for path in (device.home / "slots" / "1").rglob("*"):
+            if path.is_file() and path.name != "manifest.json":
+                path.unlink()
+                path.symlink_to(path.name)  # reading it is an error that is not "no such file"
+        outcome = await device.updater.update(4)
+        assert outcome.active
+        assert {file.method for file in outcome.files} == {"full"}
+
+    with_device(tmp_path, scenario)
+
+
+def test_event_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    threads: set[int] = set()
+
+    def sync(descriptor: int) -> None:
+        threads.add(threading.get_ident())
+
+    async def scenario(device: Device) -> None:
+        await device.updater.update(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("os.fsync", sync)
+            await device.updater.update(2)
+            device.registry.publish(3, lambda folder, version: bundles.build_bundle(folder, version, weights_of=500))
+            device.registry.tamper["blob"] = device.registry.tamper["delta"] = _flip
+            assert not (await device.updater.update(3)).active
+        assert threads
+        assert threading.get_ident() not in threads
 
     with_device(tmp_path, scenario)
 

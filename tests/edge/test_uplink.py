@@ -200,7 +200,7 @@ async def ask(uplink: Uplink, remaining_s: float = 0.5) -> str:
 
 
 def make_uplink(channel: grpc.aio.Channel, breaker: Breaker | None = None) -> Uplink:
-    return Uplink(channel, lambda: "token", breaker or patient_breaker(), guard_s=0.05, longest_s=10)
+    return Uplink(channel, lambda: "token", breaker or patient_breaker(), Breaker(), guard_s=0.05, longest_s=10)
 
 
 def test_refused_connection(tmp_path: Path) -> None:
@@ -225,6 +225,86 @@ def test_peer_that_accepts_and_says_nothing(tmp_path: Path) -> None:
                 started = time.monotonic()
                 assert await ask(make_uplink(channel)) == "cloud-timeout"
                 assert time.monotonic() - started < 0.5
+
+    asyncio.run(scenario())
+
+
+def test_hurried_callers_do_not_open_the_breaker_of_others(tmp_path: Path) -> None:
+    async def slow(raw: bytes, context: Any) -> bytes:
+        await asyncio.sleep(0.15)
+        return b""
+
+    async def scenario() -> None:
+        identity = faulty_cloud.make_identity(tmp_path)
+        async with faulty_cloud.faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
+            uplink = make_uplink(channel, Breaker())
+            cloud.behaviour = slow
+            told = [await ask(uplink, 0.1) for _ in range(5)]
+            assert told == ["cloud-timeout"] * 3 + ["breaker-open"] * 2  # they do spare themselves
+            assert await ask(uplink, 5.0) == "answered"
+            assert (uplink.breaker.state, uplink.hurried_breaker.state) == ("closed", "open")
+
+    asyncio.run(scenario())
+
+
+def test_hurry_is_measured_by_the_pace_of_the_cloud(tmp_path: Path) -> None:
+    now = [0.0]
+
+    async def behaviour(raw: bytes, context: Any) -> bytes:
+        now[0] += 3.0  # by the uplink's own clock, an answer takes three seconds
+        return b""
+
+    async def scenario() -> None:
+        identity = faulty_cloud.make_identity(tmp_path)
+        async with faulty_cloud.faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
+            uplink = Uplink(
+                channel, lambda: "token", Breaker(), Breaker(), guard_s=0.05, longest_s=10, clock=lambda: now[0]
+            )
+            cloud.behaviour = behaviour
+            assert await ask(uplink, 9.0) == "answered"
+            cloud.behaviour = faulty_cloud.garbage
+            for _ in range(3):
+                assert await ask(uplink, 5.0) == "bad-cloud-answer"
+            assert (uplink.breaker.state, uplink.hurried_breaker.state) == ("closed", "open")
+            for _ in range(3):
+                assert await ask(uplink, 9.0) == "bad-cloud-answer"
+            assert uplink.breaker.state == "open"
+
+    asyncio.run(scenario())
+
+
+def test_connection_ends_the_wait_of_both_breakers(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_channel("localhost:1", faulty_cloud.make_identity(tmp_path).ca) as channel:
+            uplink = Uplink(
+                channel, lambda: "token", Breaker(failures=1), Breaker(failures=1), guard_s=0.05, longest_s=10
+            )
+            for breaker in (uplink.breaker, uplink.hurried_breaker):
+                ticket = breaker.admit()
+                assert ticket is not None
+                breaker.fail(ticket)
+                assert breaker.state == "open"
+            uplink.nudge()
+            assert (uplink.breaker.state, uplink.hurried_breaker.state) == ("half-open", "half-open")
+
+    asyncio.run(scenario())
+
+
+def test_nothing_on_the_way_up_takes_the_light_answer_away(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        identity = faulty_cloud.make_identity(tmp_path)
+        async with faulty_cloud.faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
+            cloud.behaviour = faulty_cloud.empty
+            uplink = make_uplink(channel)
+
+            def check(response: Any) -> None:
+                raise ValueError("a defect of ours")
+
+            outcome = await uplink.escalate(b"", remaining_s=5.0, check=check)
+            assert outcome == Failure("cloud-unavailable")
+            unprintable = Uplink(channel, lambda: "to\nken", Breaker(), Breaker(), guard_s=0.05, longest_s=10)
+            assert await ask(unprintable) == "cloud-unavailable"
+            assert uplink.counters.attempts == uplink.counters.failures == 1
 
     asyncio.run(scenario())
 
@@ -266,6 +346,7 @@ def test_token_that_is_not_accepted_is_renewed(tmp_path: Path) -> None:
                 channel,
                 lambda: "token",
                 patient_breaker(),
+                Breaker(),
                 guard_s=0.05,
                 longest_s=10,
                 unauthenticated=lambda: renewals.append(1),

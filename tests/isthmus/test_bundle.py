@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,17 @@ def test_a_calibration_record_is_known_by_its_content() -> None:
     assert record(1).id != record(2).id
     with pytest.raises(BundleError, match=r"calibration\.json"):
         parse_calibration(b'{"model": "m"}')
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_limits_that_every_number_passes_are_refused(bundle: Path, value: str) -> None:
+    data = (bundle / "manifest.json").read_bytes()
+    changed = re.sub(rb'"tolerance": [0-9.e-]+', f'"tolerance": {value}'.encode(), data)
+    assert changed != data
+    with pytest.raises(BundleError, match="tolerance"):
+        parse_manifest(changed)
+    data = record().to_json()
+    changed = data.replace(b'"threshold": 0.5', f'"threshold": {value}'.encode())
+    assert changed != data
+    with pytest.raises(BundleError, match="threshold"):
+        parse_calibration(changed)

@@ -61,3 +61,24 @@ def test_a_wrong_log_level_lists_the_right_ones() -> None:
 def test_version_is_the_packages() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert run("--version").stdout.strip() == f"isthmus {declared}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("delta", "make", "README.md", "README.md", "/nothere/delta"),
+        ("delta", "inspect", "README.md"),
+        ("config", "show", "egde"),
+        ("config", "show", "edge", "--config", "/nothere.toml"),
+        ("edge", "enrol", "--cloud", "localhost:1", "--code", "c", "--trust", "/nothere", "--home", "/proc/x"),
+        ("edge", "status", "--token-file", "/nothere"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_a_hint(arguments: tuple[str, ...]) -> None:
+    shown = run(*arguments)
+    assert shown.returncode not in (0, 1)
+    error, hint = shown.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: ")
+    assert not shown.stdout

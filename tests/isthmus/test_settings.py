@@ -60,3 +60,32 @@ def test_a_bad_environment_value_names_the_variable(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SAMPLE_PORT", "zero")
     with pytest.raises(ConfigError, match="environment SAMPLE_PORT"):
         load_settings(Sample, None, {})
+
+
+def test_a_mistyped_variable_is_refused_like_a_mistyped_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMPLE_PROT", "3")
+    with pytest.raises(ConfigError, match="environment SAMPLE_PROT: unknown setting 'prot'") as caught:
+        load_settings(Sample, None, {})
+    assert caught.value.hint == "did you mean port?"
+
+
+def test_the_shared_prefix_belongs_to_others_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shared(Settings):
+        cloud: str = ""
+
+    monkeypatch.setenv("ISTHMUS_LOG_LEVEL", "debug")
+    monkeypatch.setenv("ISTHMUS_CLOUD", "localhost:1")
+    assert load_settings(Shared, None, {}).value.cloud == "localhost:1"
+
+
+def test_a_list_in_the_environment_that_is_no_json_gets_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listed(Settings):
+        env_prefix: ClassVar[str] = "LISTED_"
+        models: tuple[str, ...] = ()
+
+    monkeypatch.setenv("LISTED_MODELS", '["a"]')
+    assert load_settings(Listed, None, {}).value.models == ("a",)
+    monkeypatch.setenv("LISTED_MODELS", "a")
+    with pytest.raises(ConfigError, match=r"environment LISTED_\*.*models") as caught:
+        load_settings(Listed, None, {})
+    assert "JSON" in caught.value.hint

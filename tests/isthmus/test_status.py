@@ -16,6 +16,7 @@ RAISED: dict[str, Exception] = {
     **{kind.__name__: kind("what came", reason="a-reason") for kind, _ in STATUS_OF},
     "Hinted": errors.ConfigError("what came", hint="run “isthmus keys init” & 100 % try again\nthen"),
     "Endless": errors.BundleError("x" * 100_000, hint="y" * 100_000),
+    "Late": errors.UnavailableError("what came", reason="deadline-exceeded"),
     "ValueError": ValueError("/etc/secret"),
 }
 
@@ -97,6 +98,12 @@ def test_an_endless_message_is_cut_and_still_arrives() -> None:
     assert translated.hint == ""
 
 
+def test_a_server_that_ran_out_of_time_says_what_the_callers_own_clock_would_say() -> None:
+    caught = asyncio.run(call("Late", streaming="Unary"))
+    assert caught.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert type(from_rpc(caught, "asking")) is errors.UnavailableError
+
+
 @pytest.mark.parametrize("named", ["not-found", "nonsense", ""])
 def test_a_class_that_does_not_go_with_the_code_is_not_believed(named: str) -> None:
     metadata = grpc.aio.Metadata(("isthmus-error", named))
@@ -110,3 +117,12 @@ def test_every_error_class_has_a_status() -> None:
 
     covered = tuple(kind for kind, _ in STATUS_OF)
     assert all(issubclass(kind, covered) for kind in tree(errors.IsthmusError) - {errors.IsthmusError})
+
+
+def test_hint_of_the_peer_goes_before_the_callers_own() -> None:
+    own = {errors.ConfigError: "own", errors.BundleError: "own"}
+    plain = asyncio.run(call("ConfigError", streaming="Unary"))
+    assert from_rpc(plain, "a call", hints=own).hint == "own"
+    assert from_rpc(plain, "a call", hints={errors.BundleError: "other"}).hint == ""
+    hinted = asyncio.run(call("Hinted", streaming="Unary"))
+    assert "keys init" in from_rpc(hinted, "a call", hints=own).hint

@@ -134,3 +134,11 @@ def test_answers_with_wrong_byte_counts_are_refused() -> None:
     response.raw_output_contents[0] = b"123"
     with pytest.raises(InputError, match="byte count"):
         decode_outputs(response)
+
+
+def test_answers_with_more_axes_than_arrays_have_are_refused() -> None:
+    response = service_pb2.ModelInferResponse()
+    response.outputs.add(name="y", datatype="UINT8", shape=[1] * 100)
+    response.raw_output_contents.append(b"x")
+    with pytest.raises(InputError, match="unusable shape"):
+        decode_outputs(response)

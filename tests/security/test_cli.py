@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from isthmus.errors import ConflictError, IdentityError, InputError
+from isthmus.errors import ConfigError, ConflictError, IdentityError, InputError
 from security.cli import keys_app, token_app
 from security.durations import parse_duration
 from security.tokens import TokenIssuer
@@ -40,6 +40,40 @@ def test_init_makes_a_workspace_and_says_what_next(tmp_path: Path) -> None:
 def test_init_needs_a_host(tmp_path: Path) -> None:
     assert _run(keys_app, "init", tmp_path / "w").exit_code == 2
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("place", ["file/below", "/proc/nowhere/w"])
+def test_init_where_no_folder_can_be_made_is_an_error_with_a_hint(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    error = _run(keys_app, "init", tmp_path / place, "--host", "localhost").exception
+    assert isinstance(error, ConfigError)
+    assert error.hint
+
+
+def test_mint_says_where_it_cannot_write_before_it_mints(workspace: Path, tmp_path: Path) -> None:
+    for output in (tmp_path, tmp_path / "no" / "folder"):
+        error = _run(
+            token_app, "mint", "--home", workspace / "cloud", "--role", "client", "--subject", "a", "-o", output
+        ).exception
+        assert isinstance(error, InputError)
+        assert "--output" in error.hint
+
+
+def test_a_misspelt_role_gets_the_right_one(workspace: Path) -> None:
+    error = _run(token_app, "mint", "--home", workspace / "cloud", "--role", "oprator", "--subject", "a").exception
+    assert isinstance(error, InputError)
+    assert error.hint == "did you mean operator?"
+
+
+@pytest.mark.parametrize("text", ["nonsense", "\udcff\udcfe", "a" * 10_000])
+def test_inspect_refuses_what_is_no_token(text: str) -> None:
+    assert isinstance(_run(token_app, "inspect", text).exception, IdentityError)
+
+
+def test_inspect_refuses_bytes_that_are_no_text() -> None:
+    result = CliRunner().invoke(token_app, ["inspect", "-"], input=b"\xff\xfe\x00" * 9)
+    assert isinstance(result.exception, IdentityError)
+    assert "standard input" in result.exception.hint
 
 
 def test_show_lists_keys_without_secrets(workspace: Path) -> None:

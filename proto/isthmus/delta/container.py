@@ -65,7 +65,7 @@ def read_header(file: BinaryIO) -> Header:
     """
     data = file.read(HEADER_BYTES)
     if len(data) != HEADER_BYTES or data[:4] != MAGIC:
-        raise DeltaError("expected a delta (magic ISTD), got something else")
+        raise DeltaError("expected a delta (magic ISTD), got something else", hint="isthmus delta make makes one")
     _, version, method, base, target, target_length, base_length = _LAYOUT.unpack(data)
     if version != FORMAT:
         raise DeltaError(f"expected delta format {FORMAT}, got {version}", hint="update isthmus on this machine")
