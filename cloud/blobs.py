@@ -123,6 +123,15 @@ class Blobs:
         """
         return self._folder.has(check_sha256(sha256))
 
+    def intact(self, sha256: str) -> bool:
+        """Return whether the blob is stored and its bytes are still those that its name says."""
+        if not self.has(sha256):
+            return False
+        digest = hashlib.sha256()
+        for chunk in self.read(sha256):
+            digest.update(chunk)
+        return hmac.compare_digest(digest.hexdigest(), sha256)
+
     def length(self, sha256: str) -> int:
         """Return the blob's length.
 

@@ -12,7 +12,7 @@ from isthmus.terminal import JsonOption, show_record, show_table
 
 app = typer.Typer(no_args_is_help=True, help="Run the gateway, registry and Triton.")
 
-ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings.", envvar="ISTHMUS_CONFIG")]
+ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings.")]
 
 
 @app.command()

@@ -77,7 +77,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             yield registry_pb2.FetchDeltaResponse(data=data)
 
     async def FindMissing(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Tell which blobs are not stored.
+        """Tell which blobs are not stored, or not whole any more: uploading them again mends a damaged disk.
 
         Raises:
             InputError: Too many digests, or one that is none.
@@ -85,7 +85,9 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         del context
         if len(request.sha256) > MAX_ASKED:
             raise InputError(f"sha256: expected at most {MAX_ASKED} digests, got {len(request.sha256)}")
-        missing = await asyncio.to_thread(lambda: [digest for digest in request.sha256 if not self._blobs.has(digest)])
+        missing = await asyncio.to_thread(
+            lambda: [digest for digest in request.sha256 if not self._blobs.intact(digest)]
+        )
         return registry_pb2.FindMissingResponse(sha256=missing)
 
     async def UploadBlob(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802

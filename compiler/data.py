@@ -113,7 +113,9 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, Array]:
             hint="data.calibration and data.quantization name safetensors files",
         ) from error
     except (SafetensorError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a safetensors file: {error}") from error
+        raise InputError(
+            f"{path}: not a safetensors file: {error}", hint="safetensors.numpy.save_file writes one"
+        ) from error
 
 
 def _check(path: Path, spec: TensorSpec, array: Array) -> None:

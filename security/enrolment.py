@@ -49,7 +49,8 @@ def check_device_id(device_id: str) -> str:
     """
     if not _DEVICE_ID.fullmatch(device_id):
         raise InputError(
-            f"expected a device id of 1 to 64 letters, digits, dots, dashes and underscores, got {device_id[:80]!r}"
+            f"expected a device id of 1 to 64 letters, digits, dots, dashes and underscores, got {device_id[:80]!r}",
+            hint="for example camera-1; it begins with a letter or digit",
         )
     return device_id
 

@@ -84,3 +84,16 @@ def test_any_fsspec_folder_will_do(tmp_path: Path) -> None:
     (tmp_path / "delta").write_bytes(b"delta")
     deltas.store(DIGEST, DIGEST, tmp_path / "delta")
     assert b"".join(deltas.read(DIGEST, DIGEST, 2)) == b"lta"
+
+
+def test_a_damaged_blob_is_known_and_mended_by_the_next_upload(tmp_path: Path) -> None:
+    blobs = Blobs(str(tmp_path))
+    blobs.store(DATA)
+    assert blobs.intact(DIGEST)
+    (stored,) = [path for path in tmp_path.rglob(DIGEST) if path.is_file()]
+    stored.write_bytes(b"x" + DATA[1:])
+    assert not blobs.intact(DIGEST)
+    with blobs.upload(DIGEST, len(DATA)) as upload:
+        upload.write(DATA)
+    assert blobs.intact(DIGEST)
+    assert not blobs.intact("0" * 64)
