@@ -227,6 +227,7 @@ class HeavyPool:
         """
         self._restoring = True
         async with self._lock:
+            await self._client.wait_until_live(_CHECK_S)
             await self._check()
             for heavy, state in sorted(self._loaded.items()):
                 await self._reload(heavy, state)

@@ -1,7 +1,7 @@
 """The client of Triton: the only file that speaks to it, over the Open Inference Protocol.
 
 Rules:
-1. A call never waits for a connection: a Triton that is down is UnavailableError in milliseconds.
+1. Only `wait_until_live` waits for a connection: a Triton that is down is UnavailableError in milliseconds.
 2. Inference requests and answers pass as the bytes they are; nothing here decodes a tensor on the request path.
 3. Every call has a deadline: a load whose stub cannot start would hang for ever.
 4. Triton's error texts reach callers only where they describe the caller's tensors.
@@ -83,6 +83,20 @@ class TritonClient:
         except grpc.aio.AioRpcError:
             return False
         return bool(answer.live)
+
+    async def wait_until_live(self, timeout_s: float) -> None:
+        """Wait until Triton answers on this very connection.
+
+        Calls that failed while Triton was down have made the connection pause before its next attempt. Until then it
+        refuses everything, although a new connection would be answered.
+
+        Raises:
+            UnavailableError: It does not answer in time.
+        """
+        try:
+            await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            raise UnavailableError("Triton does not answer", reason="triton-unavailable") from error
 
     async def is_ready(self, name: str) -> bool:
         """Return whether Triton says that the model is ready (it says so of a model with a dead stub, too)."""

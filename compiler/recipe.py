@@ -169,10 +169,11 @@ def _explained(path: Path, error: ValidationError) -> InputError:
     if first["type"] == "missing":
         return InputError(f"{path}: {where} is missing", hint=f"every recipe needs {', '.join(_NEEDED)}")
     if first["type"] == "value_error":  # of a section as a whole
-        return InputError(f"{path}: {where}: {first['msg']}", hint="mend the recipe")
+        return InputError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}", hint="mend the recipe")
     got = repr(first["input"])
     return InputError(
-        f"{path}: {where}: {first['msg']}, got {got if len(got) <= 80 else got[:77] + '...'}", hint="mend the recipe"
+        f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}, got {got if len(got) <= 80 else got[:77] + '...'}",
+        hint="mend the recipe",
     )
 
 

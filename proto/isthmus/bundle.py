@@ -270,7 +270,7 @@ def _parse(model: type[_T], data: bytes, what: str) -> _T:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "document"
-        raise BundleError(f"{what}: {where}: {first['msg']}") from error
+        raise BundleError(f"{what}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def open_bundle(folder: Path, *, verify: bool = True) -> Manifest:

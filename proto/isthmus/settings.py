@@ -79,7 +79,9 @@ def load_settings(kind: type[T], file: Path | None, overrides: Mapping[str, obje
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         origin = origins.get(name, "default")
-        raise ConfigError(f"{name} ({origin}): {first['msg']}, got {str(first.get('input'))[:80]!r}") from error
+        raise ConfigError(
+            f"{name} ({origin}): {first['msg'].removeprefix('Value error, ')}, got {str(first.get('input'))[:80]!r}"
+        ) from error
 
 
 def _from_file(kind: type[Settings], file: Path | None) -> list[tuple[str, Any, str]]:
