@@ -161,6 +161,7 @@ def _explained(path: Path, error: ValidationError) -> InputError:
     found = error.errors(include_url=False)
     first = min(found, key=lambda one: one["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"]) or "recipe"
+    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         known = _fields_of(first["loc"][:-1])
         close = get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -169,10 +170,10 @@ def _explained(path: Path, error: ValidationError) -> InputError:
     if first["type"] == "missing":
         return InputError(f"{path}: {where} is missing", hint=f"every recipe needs {', '.join(_NEEDED)}")
     if first["type"] == "value_error":  # of a section as a whole
-        return InputError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}", hint="mend the recipe")
+        return InputError(f"{path}: {where}: {message}", hint="mend the recipe")
     got = repr(first["input"])
     return InputError(
-        f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}, got {got if len(got) <= 80 else got[:77] + '...'}",
+        f"{path}: {where}: {message}, got {got if len(got) <= 80 else got[:77] + '...'}",
         hint="mend the recipe",
     )
 
