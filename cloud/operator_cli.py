@@ -127,7 +127,7 @@ def list_models(
 @device_app.command()
 def invite(
     device: Annotated[str, typer.Argument(help="How the device shall be called.")],
-    ttl: Annotated[int, typer.Option(help="Seconds until the code expires.", min=1)] = 3600,
+    ttl: Annotated[str, typer.Option(help="How long the code is valid: 15m, 12h, 30d.")] = "1h",
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
@@ -135,8 +135,11 @@ def invite(
     as_json: JsonOption = False,
 ) -> None:
     """Make a one-time enrolment code for DEVICE."""
+    from security.durations import parse_duration
+
+    ttl_s = int(parse_duration(ttl).total_seconds())
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
-        record = client.invite(device, ttl_s=ttl)
+        record = client.invite(device, ttl_s=ttl_s)
     show_record("invitation", record, as_json=as_json)
 
 

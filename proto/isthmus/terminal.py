@@ -23,6 +23,7 @@ def show_table(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool =
         typer.echo(json.dumps(list(rows), indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold")
@@ -30,7 +31,7 @@ def show_table(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool =
         numeric = bool(rows) and all(isinstance(row[name], int | float | None) for row in rows)
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(escape(_cell(value)) for value in row.values()))  # a device may report "[/x]"
     Console().print(table)
 
 

@@ -241,7 +241,7 @@ def test_commands_without_a_cloud_say_what_to_do(
     assert (no_trust.code, "isthmus keys init" in no_trust.hint) == (2, True)
     no_version = refused("model", "release", "triage", *known)
     assert (no_version.code, "MODEL@VERSION" in no_version.error) == (2, True)
-    endless = refused("device", "invite", "camera", "--ttl", 2**40, *known)
+    endless = refused("device", "invite", "camera", "--ttl", "90000d", *known)
     assert (endless.code, "at most" in endless.error) == (2, True)
     no_bundle = refused("model", "publish", tmp_path, "--operator", workspace.operator, *known)
     assert (no_bundle.code, "isthmus compile" in no_bundle.hint) == (5, True)

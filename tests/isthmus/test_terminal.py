@@ -1,0 +1,29 @@
+"""What commands print: values as they are, whatever they contain, and JSON that a script can read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from isthmus.terminal import show_record, show_table
+
+
+def test_a_cell_that_looks_like_markup_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table("things", [{"name": "[/x] [bold]loud[/bold]", "count": 1234}])
+    shown = capsys.readouterr().out
+    assert "[/x] [bold]loud[/bold]" in shown
+    assert "1,234" in shown
+
+
+def test_json_holds_the_values_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"name": "a", "count": 1234, "share": 0.5, "nothing": None}]
+    show_table("things", rows, as_json=True)
+    assert json.loads(capsys.readouterr().out) == rows
+    show_record("thing", rows[0], as_json=True)
+    assert json.loads(capsys.readouterr().out) == rows[0]
+
+
+def test_an_empty_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table("things", [])
+    assert "nothing yet" in capsys.readouterr().out
