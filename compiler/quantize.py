@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from compiler.privacy import forbid_usage_reports
 from isthmus.errors import InputError
+from isthmus.privacy import forbid_usage_reports
 from isthmus.tensors import Array
 
 forbid_usage_reports()

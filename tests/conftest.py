@@ -1,5 +1,7 @@
-"""What all tests share. TLS 1.3 is enforced before anything imports grpc, as the programs do."""
+"""What all tests share, done before anything imports grpc or OpenVINO, as the programs do."""
 
 from isthmus import tls13
+from isthmus.privacy import forbid_usage_reports
 
 tls13.enforce()
+forbid_usage_reports()

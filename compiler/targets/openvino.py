@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 from compiler.capture import CapturedModel
-from compiler.privacy import forbid_usage_reports
 from compiler.targets import BuildOptions, Built
 from isthmus.bundle import TensorSpec
 from isthmus.errors import InputError
+from isthmus.privacy import forbid_usage_reports
 from isthmus.tensors import Array
 
 forbid_usage_reports()

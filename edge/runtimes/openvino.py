@@ -2,25 +2,21 @@
 
 OpenVINO computes in bf16 by default where the CPU can, which changes answers: the precision that the variant
 was verified with is always set.
-
-`import openvino` reports its use to its maker from a forked process. A device speaks to its own cloud only, and
-forking a process with gRPC's threads can crash it: the package that does so is kept from being imported, which
-OpenVINO takes as its not being installed.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from isthmus.errors import BundleError, InputError
+from isthmus.privacy import forbid_usage_reports
 from isthmus.tensors import Array
 
-sys.modules.setdefault("openvino_telemetry", cast("Any", None))
+forbid_usage_reports()
 
-import openvino  # noqa: E402 - only after the line above
+import openvino  # noqa: E402 - after usage reports are off
 
 
 class OpenVinoRuntime:

@@ -1,7 +1,7 @@
-"""Nothing leaves the operator's machine while a model is compiled.
+"""Nothing tells a vendor what runs here.
 
-OpenVINO and NNCF report usage to their vendor through the package `openvino_telemetry`, from the moment they are
-imported and without asking. Both work without that package, so here it cannot be imported.
+OpenVINO and NNCF report usage through the package `openvino_telemetry`, from the moment they are imported, without
+asking, and from a forked process, which crashes when gRPC's threads run. Both work without it, so it is kept out.
 """
 
 from __future__ import annotations
