@@ -11,6 +11,7 @@ The steps, in order:
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,11 +43,11 @@ class Escalator(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Question:
     raw: bytes
-    request: Any  # ModelInferRequest
     inputs: dict[str, Array]
     wanted: frozenset[str]  # names of the outputs to return
     route: str | None
     deadline: float  # on the monotonic clock
+    id: str  # the caller's, or made here: the same in the agent's, the gateway's and Triton's logs, and in the answer
 
 
 class Router:
@@ -97,6 +98,7 @@ class Router:
                 question = _read(raw, request, live, deadline)
                 response, route = await self._route(question, live)
             answered = True
+            log.debug("answered", request_id=question.id[:128], model=live.manifest.name, route=route)
         finally:
             elapsed_ns = int((self._clock() - started) * 1e9)
             if not answered:
@@ -139,7 +141,8 @@ class Router:
             checked.update(check_cloud_answer(response, expected))
 
         manifest = live.manifest
-        request = override_fields(question.raw, model_name=manifest.name, model_version=str(manifest.version))
+        version = str(manifest.version)
+        request = override_fields(question.raw, model_name=manifest.name, model_version=version, request_id=question.id)
         outcome = await self._uplink.escalate(request, remaining_s=question.deadline - self._clock(), check=check)
         if self._capture is not None and isinstance(outcome, Answer) and len(checked) == len(light):
             self._capture(manifest.name, question.inputs, checked)
@@ -184,11 +187,11 @@ def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Questi
     route = read_parameters(request.parameters).get(ROUTE_PARAMETER)
     return _Question(
         raw=raw,
-        request=request,
         inputs=decode_inputs(request, manifest.inputs, max_batch=manifest.max_batch),
         wanted=frozenset(output.name for output in request.outputs) or frozenset(names),
         route=None if route is None else check_wanted(route),
         deadline=deadline,
+        id=request.id or secrets.token_hex(8),
     )
 
 
@@ -203,7 +206,7 @@ def _explained(response: Any, question: _Question, live: LiveModel, route: Route
     response.ClearField("parameters")
     response.model_name = live.manifest.name
     response.model_version = str(live.manifest.version)
-    response.id = question.request.id
+    response.id = question.id
     explanation: dict[str, str | float | int | bool | None] = {
         ROUTE_PARAMETER: route,
         "isthmus.reason": reason,

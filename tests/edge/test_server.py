@@ -45,6 +45,19 @@ def test_confident_request_is_answered_on_the_edge(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_request_without_id_gets_one_that_the_cloud_sees_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as agent:
+            sure = (await agent.infer(bundles.SURE)).get_response().id
+            hard = (await agent.infer(bundles.HARD, client_timeout=5)).get_response().id
+            assert len(sure) == len(hard) == 16
+            assert sure != hard
+            [raw] = agent.cloud.requests
+            assert service_pb2.ModelInferRequest.FromString(raw).id == hard
+
+    asyncio.run(scenario())
+
+
 def test_hard_request_is_escalated_as_it_came(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path) as agent:
