@@ -8,6 +8,9 @@ BIN    := $(VENV)/bin
 STORY  ?= news
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
+.DEFAULT:
+	@echo "error: there is no target '$@'; 'make help' lists them" >&2; exit 2
+
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 

@@ -7,6 +7,7 @@ programs that it shows. Stories are named in one table of lazy import strings, s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Final, Protocol, cast
@@ -103,6 +104,8 @@ def load_story(name: str) -> Story:
     """
     target = STORIES.get(name)
     if target is None:
-        raise UnknownStoryError(f"unknown story {name!r}; known stories: {', '.join(sorted(STORIES))}")
+        close = get_close_matches(name, STORIES, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise UnknownStoryError(f"unknown story {name!r}; known stories: {', '.join(sorted(STORIES))}{meant}")
     module, _, attribute = target.partition(":")
     return cast("Story", getattr(import_module(module), attribute)())

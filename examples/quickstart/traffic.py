@@ -8,7 +8,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -145,11 +147,9 @@ def send_all(
                     recording.records.extend(records)
                     tick(recording)
 
-    threads = [threading.Thread(target=work) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(workers) as pool:
+        for worker in [pool.submit(work) for _ in range(workers)]:
+            worker.result()  # a defect in a worker must not pass for fewer requests
     return recording
 
 
@@ -168,20 +168,21 @@ class SteadyLoad:
         self.recording = Recording()
         self._lock = threading.Lock()
         self._done = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._work, args=(address, model, split, worker, workers, workers / rate))
-            for worker in range(workers)
+        self._pool = ThreadPoolExecutor(workers)
+        self._clients = [
+            partial(self._work, address, model, split, worker, workers, workers / rate) for worker in range(workers)
         ]
+        self._running: list[Future[None]] = []
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        self._running = [self._pool.submit(client) for client in self._clients]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        for thread in self._threads:
-            thread.join()
+        self._pool.shutdown()
+        for client in self._running:
+            client.result()  # a defect in a client must not pass for requests that did not fail
 
     def since(self, moment: float) -> list[Record]:
         """Return the rows of requests that started after `moment` (seconds since the epoch)."""
