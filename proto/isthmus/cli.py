@@ -41,6 +41,8 @@ GROUPS: Final = {
     "config": Group("isthmus.config_cli:app", "Show where each setting's value comes from."),
 }
 
+_CALLED: Final = "isthmus.cli.called"  # key of the called group's name in the context
+
 
 class LazyGroup(typer.core.TyperGroup):
     """Lists all groups without importing them; imports the one that is called."""
@@ -66,9 +68,21 @@ class LazyGroup(typer.core.TyperGroup):
             close = get_close_matches(name, GROUPS, n=1)
             hint = f"did you mean `isthmus {close[0]}`?" if close else "`isthmus --help` lists the commands"
             raise ConfigError(f"there is no command {name!r}", hint=hint)
-        command = _import_command(name, group)
-        command.name = name
-        return name, command, rest
+        ctx.meta[_CALLED] = name
+        return name, _import_command(name, group), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a package that its program lacks, whenever it is missed, becomes the extra to install."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            name = ctx.meta.get(_CALLED, "")
+            if name not in GROUPS:
+                raise
+            raise ConfigError(
+                f"`isthmus {name}` needs the package {error.name!r}, which is not installed",
+                hint=f"pip install 'isthmus[{GROUPS[name].extra}]'",
+            ) from error
 
 
 def _placeholder(name: str, group: Group) -> Any:
@@ -81,14 +95,9 @@ def _placeholder(name: str, group: Group) -> Any:
 
 def _import_command(name: str, group: Group) -> Any:
     module_name, attribute = group.target.split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"`isthmus {name}` needs the package {error.name!r}, which is not installed",
-            hint=f"pip install 'isthmus[{group.extra}]'",
-        ) from error
-    return typer.main.get_command(getattr(module, attribute))
+    command = typer.main.get_command(getattr(importlib.import_module(module_name), attribute))
+    command.name = name
+    return command
 
 
 def _print_version(wanted: bool) -> None:

@@ -52,6 +52,26 @@ def test_every_group_has_help(group: str) -> None:
     assert "Usage" in shown.stdout
 
 
+@pytest.mark.parametrize(
+    ("package", "words", "extra"),
+    [
+        ("fsspec", ["cloud", "serve", "--home", "."], "cloud"),
+        ("sqlalchemy", ["cloud", "serve", "--home", "."], "cloud"),
+        ("tritonclient", ["edge", "run", "--home", ".", "--model", "m"], "edge-openvino"),
+        ("tritonclient", ["model", "list"], "serving"),
+    ],
+)
+def test_a_package_that_is_not_installed_becomes_the_extra_to_install(
+    package: str, words: list[str], extra: str
+) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; sys.argv[1:] = {words!r}; import isthmus.cli as c; c.main()"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False, env=ENV)
+    assert shown.returncode == 2
+    assert f"needs the package '{package}" in shown.stderr
+    assert f"isthmus[{extra}]" in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
 def test_a_wrong_log_level_lists_the_right_ones() -> None:
     shown = run("--log-level", "loud", "keys", "--help")
     assert shown.returncode == 2
