@@ -9,8 +9,8 @@ The steps of `capture`:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,13 +24,19 @@ MAX_MODEL_BYTES: Final = (1 << 31) - (1 << 20)  # protocol buffers hold less tha
 
 @dataclass(frozen=True, slots=True)
 class CapturedModel:
-    """A checked model: `path` holds all of it, `sha256` is the digest of the source file or files."""
+    """A checked model: `path` holds all of it, `sha256` is the digest of the source file or files.
+
+    Axes that may vary are -1 in the specs and have names in `axes`: "batch" is the one that samples are counted along
+    (first where a model can be batched by Triton and the agent), any other is a length, for example "sequence".
+    """
 
     path: Path
     sha256: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     attention: bool  # a softmax feeds a matrix product: quantization treats the graph as a transformer
+    axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tensor -> name of each axis, "" for fixed ones
+    lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # axis -> shortest and longest, batch too
 
 
 def capture(source: Path, destination: Path) -> CapturedModel:

@@ -27,7 +27,7 @@ from compiler.heavy import heavy_logits
 from compiler.package import Contents, check_folder, check_output, move_into_place, write_bundle
 from compiler.recipe import Recipe, VariantSection, load_recipe
 from compiler.report import Report, VariantReport
-from compiler.targets import BuildOptions, Built, Target, load_target
+from compiler.targets import BuildOptions, Built, Serving, Target, load_target
 from compiler.verify import (
     check_batching,
     check_source,
@@ -218,9 +218,8 @@ def _stage(job: _Job, name: str) -> Callable[[int, int], None]:
 
 def _build_heavy(job: _Job) -> None:
     section, model = job.recipe.heavy, job.recipe.model
-    options = BuildOptions(
-        name=model.name, max_batch=model.max_batch, instances=section.instances, threads=section.threads
-    )
+    serving = Serving(instances=section.instances, threads=section.threads)
+    options = BuildOptions(name=model.name, max_batch=model.max_batch, serving=serving)
     folder = job.bundle / "heavy"
     folder.mkdir()
     load_target(section.target, role="heavy").build(job.heavy, folder, options)

@@ -27,6 +27,14 @@ class OnnxRuntimeTarget:
 
     role: ClassVar[Literal["light", "heavy"]] = "light"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    platforms: ClassVar[tuple[str, ...]] = ("any",)
+    tools: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+    runs_here: ClassVar[bool] = True
+
+    def settings(self, precision: str) -> tuple[str, ...]:
+        """Return the one way there is."""
+        del precision
+        return ("default",)
 
     def build(self, model: CapturedModel, folder: Path, options: BuildOptions) -> Built:
         """Copy the model; `options` hold nothing for it."""

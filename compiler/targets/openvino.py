@@ -36,6 +36,14 @@ class OpenVinoTarget:
 
     role: ClassVar[Literal["light", "heavy"]] = "light"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    platforms: ClassVar[tuple[str, ...]] = ("any",)
+    tools: ClassVar[tuple[str, ...]] = ("openvino", "nncf")
+    runs_here: ClassVar[bool] = True
+
+    def settings(self, precision: str) -> tuple[str, ...]:
+        """Return the one way there is."""
+        del precision
+        return ("default",)
 
     def build(self, model: CapturedModel, folder: Path, options: BuildOptions) -> Built:
         """Convert the model, and quantize it for int8: on the grid of the version before where that works."""

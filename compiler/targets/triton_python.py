@@ -20,7 +20,6 @@ from isthmus.oip import model_config_pb2
 
 ENTRY: Final = "1/model.onnx"
 CONFIG: Final = "config.pbtxt"
-MAX_QUEUE_DELAY_US: Final = 500  # what a request waits at most for others to share its batch
 _PROGRAM: Final = Path(__file__).with_name("triton_python_model.py")
 
 
@@ -29,6 +28,14 @@ class TritonPythonTarget:
 
     role: ClassVar[Literal["light", "heavy"]] = "heavy"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    platforms: ClassVar[tuple[str, ...]] = ("any",)
+    tools: ClassVar[tuple[str, ...]] = ()
+    runs_here: ClassVar[bool] = True
+
+    def settings(self, precision: str) -> tuple[str, ...]:
+        """Return the one way there is."""
+        del precision
+        return ("default",)
 
     def build(self, model: CapturedModel, folder: Path, options: BuildOptions) -> Built:
         """Write the model folder."""
@@ -48,9 +55,9 @@ def configuration(model: CapturedModel, options: BuildOptions) -> Any:
     config = model_config_pb2.ModelConfig(name=options.name, backend="python", max_batch_size=options.max_batch)
     config.input.extend(model_config_pb2.ModelInput(**_tensor(spec)) for spec in model.inputs)
     config.output.extend(model_config_pb2.ModelOutput(**_tensor(spec)) for spec in model.outputs)
-    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=options.instances)
-    config.dynamic_batching.max_queue_delay_microseconds = MAX_QUEUE_DELAY_US
-    config.parameters["threads"].string_value = str(options.threads)
+    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=options.serving.instances)
+    config.dynamic_batching.max_queue_delay_microseconds = options.serving.max_queue_delay_us
+    config.parameters["threads"].string_value = str(options.serving.threads)
     return config
 
 

@@ -78,16 +78,16 @@ class _Strict(BaseModel):
 
 
 class TensorSpec(_Strict):
-    """Name, OIP datatype and shape of one input or output; -1 is the symbolic batch axis."""
+    """Name, OIP datatype and shape of one input or output; -1 is an axis that may vary: the batch, or a length."""
 
     name: str = Field(min_length=1, max_length=256)
     datatype: Datatype
-    shape: tuple[int, ...] = Field(min_length=1, max_length=16)
+    shape: tuple[int, ...] = Field(max_length=16)
 
     @model_validator(mode="after")
-    def _one_batch_axis(self) -> TensorSpec:
-        if any(axis < 1 and not (index == 0 and axis == -1) for index, axis in enumerate(self.shape)):
-            raise ValueError(f"{self.name}: only the first axis may be symbolic (-1), got {list(self.shape)}")
+    def _positive_or_symbolic(self) -> TensorSpec:
+        if any(axis < 1 and axis != -1 for axis in self.shape):
+            raise ValueError(f"{self.name}: expected axes of at least 1, or -1, got {list(self.shape)}")
         return self
 
 

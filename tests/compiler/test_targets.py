@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CapturedModel:
 
 
 def options(precision: str) -> BuildOptions:
-    return BuildOptions(precision=precision, samples={"tokens": models.tokens(60)}, name="tiny", threads=1)
+    return BuildOptions(precision=precision, samples={"tokens": models.tokens(60)}, name="tiny")
 
 
 def built(target: Target, model: CapturedModel, folder: Path, precision: str) -> Path:
