@@ -16,7 +16,7 @@ import pytest
 from google.protobuf import json_format, text_format
 
 from compiler.capture import capture
-from compiler.targets import BuildOptions
+from compiler.targets import BuildOptions, Serving
 from compiler.targets.triton_python import TritonPythonTarget
 from isthmus.oip import model_config_pb2
 from tests.compiler import models
@@ -27,7 +27,9 @@ def folder(tmp_path: Path) -> Path:
     model = capture(models.write_encoder(tmp_path / "m.onnx", models.encoder_weights()), tmp_path / "c.onnx")
     target = tmp_path / "heavy"
     target.mkdir()
-    TritonPythonTarget().build(model, target, BuildOptions(name="tiny", max_batch=16, instances=2, threads=3))
+    TritonPythonTarget().build(
+        model, target, BuildOptions(name="tiny", max_batch=16, serving=Serving(instances=2, threads=3))
+    )
     return target
 
 
