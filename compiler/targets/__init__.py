@@ -6,7 +6,7 @@ that fulfils `Target`, and a line here. tests/compiler/test_targets.py runs ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
@@ -66,6 +66,10 @@ class Serving:
     gpus: tuple[int, ...] = ()
 
 
+def _ignore(stage: str, done: int, total: int) -> None:
+    """Take progress that nobody watches."""
+
+
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """What a build may depend on besides the model."""
@@ -80,6 +84,7 @@ class BuildOptions:
     name: str = "model"
     max_batch: int = 64
     max_accuracy_drop: float = 0.02  # for settings that control accuracy themselves
+    advance: Callable[[str, int, int], None] = _ignore  # told (stage, done, total) by builds that take long
     tuning: Tuning = field(default_factory=Tuning)
     serving: Serving = field(default_factory=Serving)
 
