@@ -1,25 +1,31 @@
-"""ONNX in: one file, checked, made self-contained, with its inputs and outputs as the bundle describes them.
+"""A source in, one ONNX graph out: checked, self-contained, its inputs, outputs and axes as the bundle describes them.
 
 The steps of `capture`:
- (1) the file is there and small enough to be one protocol-buffers message;
- (2) it parses; weights kept in other files lie inside the model's folder, and are read in;
- (3) onnx.checker accepts it;
- (4) every input and output is a tensor of a known datatype with a symbolic batch axis and no other symbolic one.
+ (1) the source becomes ONNX (`compiler.sources`: it may be that already);
+ (2) the file is read within limits, weights kept beside it too (`sources.onnx_file`);
+ (3) ONNX Runtime knows its opset and operators; functions become part of the graph (`sources.operators`);
+ (4) nothing but the graph is left: no metadata, no weights among the inputs, only the outputs that were asked for
+     (`sources.normal_form`);
+ (5) axes that may vary get their names, fixed ones their sizes, constants their values (`sources.axes`);
+ (6) onnx.checker accepts it, and no value is larger than a computer (`sources.loading`);
+ (7) ONNX Runtime loads it in bounded time and memory; where an output's axes are still open, it is run to see them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from tempfile import TemporaryDirectory
+from typing import Any
 
+from pydantic import ValidationError
+
+from compiler import sources
+from compiler.sources import SourceOptions, axes, loading, normal_form, onnx_file, operators
 from isthmus.bundle import TensorSpec
-from isthmus.digests import sha256_bytes, sha256_file
 from isthmus.errors import InputError
 from isthmus.tensors import DATATYPE_OF
-
-MAX_MODEL_BYTES: Final = (1 << 31) - (1 << 20)  # protocol buffers hold less than 2 GiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,38 +45,56 @@ class CapturedModel:
     lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # axis -> shortest and longest, batch too
 
 
-def capture(source: Path, destination: Path) -> CapturedModel:
-    """Check the ONNX model in `source` and write it, self-contained, to `destination`.
+def capture(source: str | Path, destination: Path, options: SourceOptions | None = None) -> CapturedModel:
+    """Read the model in `source` and write it to `destination`, as one self-contained ONNX file.
+
+    The same source and options give the same bytes.
 
     Raises:
-        InputError: It breaks one of the rules above; the message names the file and the tensor.
+        InputError: It breaks one of the rules above; the message names the source and the tensor or node.
+        MissingExtraError: A library that this kind of source needs is not installed.
     """
-    import onnx
-
-    # (1)
-    data = _read(source)
-    # (2)
-    model = _parse(data, source)
-    outside = [tensor for tensor in _tensors(model.graph) if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    files = _external_files(outside, source)
-    if files:
-        onnx.load_external_data_for_model(model, str(source.parent))
-        data = model.SerializeToString(deterministic=True)
+    options = SourceOptions() if options is None else options
+    what = str(source)
+    sha256 = sources.digest(source, options)
+    with TemporaryDirectory(prefix="capture-", dir=destination.parent) as folder:
+        # (1)
+        exported = sources.to_onnx(source, options, Path(folder))
+        # (2)
+        model = onnx_file.load(exported.path)
     # (3)
-    try:
-        onnx.checker.check_model(data)
-    except (onnx.checker.ValidationError, ValueError) as error:
-        raise InputError(f"{source}: not a valid ONNX model: {str(error).strip().splitlines()[0][:300]}") from error
+    operators.check_operators(model, what)
+    model = operators.inline_functions(model, what)
     # (4)
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    inputs = tuple(_spec(value, source) for value in model.graph.input if value.name not in initializers)
-    outputs = tuple(_spec(value, source) for value in model.graph.output)
-    if not inputs or not outputs:
-        raise InputError(f"{source}: expected at least one input and one output")
-    destination.write_bytes(data)
-    digests = [sha256_file(source), *(sha256_file(file) for file in files)]
-    sha256 = digests[0] if len(digests) == 1 else sha256_bytes("\n".join(digests).encode())
-    return CapturedModel(destination, sha256, inputs, outputs, _has_attention(model.graph))
+    normal_form.strip(model)
+    normal_form.drop_weight_inputs(model)
+    if not model.graph.input or not model.graph.output:
+        raise InputError(f"{what}: expected at least one input and one output")
+    if options.outputs:
+        normal_form.keep_outputs(model, options.outputs, what)
+    # (5)
+    own = axes.rename_axes(model, axes.name_input_axes(model, what))
+    axes.fix_lengths(model, {name: at for name, at in options.lengths.items() if name not in exported.used}, what)
+    constants = {name: value for name, value in options.constants.items() if name not in exported.used}
+    normal_form.bake_constants(model, constants, what)
+    # (6)
+    slim = loading.skeleton(model)
+    loading.check(slim, what)
+    axes.take_inferred(model, loading.infer(slim, {value.name for value in model.graph.input}, what))
+    ends = (*model.graph.input, *model.graph.output)
+    datatypes = {value.name: _datatype(value, what) for value in ends}
+    # (7)
+    lengths = _settle(model, axes.ranges(model, options.lengths, exported.lengths), own, destination, what)
+    specs = {value.name: _spec(value, datatypes[value.name], what) for value in ends}
+    return CapturedModel(
+        destination,
+        sha256,
+        tuple(specs[value.name] for value in model.graph.input),
+        tuple(specs[value.name] for value in model.graph.output),
+        _has_attention(model.graph),
+        {value.name: tuple(dim.dim_param for dim in value.type.tensor_type.shape.dim) for value in ends},
+        lengths,
+    )
 
 
 def check_same_interface(light: CapturedModel, heavy: CapturedModel) -> None:
@@ -93,84 +117,53 @@ def _describe(spec: TensorSpec | None) -> str:
     return "absent" if spec is None else f"{spec.datatype}{list(spec.shape)}"
 
 
-def _read(source: Path) -> bytes:
+def _settle(
+    model: Any,
+    ranges: Mapping[str, tuple[int, int]],
+    own: Mapping[tuple[str, int], str],
+    destination: Path,
+    what: str,
+) -> dict[str, tuple[int, int]]:
+    """Write the model, load it, and name what is still open of its outputs; return the ranges of the axes it has."""
+    _write(model, destination, what)
+    is_open = axes.open_axes(model)
+    observed = loading.load(destination, model.graph.input, observe=is_open, ranges=ranges, what=what)
+    if not is_open:
+        return dict(ranges)
+    axes.merge_batch(model, observed.batch)
+    axes.name_output_axes(model, observed.shapes, own)
+    _write(model, destination, what)
+    return {name: length for name, length in ranges.items() if name not in observed.batch}
+
+
+def _write(model: Any, destination: Path, what: str) -> None:
     try:
-        size = source.stat().st_size
-        if size > MAX_MODEL_BYTES:
-            raise InputError(f"{source}: expected a model of at most {MAX_MODEL_BYTES} bytes, got {size}")
-        return source.read_bytes()
+        destination.write_bytes(model.SerializeToString(deterministic=True))
     except OSError as error:
-        raise InputError(
-            f"cannot read {source}: {error.strerror}", hint="light.source and heavy.source name ONNX files"
-        ) from error
+        raise InputError(f"{what}: cannot write {destination}: {error.strerror}", hint="free some space") from error
 
 
-def _parse(data: bytes, source: Path) -> Any:
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load_model_from_string(data)
-    except DecodeError as error:
-        raise InputError(f"{source}: not an ONNX file", hint="torch.onnx.export writes one") from error
-    if not model.graph.node:
-        raise InputError(f"{source}: not an ONNX model, or one without a single operator")
-    return model
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Yield every tensor of the graph, those in operators' attributes and nested graphs too."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for nested in (attribute.g, *attribute.graphs):
-                yield from _tensors(nested)
-
-
-def _external_files(tensors: list[Any], source: Path) -> list[Path]:
-    """Return the files that hold weights, after checking that they are plain files inside the model's folder."""
-    folder = source.resolve().parent
-    files: set[Path] = set()
-    for tensor in tensors:
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        path = folder / location
-        inside = bool(location) and path.resolve().is_relative_to(folder) and not Path(location).is_absolute()
-        if not inside or path.is_symlink() or not path.is_file():
-            raise InputError(
-                f"{source}: weights of {tensor.name!r}: expected a file in the model's folder, got {location!r}"
-            )
-        files.add(path)
-    total = source.stat().st_size + sum(path.stat().st_size for path in files)
-    if total > MAX_MODEL_BYTES:
-        raise InputError(f"{source}: expected a model of at most {MAX_MODEL_BYTES} bytes with its weights, got {total}")
-    return sorted(files)
-
-
-def _spec(value: Any, source: Path) -> TensorSpec:
+def _datatype(value: Any, what: str) -> str:
     import onnx
 
-    if not value.type.HasField("tensor_type"):
-        raise InputError(f"{source}: {value.name!r}: expected a tensor")
-    tensor = value.type.tensor_type
+    number = value.type.tensor_type.elem_type
     try:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).newbyteorder("<")
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(number).newbyteorder("<")
     except (KeyError, ValueError) as error:
-        raise InputError(f"{source}: {value.name!r}: unknown datatype {tensor.elem_type}") from error
+        raise InputError(f"{what}: {value.name!r}: unknown datatype {number}") from error
     datatype = DATATYPE_OF.get(dtype)
     if datatype is None:
-        raise InputError(f"{source}: {value.name!r}: datatype {dtype} has no name in the Open Inference Protocol")
-    dims = tensor.shape.dim
-    fixed = [dim.dim_value for dim in dims[1:]]
-    if not dims or dims[0].HasField("dim_value") or any(size < 1 for size in fixed):
-        shape = [dim.dim_param or dim.dim_value or "?" for dim in dims]
-        raise InputError(
-            f"{source}: {value.name!r}: expected a symbolic batch axis first and fixed axes after it, got {shape}",
-            hint="export the model with a dynamic first axis only",
-        )
-    return TensorSpec.model_validate({"name": value.name, "datatype": datatype, "shape": (-1, *fixed)})
+        raise InputError(f"{what}: {value.name!r}: datatype {dtype} has no name in the Open Inference Protocol")
+    return datatype
+
+
+def _spec(value: Any, datatype: str, what: str) -> TensorSpec:
+    shape = tuple(-1 if dim.dim_param else dim.dim_value for dim in value.type.tensor_type.shape.dim)
+    try:
+        return TensorSpec.model_validate({"name": value.name, "datatype": datatype, "shape": shape})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]["msg"]
+        raise InputError(f"{what}: {value.name[:200]!r} with the shape {list(shape)[:20]}: {first[:200]}") from error
 
 
 def _has_attention(graph: Any) -> bool:

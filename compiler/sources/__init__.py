@@ -44,6 +44,7 @@ class Exported:
 
     path: Path
     lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # axis -> shortest and longest that it takes
+    used: frozenset[str] = frozenset()  # axes with one length, and constants, that the export has taken care of
 
 
 class Source(Protocol):

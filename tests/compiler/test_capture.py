@@ -39,7 +39,9 @@ def test_inputs_and_outputs_are_described(source: Path, tmp_path: Path) -> None:
     assert [(spec.name, spec.datatype, spec.shape) for spec in model.inputs] == [("tokens", "INT64", (-1, 8))]
     assert [(spec.name, spec.datatype, spec.shape) for spec in model.outputs] == [("logits", "FP32", (-1, 3))]
     assert model.attention
-    assert model.sha256 == sha256_file(source) == sha256_file(model.path)
+    assert model.sha256 == sha256_file(source)
+    assert model.axes == {"tokens": ("batch", ""), "logits": ("batch", "")}
+    assert model.lengths == {"batch": (1, 64)}
 
 
 def test_a_convolution_is_no_transformer(tmp_path: Path) -> None:
@@ -100,18 +102,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         capture(tmp_path / "nowhere.onnx", tmp_path / "out.onnx")
 
 
-def test_a_fixed_batch_is_refused(tmp_path: Path) -> None:
+def test_a_fixed_batch_stays_fixed(tmp_path: Path) -> None:
     source = models.write_encoder(tmp_path / "model.onnx", models.encoder_weights(), batch=1)
 
-    with pytest.raises(InputError, match=r"'tokens': expected a symbolic batch axis first.*\[1, 8\]"):
-        capture(source, tmp_path / "out.onnx")
+    model = capture(source, tmp_path / "out.onnx")
+
+    assert [spec.shape for spec in (*model.inputs, *model.outputs)] == [(1, 8), (1, 3)]
+    assert model.axes == {"tokens": ("", ""), "logits": ("", "")}
+    assert model.lengths == {}
 
 
 @pytest.mark.parametrize(
     ("kind", "shape", "message"),
     [
-        (TensorProto.FLOAT, ["batch", "length"], "fixed axes after it"),
-        (TensorProto.FLOAT, [], "symbolic batch axis"),
         (TensorProto.STRING, ["batch"], "no name in the Open Inference Protocol"),
         (TensorProto.BFLOAT16, ["batch"], "no name in the Open Inference Protocol"),
     ],

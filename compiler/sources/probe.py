@@ -1,0 +1,52 @@
+"""A program of its own: load one ONNX model in little memory, run it at some sizes, and say what came out.
+
+It is started by `loading`, which reads what it prints. Loading folds constants and so computes part of the model, which
+a hostile one makes as long and as large as it likes: here that ends this process and nothing else.
+
+Reads JSON from standard input: path, memory (bytes), runs (a list of {input: [datatype, shape]}). Writes JSON:
+{"error": text} when the model cannot be loaded, else {"shapes": [{output: shape}, ...]} with null where a run failed.
+"""
+
+import json
+import resource
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Do what standard input asks for."""
+    job = json.load(sys.stdin)
+    resource.setrlimit(resource.RLIMIT_AS, (job["memory"], job["memory"]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(job["path"], options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever it is, it is the answer
+        answer: dict[str, Any] = {"error": f"{str(error)[:600] or type(error).__name__}"}
+    else:
+        answer = {"shapes": [_run(session, one) for one in job["runs"]]}
+    json.dump(answer, sys.stdout)
+
+
+def _run(session: Any, inputs: dict[str, tuple[str, list[int]]]) -> dict[str, list[int]] | None:
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for name, (datatype, shape) in inputs.items():
+        dtype = np.dtype(datatype)
+        real = dtype.kind == "f"
+        arrays[name] = generator.random(shape).astype(dtype) if real else np.ones(shape, dtype)
+    names = [output.name for output in session.get_outputs()]
+    try:
+        return {name: list(array.shape) for name, array in zip(names, session.run(None, arrays), strict=True)}
+    except Exception:  # the sizes do not suit this model
+        return None
+
+
+if __name__ == "__main__":
+    main()
