@@ -5,6 +5,7 @@ Pure functions of arrays: logits are [samples, classes], labels and scores [samp
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ Labels = NDArray[np.int64]
 Logits = NDArray[Any]
 
 ECE_BINS: Final = 15
+DRAWS: Final = 1000  # of the bootstrap
+CONFIDENCE: Final = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,78 @@ def correct(logits: Logits, labels: Labels) -> Flags:
 def accuracy(logits: Logits, labels: Labels) -> float:
     """Return the share of rows that are right."""
     return float(correct(logits, labels).mean())
+
+
+def _share_right(right: Floats, labels: Floats, answers: Floats) -> Floats:
+    del answers
+    return np.asarray(right.sum(axis=-1) / labels.sum(axis=-1))
+
+
+def _mean_recall(right: Floats, labels: Floats, answers: Floats) -> Floats:
+    del answers
+    recall = np.divide(right, labels, out=np.zeros_like(right), where=labels > 0)
+    return np.asarray(recall.sum(axis=-1) / np.maximum((labels > 0).sum(axis=-1), 1))
+
+
+def _mean_f1(right: Floats, labels: Floats, answers: Floats) -> Floats:
+    both = labels + answers
+    score = np.divide(2 * right, both, out=np.zeros_like(right), where=both > 0)
+    return np.asarray(score.sum(axis=-1) / np.maximum((both > 0).sum(axis=-1), 1))
+
+
+# What a recipe may measure a model by: a function of three counts per class, [..., classes]: how often the answer was
+# this class and right, how often the label was this class, how often the answer was. All are shares, 1 is best.
+METRICS: Final[Mapping[str, Callable[[Floats, Floats, Floats], Floats]]] = {
+    "accuracy": _share_right,
+    "balanced-accuracy": _mean_recall,
+    "macro-f1": _mean_f1,
+}
+
+
+def measure(metric: str, logits: Logits, labels: Labels) -> float:
+    """Return one of `METRICS` over all rows."""
+    return float(METRICS[metric](*_counts(np.argmax(logits, axis=1), labels, np.ones((1, len(labels)))))[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A variant against the source on the same rows, each with the ends of its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float]
+    drop: float  # source - variant
+    drop_interval: tuple[float, float]
+
+
+def compare(metric: str, logits: Logits, source: Logits, labels: Labels) -> Comparison:
+    """Return how two models do on the same rows, with percentile bootstrap intervals (Efron & Tibshirani, 1993).
+
+    Rows are drawn for both models together, since their errors go together: the interval of the difference is far
+    narrower than the two intervals suggest. The draws are seeded, so that the same data give the same interval.
+    """
+    ours, theirs = np.argmax(logits, axis=1), np.argmax(source, axis=1)
+    cells, row_of = np.unique(np.stack([labels, ours, theirs]), axis=1, return_inverse=True)
+    rows = np.bincount(row_of.reshape(-1), minlength=cells.shape[1])
+    rng = np.random.default_rng(0)
+    draws = np.concatenate([rows[None], rng.multinomial(len(labels), rows / len(labels), size=DRAWS)]).astype(float)
+    ours_by_draw, theirs_by_draw = (
+        METRICS[metric](*_counts(cells[answers], cells[0], draws, classes=logits.shape[1])) for answers in (1, 2)
+    )
+    drops = theirs_by_draw - ours_by_draw
+    return Comparison(float(ours_by_draw[0]), _interval(ours_by_draw[1:]), float(drops[0]), _interval(drops[1:]))
+
+
+def _counts(answers: Labels, labels: Labels, weights: Floats, classes: int = 0) -> tuple[Floats, Floats, Floats]:
+    """Return the three counts per class of `METRICS`, [draws, classes]; `weights` is [draws, rows]."""
+    classes = classes or int(max(answers.max(), labels.max())) + 1
+    one = np.eye(classes)
+    right = one[answers] * (answers == labels)[:, None]
+    return weights @ right, weights @ one[labels], weights @ one[answers]
+
+
+def _interval(values: Floats) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def agreement(light_logits: Logits, heavy_logits: Logits) -> float:

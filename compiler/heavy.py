@@ -1,70 +1,52 @@
-"""The heavy model's answers to the calibration data, and the cache that keeps them.
+"""The heavy model's answers to the calibration data.
 
 A new version of the light model is usually calibrated against the same heavy one. Its answers depend on the model, the
-data and ONNX Runtime's version only, so they are kept under a name made from these.
+data and ONNX Runtime's version only, so they are kept in the cache under a key made from these.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save_file
 
+from compiler.cache import Cache, key, tool_versions
 from compiler.capture import CapturedModel
-from compiler.data import LabelledSamples, run_in_batches
+from compiler.data import LabelledSamples, run_over
 from compiler.evaluate import Logits
 from compiler.targets.onnxruntime import OnnxRunner
 from compiler.verify import check_source
-from isthmus.digests import sha256_bytes
 
-THREADS: Final = 2
 BATCH: Final = 64
+_FILE: Final = "logits.safetensors"
 
 
 def heavy_logits(
     model: CapturedModel,
     data: LabelledSamples,
     output: str,
-    cache: Path,
+    cache: Cache,
     advance: Callable[[int, int], None],
+    *,
+    threads: int,
 ) -> Logits:
     """Return the model's logits for all samples, from the cache where they are there.
 
     Raises:
         VerificationError: The model's outputs are not what its file declares.
     """
-    key = sha256_bytes("\n".join([model.sha256, data.sha256, output, version("onnxruntime")]).encode())
-    path = cache / f"heavy-{key[:32]}.safetensors"
-    specs = [spec for spec in model.outputs if spec.name == output]
-    logits = _cached(path, (len(data), *specs[0].shape[1:]))
-    if logits is not None:
-        advance(len(data), len(data))
-        return logits
-    outputs = run_in_batches(OnnxRunner(model.path, threads=THREADS).infer, data.inputs, batch=BATCH, advance=advance)
-    check_source(outputs, specs, len(data), what="heavy")
-    _keep(path, outputs[output])
-    return outputs[output]
 
+    def run(folder: Path) -> None:
+        outputs = run_over(
+            OnnxRunner(model.path, threads=threads).infer, model, data.inputs, batch=BATCH, advance=advance
+        )
+        check_source(outputs, model, len(data), what="heavy")
+        save_file({"logits": np.ascontiguousarray(outputs[output])}, folder / _FILE)
 
-def _cached(path: Path, shape: tuple[int, ...]) -> Logits | None:
-    try:
-        logits = load_file(path).get("logits")
-    except (OSError, SafetensorError, ValueError):
-        return None
-    usable = logits is not None and logits.shape == shape and logits.dtype == np.float32 and np.isfinite(logits).all()
-    return logits if usable else None
-
-
-def _keep(path: Path, logits: Logits) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(save({"logits": np.ascontiguousarray(logits)}))
-    Path(name).replace(path)
+    parts = key(model=model.sha256, data=data.sha256, output=output, tools=tool_versions(["onnxruntime"]))
+    folder = cache.get("heavy", parts, run)
+    advance(len(data), len(data))
+    return load_file(folder / _FILE)["logits"]

@@ -10,7 +10,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from compiler.capture import CapturedModel
+from compiler.data import BATCH_AXIS, is_batchable
 from compiler.recipe import Recipe
 from compiler.report import Report
 from isthmus import __version__
@@ -39,7 +40,7 @@ from isthmus.digests import tree_digest
 from isthmus.errors import ConflictError, InputError
 from isthmus.tensors import Array
 
-_TOOLS: Final = ("nncf", "numpy", "onnx", "onnxruntime", "openvino")
+_TOOLS: Final = ("numpy", "onnx", "onnxruntime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class Contents:
     calibration: Calibration
     report: Report
     golden: Mapping[str, Array]
+    tools: Sequence[str] = ()  # distributions whose versions decided what was built
+    varies: Mapping[str, str] = field(default_factory=dict)  # files that another build may make otherwise, and why
 
 
 def write_bundle(folder: Path, contents: Contents) -> Manifest:
@@ -71,18 +74,26 @@ def write_bundle(folder: Path, contents: Contents) -> Manifest:
         labels=model.labels,
         inputs=contents.light.inputs,
         outputs=contents.light.outputs,
-        max_batch=model.max_batch,
+        max_batch=model.max_batch if is_batchable(contents.light) else 1,
+        max_length=max(
+            (longest for axis, (_, longest) in contents.light.lengths.items() if axis != BATCH_AXIS), default=65_536
+        ),
         variants=tuple(contents.variants),
-        heavy=Heavy(platform="python", digest=tree_digest(heavy), accuracy=contents.report.heavy_accuracy),
+        heavy=Heavy(
+            platform=contents.recipe.heavy.target.removeprefix("triton-"),
+            digest=tree_digest(heavy),
+            accuracy=contents.report.heavy_accuracy,
+        ),
         provenance=Provenance(
             sources=dict(sorted(contents.sources.items())),
             recipe=contents.recipe_sha256,
             tools={
                 "isthmus": __version__,
                 "python": platform.python_version(),
-                **{tool: version(tool) for tool in _TOOLS},
+                **{tool: version(tool) for tool in sorted({*_TOOLS, *contents.tools})},
             },
         ),
+        varies=dict(sorted(contents.varies.items())),
         files=files,
     )
     (folder / MANIFEST).write_bytes(manifest.to_json())

@@ -1,72 +1,71 @@
 """From a recipe to a bundle, in order:
 
-1. read the recipe, the bundle of the version before, and check that the output may be written;
-2. capture: both models in, checked, with the same inputs and outputs;
+1. read the recipe, the bundle of the version before, and check that the output may be written; when nothing has
+   changed since the bundle at the output was made, that is all;
+2. capture: both models become ONNX, checked, with the same inputs and outputs;
 3. data: calibration samples with labels, samples for quantization;
-4. heavy: build its Triton folder; its answers to the calibration data (kept in the cache, they take longest);
-5. reference: the light source's answers to the calibration data;
-6. variants: build each, verify it against the reference; INT8 first on the grid of the version before, and
-   on a new one when that is worse than the guard allows;
-7. when the guard refused any: stop, nothing is written;
-8. calibrate each variant, package everything, and move it into place at once.
+4. heavy: build its Triton folder; its answers to the calibration data;
+5. reference: the light source's answers to the calibration data and to edge cases;
+6. variants, several at a time: build each with the fastest setting, prove it against the reference, and go on to the
+   next gentler setting while the guard refuses; INT8 first on the grid of the version before;
+7. when a required variant was refused: stop, nothing is written;
+8. measure each variant, one after the other, with nothing else running;
+9. calibrate each variant, package everything, and move it into place at once.
+
+Captures, builds, proofs and measurements are processes of their own (compiler.processes), and their results are kept
+(compiler.cache): another build of the same starts from what is there.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from compiler.cache import Cache, code_digest, key, tool_versions
 from compiler.calibrate import calibrate
-from compiler.capture import CapturedModel, capture, check_same_interface
-from compiler.data import LabelledSamples, Samples, load_labelled, load_samples, run_in_batches
-from compiler.evaluate import Labels, Logits, accuracy
+from compiler.capture import CapturedModel, check_same_interface
+from compiler.data import LABELS, LabelledSamples, has_labels, load_labelled, load_samples
+from compiler.evaluate import Logits
+from compiler.evaluate import measure as metric_of
 from compiler.heavy import heavy_logits
+from compiler.ladder import Accepted, Candidate, Subject, climb, machine
 from compiler.package import Contents, check_folder, check_output, move_into_place, write_bundle
+from compiler.processes import Advance, Budget, default_budget
 from compiler.recipe import Recipe, VariantSection, load_recipe
-from compiler.report import Report, VariantReport
-from compiler.targets import BuildOptions, Built, Serving, Target, load_target
-from compiler.verify import (
-    check_batching,
-    check_source,
-    check_variant,
-    golden_rows,
-    latency_ms,
-    one_by_one,
-    tolerance,
-)
+from compiler.report import LeftOut, Report, pareto, recommend
+from compiler.sources import digest
+from compiler.targets import TARGETS, Target, Tuning, load_target
+from compiler.verify import Materials, golden_rows, prepare
+from compiler.worker import ARTEFACT, RESULT, BuildJob, BuildResult
+from compiler.workshop import CAPTURE_TOOLS, Workshop
 from isthmus.bundle import (
+    MANIFEST,
+    REPORT,
     Calibration,
     CalibrationData,
     Manifest,
     OperatingPoint,
     TensorSpec,
     Variant,
-    VariantCalibration,
     open_bundle,
 )
 from isthmus.digests import sha256_file
-from isthmus.errors import BundleError, InputError, VerificationError
+from isthmus.errors import BundleError, InputError, IsthmusError, MissingExtraError, VerificationError
 from isthmus.tensors import Array
 
-THREADS: Final = 2  # for running over the data; latency is taken with one
-BATCH: Final = 64
-Progress = Callable[[str, int, int], None]  # stage, done, total
-
-
-@dataclass(frozen=True, slots=True)
-class VariantOutcome:
-    """One variant as it was built and measured."""
-
-    variant: Variant
-    report: VariantReport
-    latency_ms: float
-    logits: Logits
-    golden: Mapping[str, Array]
-    refused: str
-    calibration: VariantCalibration | None = None
+ALL: Final = "all"  # as a variant's target: every target and precision that is installed here
+_MEASURED: Final = "times and memory are measured, not computed"
+_DONE: Final = "bundle.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,94 +73,187 @@ class Outcome:
     """What a compilation made; without a manifest nothing was written."""
 
     output: Path
-    variants: tuple[VariantOutcome, ...]
     report: Report
     manifest: Manifest | None = None
+    calibration: Calibration | None = None
+    reused: bool = False  # nothing had changed
 
 
 class GuardError(VerificationError):
-    """A variant is worse than the guard allows; `outcome` has the measurements of all of them."""
+    """A required variant is worse than the guard allows; `outcome` has the measurements of all of them."""
 
     reason = "guard-refused"
 
     def __init__(self, outcome: Outcome) -> None:
-        refused = [f"{entry.variant.id}: {entry.refused}" for entry in outcome.variants if entry.refused]
+        refused = [f"{entry.id}: {entry.reason}" for entry in outcome.report.left_out if entry.required]
         super().__init__(
-            f"no bundle was written: {'; '.join(refused)}",
-            hint="leave the variant out of the recipe, give quantization samples that look like the real ones, "
-            "or allow more under [guard]",
+            f"no bundle was written: {'; '.join(refused) or 'no variant is left'}",
+            hint="leave the variant out of the recipe or set required = false, give quantization samples that look "
+            "like the real ones, or allow more under [guard]",
         )
         self.outcome = outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What the compilation depends on, known before any work: digests by name."""
+
+    recipe: Recipe
+    recipe_sha256: str
+    sources: Mapping[str, str]
+    previous: tuple[Path, Manifest] | None
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
     """What all stages share."""
 
-    recipe: Recipe
+    inputs: _Inputs
     light: CapturedModel
     heavy: CapturedModel
     data: LabelledSamples
-    quantization: Samples | None
-    previous: tuple[Path, Manifest] | None
     score_output: str
-    bundle: Path  # the folder that becomes the bundle
-    progress: Progress
+    shop: Workshop
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.inputs.recipe
+
+    def advance(self, stage: str) -> Callable[[int, int], None]:
+        return partial(self.shop.advance, stage)
 
 
 def compile_bundle(
-    recipe_path: Path, output: Path, *, cache: Path | None = None, progress: Progress = lambda *_: None
+    recipe_path: Path,
+    output: Path,
+    *,
+    cache: Path | None = None,
+    budget: Budget | None = None,
+    progress: Advance = lambda *_: None,
 ) -> Outcome:
     """Compile the recipe into a bundle at `output`.
 
     Args:
         recipe_path: The TOML file.
         output: The bundle's folder; a bundle that is there is replaced.
-        cache: Where the heavy model's answers are kept; None for `.compile-cache` beside the output.
-        progress: Called with (stage, done, total).
+        cache: Where results of stages are kept; None for `.compile-cache` beside the output.
+        budget: The cores and the memory that may be used; None for all cores and most of the free memory.
+        progress: Called with (stage, done, total), from several threads.
 
     Raises:
-        GuardError: A variant is worse than the guard allows.
+        GuardError: A required variant is worse than the guard allows.
         InputError: The recipe, a model or the data are not what they must be.
         VerificationError: The data cannot support the operating point, or a source model is broken.
+        ConfigError: A tool is not installed, or there is not enough memory.
     """
     # 1
     recipe, recipe_sha256 = load_recipe(recipe_path)
-    targets = {section.id: _target(section) for section in recipe.variants}
+    candidates = _candidates(recipe)
     load_target(recipe.heavy.target, role="heavy")
     check_output(output)
     previous = _previous(recipe, output)
-    cache = output.parent / ".compile-cache" if cache is None else cache
-    check_folder(cache, "cache")
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        work = Path(scratch)
-        bundle = work / "bundle"
-        bundle.mkdir()
-        job = _prepare(recipe, work, bundle, previous, progress)
-        # 4
-        _build_heavy(job)
-        heavy = heavy_logits(job.heavy, job.data, job.score_output, cache, _stage(job, "heavy model"))
-        # 5
-        reference = _reference(job)
-        # 6
-        variants = tuple(_variant(job, section, targets[section.id], reference, work) for section in recipe.variants)
-        report = _report(job, variants, reference[job.score_output], heavy)
-        # 7
-        if any(entry.refused for entry in variants):
-            raise GuardError(Outcome(output, variants, report))
-        # 8
-        return _finish(job, variants, heavy, report, recipe_sha256, output)
+    folder = output.parent / ".compile-cache" if cache is None else cache
+    check_folder(folder, "cache")
+    store, budget = Cache(folder), budget or default_budget()
+    inputs = _digests(recipe, recipe_sha256, previous, candidates, budget)
+    done = _unchanged(store, inputs, output)
+    if done is not None:
+        return done
+    shop = Workshop(store, budget, progress)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+            outcome = _compile(inputs, candidates, shop, Path(scratch), recipe_path, output)
+    finally:
+        budget.stop()
+    _remember(store, inputs, outcome)
+    store.prune(time.time())
+    return outcome
 
 
-def _target(section: VariantSection) -> Target:
-    """Return a variant's target, before any work is done for it."""
-    target = load_target(section.target, role="light")
+def _compile(
+    inputs: _Inputs, candidates: list[Candidate], shop: Workshop, work: Path, recipe_path: Path, output: Path
+) -> Outcome:
+    bundle = work / "bundle"
+    bundle.mkdir()
+    job = _prepare(inputs, shop, recipe_path)
+    # 4
+    note = _build_heavy(job, bundle / "heavy")
+    heavy = heavy_logits(
+        job.heavy, job.data, job.score_output, shop.cache, job.advance("heavy model"), threads=shop.budget.cores
+    )
+    # 5
+    subject = _subject(job, work)
+    # 6
+    results = _climb_all(subject, _with_previous(job, candidates), shop)
+    accepted = [entry for entry in results if isinstance(entry, Accepted)]
+    left_out = [entry for entry in results if isinstance(entry, LeftOut)]
+    # 7
+    if not accepted or any(entry.required for entry in left_out):
+        raise GuardError(Outcome(output, _report(job, subject, accepted, left_out, heavy)))
+    # 8
+    if inputs.recipe.measure.enabled:
+        accepted = [_measured(job, entry) for entry in accepted]
+    report = _report(job, subject, accepted, left_out, heavy)
+    # 9
+    return _finish(job, accepted, heavy, report, note, bundle, output)
+
+
+def _candidates(recipe: Recipe) -> list[Candidate]:
+    """Return the variants of the recipe, checked before any work is done for them."""
+    found: dict[str, Candidate] = {}
+    for section in recipe.variants:
+        if section.target != ALL:
+            candidate = _candidate(section, load_target(section.target, role="light"))
+            found[candidate.id] = candidate
+            continue
+        for candidate in _everything(recipe, section):
+            found.setdefault(candidate.id, candidate)
+    return list(found.values())
+
+
+def _everything(recipe: Recipe, section: VariantSection) -> Iterable[Candidate]:
+    for name in TARGETS:
+        try:
+            target = load_target(name, role="light")
+        except (InputError, MissingExtraError):  # for the heavy model, or not installed here
+            continue
+        for precision in target.precisions:
+            if precision == "int8" and recipe.data.quantization is None:
+                continue
+            update = {"target": name, "precision": precision, "required": False}
+            yield _candidate(section.model_copy(update=update), target)
+
+
+def _candidate(section: VariantSection, target: Target) -> Candidate:
     if section.precision not in target.precisions:
         raise InputError(
             f"target {section.target!r} has no precision {section.precision!r}; it has {', '.join(target.precisions)}",
             hint="mend the recipe",
         )
-    return target
+    if section.platform and section.platform not in target.platforms:
+        raise InputError(
+            f"target {section.target!r} has no platform {section.platform!r}; it has {', '.join(target.platforms)}",
+            hint="mend the recipe",
+        )
+    settings = target.settings(section.precision)
+    if section.setting and section.setting not in settings:
+        raise InputError(
+            f"target {section.target!r} has no setting {section.setting!r} for {section.precision}; "
+            f"it has {', '.join(settings)}",
+            hint="mend the recipe, or leave the setting to the guard",
+        )
+    return Candidate(
+        id=section.id,
+        target_name=section.target,
+        target=target,
+        precision=section.precision,
+        platform=section.platform or target.platforms[0],
+        cpu=section.cpu,
+        setting=section.setting,
+        required=section.required,
+        tuning=Tuning(trials=section.tune_trials, seconds=section.tune_minutes * 60),
+    )
 
 
 def _previous(recipe: Recipe, output: Path) -> tuple[Path, Manifest] | None:
@@ -179,215 +271,315 @@ def _previous(recipe: Recipe, output: Path) -> tuple[Path, Manifest] | None:
     return folder, manifest
 
 
-def _prepare(
-    recipe: Recipe, work: Path, bundle: Path, previous: tuple[Path, Manifest] | None, progress: Progress
-) -> _Job:
+def _digests(
+    recipe: Recipe,
+    recipe_sha256: str,
+    previous: tuple[Path, Manifest] | None,
+    candidates: list[Candidate],
+    budget: Budget,
+) -> _Inputs:
+    sources = {
+        "light": digest(recipe.light.source, recipe.light.options),
+        "heavy": digest(recipe.heavy.source, recipe.heavy.options),
+        "calibration": _file_digest(recipe.data.calibration),
+    }
+    if recipe.data.quantization is not None:
+        sources["quantization"] = _file_digest(recipe.data.quantization)
+    if previous is not None:
+        sources["delta_from"] = sha256_file(previous[0] / MANIFEST)
+    tools = [tool for candidate in candidates for tool in candidate.target.tools]
+    whole = key(
+        recipe=recipe_sha256,
+        labels=recipe.model.labels,  # they may come from a file of their own
+        sources=sources,
+        variants=[candidate.id for candidate in candidates],
+        tools=tool_versions([*tools, *CAPTURE_TOOLS, "numpy"]),
+        code=code_digest(),
+        cores=budget.cores if recipe.measure.enabled else 0,
+    )
+    return _Inputs(recipe, recipe_sha256, sources, previous, whole)
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror}",
+            hint="data.calibration and data.quantization name safetensors files",
+        ) from error
+
+
+def _unchanged(cache: Cache, inputs: _Inputs, output: Path) -> Outcome | None:
+    """Return the outcome again when the bundle at the output is the one that these inputs gave."""
+    entry = cache.find("bundle", inputs.key)
+    manifest_path = output / MANIFEST
+    if entry is None or not manifest_path.is_file():
+        return None
+    if (entry / _DONE).read_text() != sha256_file(manifest_path):
+        return None
+    try:
+        manifest = open_bundle(output)
+    except IsthmusError:  # somebody changed a file of it
+        return None
+    report = Report.model_validate_json((output / REPORT).read_bytes())
+    calibration = Calibration.model_validate_json((output / "calibration.json").read_bytes())
+    return Outcome(output, report, manifest, calibration, reused=True)
+
+
+def _remember(cache: Cache, inputs: _Inputs, outcome: Outcome) -> None:
+    digest_of_manifest = sha256_file(outcome.output / MANIFEST)
+    entry = cache.find("bundle", inputs.key)
+    if entry is not None:
+        shutil.rmtree(entry)
+    cache.get("bundle", inputs.key, lambda folder: _write(folder / _DONE, digest_of_manifest))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _prepare(inputs: _Inputs, shop: Workshop, recipe_path: Path) -> _Job:
+    recipe = inputs.recipe
     # 2
-    progress("capture", 0, 2)
-    light = capture(recipe.light.source, work / "light.onnx")
-    progress("capture", 1, 2)
-    heavy = capture(recipe.heavy.source, work / "heavy.onnx")
-    progress("capture", 2, 2)
+    with ThreadPoolExecutor(2) as pool:
+        light, heavy = pool.map(
+            lambda section, what: shop.capture(
+                section.source,
+                section.options,
+                inputs.sources[what],
+                what=f"{what} model",
+                path=recipe_path.resolve().parent,
+            ),
+            (recipe.light, recipe.heavy),
+            ("light", "heavy"),
+        )
     check_same_interface(light, heavy)
     score = _score_output(recipe, light)
     labels = recipe.model.labels
     if labels and len(labels) != score.shape[1]:
         raise InputError(f"output {score.name!r} has {score.shape[1]} classes, model.labels has {len(labels)}")
     # 3
-    data = load_labelled(recipe.data.calibration, light.inputs, classes=score.shape[1])
-    needed = recipe.data.quantization
-    quantization = None if needed is None else load_samples(needed, light.inputs)
-    return _Job(recipe, light, heavy, data, quantization, previous, score.name, bundle, progress)
+    data = load_labelled(recipe.data.calibration, light, classes=score.shape[1])
+    if recipe.data.quantization is not None:
+        if has_labels(recipe.data.quantization):
+            load_labelled(recipe.data.quantization, light, classes=score.shape[1])
+        else:
+            load_samples(recipe.data.quantization, light)
+    return _Job(inputs, light, heavy, data, score.name, shop)
 
 
 def _score_output(recipe: Recipe, light: CapturedModel) -> TensorSpec:
     by_name = {spec.name: spec for spec in light.outputs}
     name = recipe.calibration.output or ("logits" if "logits" in by_name or len(by_name) > 1 else next(iter(by_name)))
     spec = by_name.get(name)
-    if spec is None or spec.datatype != "FP32" or len(spec.shape) != 2:
+    if spec is None or spec.datatype != "FP32" or len(spec.shape) != 2 or spec.shape[1] < 2:
         raise InputError(
             f"calibration.output: expected an FP32 output with one logit per class, got {name!r}; the model has "
-            + ", ".join(f"{s.name} {s.datatype}{list(s.shape)}" for s in light.outputs)
+            + ", ".join(f"{s.name} {s.datatype}{list(s.shape)}" for s in light.outputs),
+            hint="name the output with shape [batch, classes] as calibration.output",
         )
     return spec
 
 
-def _stage(job: _Job, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: job.progress(name, done, total)
-
-
-def _build_heavy(job: _Job) -> None:
-    section, model = job.recipe.heavy, job.recipe.model
-    serving = Serving(instances=section.instances, threads=section.threads)
-    options = BuildOptions(name=model.name, max_batch=model.max_batch, serving=serving)
-    folder = job.bundle / "heavy"
-    folder.mkdir()
-    load_target(section.target, role="heavy").build(job.heavy, folder, options)
-
-
-def _reference(job: _Job) -> dict[str, Array]:
-    runner = load_target("onnxruntime", role="light").open(job.light.path, threads=THREADS)
-    outputs = run_in_batches(runner.infer, job.data.inputs, batch=BATCH, advance=_stage(job, "light source"))
-    check_source(outputs, job.light.outputs, len(job.data), what="light")
-    return outputs
-
-
-def _variant(
-    job: _Job, section: VariantSection, target: Target, reference: Mapping[str, Array], work: Path
-) -> VariantOutcome:
-    """Build and verify one variant, on a new grid when the old one is worse than the guard allows."""
-    options = BuildOptions(
-        precision=section.precision,
-        samples=None if job.quantization is None else job.quantization.inputs,
-        previous=_previous_entry(job, section),
-        name=job.recipe.model.name,
-        max_batch=job.recipe.model.max_batch,
-    )
-    outcome = _build(job, section, target, options, reference, work / f"{section.id}.first")
-    if outcome.refused and outcome.report.grid == "kept":
-        note = f"on the old grid {outcome.refused}"
-        outcome = _build(
-            job, section, target, replace(options, previous=None), reference, work / f"{section.id}.second"
+def _build_heavy(job: _Job, folder: Path) -> str:
+    """Build the heavy model's Triton folder; return why another build may give other bytes, or nothing."""
+    section, model, shop = job.recipe.heavy, job.recipe.model, job.shop
+    target = load_target(section.target, role="heavy")
+    if section.precision not in target.precisions:
+        raise InputError(
+            f"target {section.target!r} has no precision {section.precision!r}; it has {', '.join(target.precisions)}",
+            hint="mend heavy.precision in the recipe",
         )
-        outcome = replace(outcome, report=outcome.report.model_copy(update={"grid_note": note}))
-    return outcome
-
-
-def _previous_entry(job: _Job, section: VariantSection) -> Path | None:
-    if job.previous is None or section.precision != "int8":
-        return None
-    folder, manifest = job.previous
-    try:
-        return folder / manifest.variant(section.id).entry
-    except BundleError:
-        return None  # a variant that the version before did not have
-
-
-def _build(
-    job: _Job,
-    section: VariantSection,
-    target: Target,
-    options: BuildOptions,
-    reference: Mapping[str, Array],
-    work: Path,
-) -> VariantOutcome:
-    work.mkdir()
-    job.progress(f"build {section.id}", 0, 1)
-    built = target.build(job.light, work, options)
-    job.progress(f"build {section.id}", 1, 1)
-    measured = _measure(job, section, target, built, reference, work)
-    if not measured.refused:
-        (job.bundle / "variants").mkdir(exist_ok=True)
-        work.rename(job.bundle / "variants" / section.id)
-    return measured
-
-
-def _measure(
-    job: _Job, section: VariantSection, target: Target, built: Built, reference: Mapping[str, Array], folder: Path
-) -> VariantOutcome:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    entry = folder / built.entry
-    runner = target.open(entry, threads=THREADS)
-    outputs = run_in_batches(runner.infer, job.data.inputs, batch=BATCH, advance=_stage(job, f"verify {section.id}"))
-    measured = check_variant(
-        outputs,
-        reference,
-        job.data,
-        specs=job.light.outputs,
-        score_output=job.score_output,
+    build = BuildJob(
+        target=section.target,
+        role="heavy",
+        model=job.heavy,
         precision=section.precision,
-        guard=job.recipe.guard,
+        samples=job.recipe.data.quantization,
+        name=model.name,
+        max_batch=model.max_batch,
+        serving=section.serving,
     )
-    alone = target.open(entry, threads=1)
+    entry = shop.build(build, target.tools, name="heavy model")
+    shutil.copytree(entry / ARTEFACT, folder)
+    return BuildResult.model_validate_json((entry / RESULT).read_bytes()).not_reproducible
+
+
+def _subject(job: _Job, work: Path) -> Subject:
+    """Run the light source over data and edge cases, or take its answers from the cache."""
+    recipe = job.recipe
+
+    def run(folder: Path) -> None:
+        source = load_target("onnxruntime", role="light").open(job.light.path, threads=job.shop.budget.cores)
+        prepare(
+            job.light, job.data.inputs, source, Materials(folder), max_batch=recipe.model.max_batch,
+            advance=job.advance("light source"),
+        )  # fmt: skip
+
+    parts = key(
+        model=sha256_file(job.light.path), data=job.data.sha256, batch=recipe.model.max_batch,
+        tools=tool_versions(["onnxruntime", "numpy"]), code=code_digest(),
+    )  # fmt: skip
+    materials = Materials(job.shop.cache.get("reference", parts, run))
+    reference = load_file(materials.reference)
     rows = golden_rows(len(job.data))
-    golden = one_by_one(alone, job.data.inputs, rows)
-    limit = tolerance(golden, section.precision)
-    refused = measured.refused or check_batching(golden, outputs, rows, limit)
-    source_accuracy = accuracy(reference[job.score_output], job.data.labels)
-    return VariantOutcome(
-        variant=Variant(
-            id=section.id,
-            runtime=section.target,
-            precision=section.precision,
-            entry=f"variants/{section.id}/{built.entry}",
-            tolerance=limit,
-            accuracy=measured.accuracy,
-        ),
-        report=VariantReport(
-            id=section.id,
-            bytes=size,
-            accuracy=measured.accuracy,
-            accuracy_drop=source_accuracy - measured.accuracy,
-            max_difference=measured.max_difference,
-            tolerance=limit,
-            grid=built.grid,
-            grid_note=built.note,
-            clipped=built.clipped,
-        ),
-        latency_ms=latency_ms(alone, job.data.inputs),
-        logits=outputs[job.score_output],
-        golden=golden,
-        refused=refused,
+    return Subject(
+        model=job.light,
+        materials=materials,
+        reference=reference,
+        golden={name: array[rows] for name, array in reference.items()},
+        score_output=job.score_output,
+        labels=job.data.labels,
+        guard=recipe.guard,
+        samples=_quantization(job, work),
+        name=recipe.model.name,
+        max_batch=recipe.model.max_batch,
     )
 
 
-def _report(job: _Job, variants: tuple[VariantOutcome, ...], light: Logits, heavy: Logits) -> Report:
-    labels: Labels = job.data.labels
+def _quantization(job: _Job, work: Path) -> Path | None:
+    """Return the samples for quantization as targets read them: the model's inputs and perhaps labels, no more."""
+    path = job.recipe.data.quantization
+    if path is None:
+        return None
+    samples = load_samples(path, job.light)
+    tensors = {name: np.ascontiguousarray(array) for name, array in sorted(samples.inputs.items())}
+    if has_labels(path):
+        tensors[LABELS] = load_file(path)[LABELS]
+    save_file(tensors, work / "quantization.safetensors")
+    return work / "quantization.safetensors"
+
+
+def _with_previous(job: _Job, candidates: list[Candidate]) -> list[Candidate]:
+    """Return the candidates with the entry of the version before, for those whose grid may be kept."""
+    if job.inputs.previous is None:
+        return candidates
+    folder, manifest = job.inputs.previous
+    entries = {variant.id: folder / variant.entry for variant in manifest.variants}
+    return [
+        replace(candidate, previous=entries.get(candidate.id)) if candidate.precision == "int8" else candidate
+        for candidate in candidates
+    ]
+
+
+def _climb_all(subject: Subject, candidates: list[Candidate], shop: Workshop) -> list[Accepted | LeftOut]:
+    """Build all variants, as many at a time as the budget allows; the first error ends the others."""
+    with ThreadPoolExecutor(shop.budget.jobs) as pool:
+        futures = [pool.submit(climb, subject, candidate, shop) for candidate in candidates]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            shop.budget.stop()
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _measured(job: _Job, entry: Accepted) -> Accepted:
+    """Return the variant with its times, where it runs here."""
+    if not entry.candidate.runs_here:
+        return entry
+    timing = job.shop.measure(
+        entry.candidate.target_name,
+        entry.entry,
+        job.light,
+        job.data.inputs,
+        tools=entry.candidate.target.tools,
+        name=entry.candidate.id,
+        max_batch=job.recipe.model.max_batch,
+        seconds=job.recipe.measure.seconds,
+    )
+    return replace(entry, report=entry.report.model_copy(update={"timing": timing}))
+
+
+def _report(job: _Job, subject: Subject, accepted: list[Accepted], left_out: list[LeftOut], heavy: Logits) -> Report:
+    metric, labels = job.recipe.guard.metric, job.data.labels
+    variants = tuple(entry.report for entry in accepted)
     return Report(
         samples=len(job.data),
-        light_accuracy=accuracy(light, labels),
-        heavy_accuracy=accuracy(heavy, labels),
+        light_accuracy=metric_of(metric, subject.reference[job.score_output], labels),
+        heavy_accuracy=metric_of(metric, heavy, labels),
         guard=job.recipe.guard,
-        variants=tuple(entry.report for entry in variants),
+        variants=variants,
+        left_out=tuple(left_out),
+        pareto=pareto(variants),
+        recommended=recommend(variants, machine()),
     )
 
 
 def _finish(
-    job: _Job, variants: tuple[VariantOutcome, ...], heavy: Logits, report: Report, recipe_sha256: str, output: Path
+    job: _Job, accepted: list[Accepted], heavy: Logits, report: Report, heavy_varies: str, bundle: Path, output: Path
 ) -> Outcome:
-    section, model = job.recipe.calibration, job.recipe.model
+    section, model, data = job.recipe.calibration, job.recipe.model, job.data
     point = OperatingPoint(value=section.max_escalation, delta=section.delta)
-    done = tuple(
-        replace(entry, calibration=calibrate(entry.logits, heavy, job.data.labels, point)) for entry in variants
-    )
+    for entry in accepted:
+        shutil.copytree(entry.artefact, bundle / "variants" / entry.candidate.id)
     calibration = Calibration(
         model=model.name,
         version=model.version,
         output=job.score_output,
         operating_point=point,
-        data=CalibrationData(sha256=job.data.sha256, samples=len(job.data)),
-        heavy_accuracy=report.heavy_accuracy,
-        variants={entry.variant.id: entry.calibration for entry in done if entry.calibration is not None},
+        data=CalibrationData(sha256=data.sha256, samples=len(data)),
+        heavy_accuracy=metric_of("accuracy", heavy, data.labels),
+        variants={entry.candidate.id: calibrate(_logits(entry), heavy, data.labels, point) for entry in accepted},
     )
     contents = Contents(
         recipe=job.recipe,
-        recipe_sha256=recipe_sha256,
+        recipe_sha256=job.inputs.recipe_sha256,
         light=job.light,
-        sources=_sources(job),
-        variants=[entry.variant for entry in done],
+        sources=job.inputs.sources,
+        variants=[_variant(entry) for entry in accepted],
         calibration=calibration,
         report=report,
-        golden=_golden(job, done),
+        golden=_golden(job, accepted),
+        tools=[tool for entry in accepted for tool in entry.candidate.target.tools],
+        varies=_varies(accepted, heavy_varies, bundle, measured=job.recipe.measure.enabled),
     )
-    job.progress("package", 0, 1)
-    manifest = write_bundle(job.bundle, contents)
-    move_into_place(job.bundle, output)
-    job.progress("package", 1, 1)
-    return Outcome(output, done, report, manifest)
+    job.shop.advance("package", 0, 1)
+    manifest = write_bundle(bundle, contents)
+    move_into_place(bundle, output)
+    job.shop.advance("package", 1, 1)
+    return Outcome(output, report, manifest, calibration)
 
 
-def _sources(job: _Job) -> dict[str, str]:
-    sources = {"light": job.light.sha256, "heavy": job.heavy.sha256, "calibration": job.data.sha256}
-    if job.quantization is not None:
-        sources["quantization"] = job.quantization.sha256
-    if job.previous is not None:
-        sources["delta_from"] = sha256_file(job.previous[0] / "manifest.json")
-    return sources
+def _logits(entry: Accepted) -> Logits:
+    if entry.logits is None:
+        raise BundleError(f"{entry.candidate.id}: no logits to calibrate with")
+    return entry.logits
 
 
-def _golden(job: _Job, variants: tuple[VariantOutcome, ...]) -> dict[str, Array]:
+def _variant(entry: Accepted) -> Variant:
+    candidate, report = entry.candidate, entry.report
+    return Variant(
+        id=candidate.id,
+        runtime=candidate.target_name,
+        precision=candidate.precision,
+        platform=candidate.platform,
+        entry=f"variants/{candidate.id}/{entry.result.entry}",
+        tolerance=report.tolerance,
+        verified=report.verified,
+        accuracy=report.accuracy,
+        latency_ms=None if report.timing is None else report.timing.p50_ms,
+    )
+
+
+def _varies(accepted: list[Accepted], heavy: str, bundle: Path, *, measured: bool) -> dict[str, str]:
+    """Return the files that another build of the same may make otherwise, and why."""
+    reasons = {f"variants/{entry.candidate.id}": entry.result.not_reproducible for entry in accepted} | {"heavy": heavy}
+    found = {
+        path.relative_to(bundle).as_posix(): reason
+        for folder, reason in reasons.items()
+        if reason
+        for path in sorted((bundle / folder).rglob("*"))
+        if path.is_file()
+    }
+    return found | ({REPORT: _MEASURED} if measured else {})
+
+
+def _golden(job: _Job, accepted: list[Accepted]) -> dict[str, Array]:
     rows = golden_rows(len(job.data))
     golden = {f"input.{name}": array[rows] for name, array in job.data.inputs.items()}
-    for entry in variants:
-        golden |= {f"output.{entry.variant.id}.{name}": array for name, array in entry.golden.items()}
+    for entry in accepted:
+        golden |= {f"output.{entry.candidate.id}.{name}": array for name, array in entry.golden.items()}
     return golden

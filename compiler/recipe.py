@@ -10,11 +10,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from isthmus.bundle import Name, Version
+from compiler.evaluate import METRICS
+from compiler.sources import SourceOptions, resolve
+from compiler.targets import Serving
+from isthmus.bundle import Name, Precision, Version
 from isthmus.digests import sha256_bytes
 from isthmus.errors import InputError
 
@@ -44,45 +47,96 @@ class ModelSection(_Section):
         return self
 
 
-class LightSection(_Section):
+class SourceSection(_Section):
+    """A model, as it is after fine-tuning."""
+
+    source: str = Field(min_length=1, max_length=4096)  # a file, a folder or an address, see compiler.sources
+    task: str = ""
+    adapter: Path | None = None
+    lengths: dict[str, int | tuple[int, int]] = {}
+    constants: dict[str, float | int] = {}
+    outputs: tuple[str, ...] = ()
+    factory: str = ""
+    allow_pickle: bool = False
+
+    @property
+    def options(self) -> SourceOptions:
+        """Return how the source is to be read."""
+        return SourceOptions(
+            task=self.task,
+            adapter=self.adapter,
+            lengths=self.lengths,
+            constants=self.constants,
+            outputs=self.outputs,
+            factory=self.factory,
+            allow_pickle=self.allow_pickle,
+        )
+
+
+class LightSection(SourceSection):
     """The model that devices run."""
 
-    source: Path
 
+class HeavySection(SourceSection):
+    """The model that the cloud runs, and how Triton serves it."""
 
-class HeavySection(_Section):
-    """The model that the cloud runs."""
-
-    source: Path
     target: Name = "triton-python"
+    precision: Precision = "fp32"
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime"  # what Triton's Python backend runs
     instances: int = Field(default=1, ge=1, le=64)
     threads: int = Field(default=2, ge=1, le=256)  # of each instance
+    max_queue_delay_us: int = Field(default=500, ge=0, le=10_000_000)
+    preferred_batch: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = ()
+    warm_up: bool = False
+    response_cache: bool = False
+    keep_versions: int = Field(default=0, ge=0, le=1000)
+    gpus: tuple[Annotated[int, Field(ge=0, le=255)], ...] = ()
+
+    @property
+    def serving(self) -> Serving:
+        """Return how Triton is to serve it."""
+        names = ("instances", "threads", "max_queue_delay_us", "preferred_batch", "warm_up", "response_cache")
+        rest = ("runtime", "keep_versions", "gpus")
+        return Serving(**{name: getattr(self, name) for name in (*names, *rest)})
 
 
 class VariantSection(_Section):
     """One artefact of the light model."""
 
-    target: Name
-    precision: Literal["fp32", "int8"] = "fp32"
+    target: Name  # or "all": every target and precision that is installed here
+    precision: Precision = "fp32"
+    platform: Literal["", "x86_64", "aarch64"] = ""  # empty: the target's own choice
+    cpu: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9_.+,-]*$")  # least processor, for compiled code
+    setting: str = Field(default="", max_length=64)  # empty: from the fastest on, until the guard is content
+    required: bool = True  # False: left out, and reported, when it cannot be built or is worse than the guard allows
+    tune_trials: int = Field(default=0, ge=0, le=1_000_000)
+    tune_minutes: float = Field(default=0, ge=0, le=100_000, allow_inf_nan=False)
 
     @property
     def id(self) -> str:
         """Return the variant's name in the bundle."""
-        return f"{self.target}-{self.precision}"
+        return "-".join(part for part in (self.target, self.precision, self.platform) if part)
 
 
 class DataSection(_Section):
     """Safetensors files with tensors named as the model's inputs."""
 
     calibration: Path  # and the tensor "labels", int64
-    quantization: Path | None = None  # needed for int8
+    quantization: Path | None = None  # needed for int8; with "labels" too, a target may control accuracy itself
 
 
 class GuardSection(_Section):
     """How much worse than the source a variant may be before it is refused."""
 
-    max_accuracy_drop: Share = 0.02  # int8
+    metric: str = "accuracy"  # one of compiler.evaluate.METRICS
+    max_accuracy_drop: Share = 0.02  # of the metric, for every precision but fp32
     max_difference: float = Field(default=1e-3, gt=0, allow_inf_nan=False)  # fp32: largest absolute one of any output
+
+    @model_validator(mode="after")
+    def _known_metric(self) -> GuardSection:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {self.metric!r}")
+        return self
 
 
 class CalibrationSection(_Section):
@@ -91,6 +145,13 @@ class CalibrationSection(_Section):
     max_escalation: Share = 0.3
     delta: float = Field(default=0.1, gt=0, lt=1, allow_inf_nan=False)
     output: str = ""  # the output with one logit per class; empty: "logits", or the only one there is
+
+
+class MeasureSection(_Section):
+    """What is measured of each variant: times and memory differ from build to build, so report.json then does, too."""
+
+    enabled: bool = True
+    seconds: float = Field(default=0.5, gt=0, le=60, allow_inf_nan=False)  # for each number of threads
 
 
 class UpdateSection(_Section):
@@ -109,6 +170,7 @@ class Recipe(_Section):
     data: DataSection
     guard: GuardSection = GuardSection()
     calibration: CalibrationSection = CalibrationSection()
+    measure: MeasureSection = MeasureSection()
     update: UpdateSection = UpdateSection()
 
     @model_validator(mode="after")
@@ -118,8 +180,13 @@ class Recipe(_Section):
             raise ValueError(f"variants must differ, got {', '.join(ids)}")
         if any(variant.precision == "int8" for variant in self.variants) and self.data.quantization is None:
             raise ValueError("data.quantization is needed, for a variant has precision int8")
+        heavy = [variant.target for variant in self.variants if variant.target.startswith("triton-")]
+        if heavy:
+            raise ValueError(f"target {heavy[0]!r} is for the heavy model: name it as heavy.target, not as a variant")
         return self
 
+
+_Source = TypeVar("_Source", bound=SourceSection)
 
 _SECTIONS: Final[Mapping[str, type[BaseModel]]] = {
     "model": ModelSection,
@@ -129,6 +196,7 @@ _SECTIONS: Final[Mapping[str, type[BaseModel]]] = {
     "data": DataSection,
     "guard": GuardSection,
     "calibration": CalibrationSection,
+    "measure": MeasureSection,
     "update": UpdateSection,
 }
 _NEEDED: Final = (
@@ -196,12 +264,18 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(
         update={
             "model": _with_labels(recipe.model, folder),
-            "light": LightSection(source=folder / recipe.light.source),
-            "heavy": recipe.heavy.model_copy(update={"source": folder / recipe.heavy.source}),
+            "light": _from(recipe.light, folder),
+            "heavy": _from(recipe.heavy, folder),
             "data": data,
             "update": UpdateSection(delta_from=None if delta_from is None else folder / delta_from),
         }
     )
+
+
+def _from(section: _Source, folder: Path) -> _Source:
+    """Return the section with its paths taken from the recipe's folder."""
+    adapter = None if section.adapter is None else folder / section.adapter
+    return section.model_copy(update={"source": resolve(section.source, folder), "adapter": adapter})
 
 
 def _with_labels(model: ModelSection, folder: Path) -> ModelSection:

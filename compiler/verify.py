@@ -1,101 +1,267 @@
-"""Nothing worse goes into a bundle: every variant against the source model, on all calibration data.
+"""Nothing worse goes into a bundle: every variant against the source model, on all calibration data and at the edges.
 
-The source is the ONNX file itself in ONNX Runtime. What is checked, in order:
+The source is the captured ONNX file in ONNX Runtime. What is checked, in order:
  (1) outputs have the declared names, datatypes and shapes, and every value is finite;
  (2) a row alone gives what it gives in a batch;
- (3) fp32: no output differs from the source's by more than the guard allows;
- (4) int8: the accuracy is not lower than the source's by more than the guard allows.
+ (3) fp32: no output differs from the source's by more than the guard allows, neither on the data nor on edge cases;
+ (4) other precisions: outputs point in the source's direction (cosine), and the metric is not lower than the source's
+     by more than the guard allows.
+
+`prove` measures, where the variant runs; `verdict` judges by the guard, and needs nothing but what was measured.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
-from compiler.data import LabelledSamples
-from compiler.evaluate import accuracy
+from compiler.capture import CapturedModel
+from compiler.data import as_samples, request, requests, run_over
+from compiler.edge_cases import edge_cases
+from compiler.parity import Parity, ParityMeter
 from compiler.recipe import GuardSection
 from compiler.targets import Runner
 from isthmus.bundle import TensorSpec
-from isthmus.errors import VerificationError
+from isthmus.errors import InputError, VerificationError
 from isthmus.tensors import DTYPES, Array
 
 GOLDEN_ROWS: Final = 16
-_WARM_UP: Final = 10
-_RUNS: Final = 100
+BATCH: Final = 64
 # Share of the golden outputs' range within which another machine's answers count as the same. Measured on the
 # encoder of the news story: fp32 differs by 1e-7 of the range between AVX-512 and AVX2, INT8 by 6e-3 (processors
-# without VNNI add up in another way, and single roundings flip).
-_TOLERANCE: Final = {"fp32": 1e-3, "int8": 5e-2}
+# without VNNI add up in another way, and single roundings flip). fp16: a device may compute in it as well.
+_TOLERANCE: Final = {"fp32": 1e-3, "fp16": 1e-2, "int8w": 5e-2, "int8": 5e-2, "int4w": 5e-2, "int4": 5e-2}
+# What could not run where it was built is compared with the source's answers, not with its own.
+_UNSEEN: Final = {"fp32": 1e-2, "fp16": 5e-2, "int8w": 1e-1, "int8": 2e-1, "int4w": 2e-1, "int4": 2e-1}
 _LEAST_TOLERANCE: Final = 1e-3
 _ROUNDING: Final = 1e-9  # 0.9 - 0.88 is more than 0.02 in floating point; one row of data is far more than this
+# The least cosine between a variant's outputs and the source's: far below what any usable variant has.
+LEAST_COSINE: Final[Mapping[str, float]] = {
+    "fp32": 0.99999, "fp16": 0.9999, "int8w": 0.99, "int8": 0.95, "int4w": 0.9, "int4": 0.9,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """What a variant did with the calibration data; `refused` says why it cannot be used, or is empty."""
+class EdgeResult:
+    """One edge case: how far a variant is from the source, or what is wrong with its answer."""
 
-    accuracy: float
-    max_difference: float
-    refused: str = ""
+    name: str
+    max_absolute: float
+    difference: float  # as in `Parity`
+    broken: str = ""
 
 
-def check_variant(
-    outputs: Mapping[str, Array],
-    source: Mapping[str, Array],
-    data: LabelledSamples,
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a variant did with the calibration data."""
+
+    parity: Parity | None  # None: the outputs have the wrong form, see `broken`
+    edges: tuple[EdgeResult, ...]
+    broken: str = ""  # rules (1) and (2)
+
+
+@dataclass(frozen=True, slots=True)
+class Materials:
+    """Files that all variants of one model are compared with: inputs and the source's answers."""
+
+    folder: Path
+
+    @property
+    def inputs(self) -> Path:
+        """Return the calibration inputs."""
+        return self.folder / "inputs.safetensors"
+
+    @property
+    def reference(self) -> Path:
+        """Return the source's outputs for them."""
+        return self.folder / "reference.safetensors"
+
+    @property
+    def edges(self) -> Path:
+        """Return the edge cases: "<case>/in/<input>" and "<case>/out/<output>"."""
+        return self.folder / "edges.safetensors"
+
+
+def prepare(
+    model: CapturedModel,
+    inputs: Mapping[str, Array],
+    source: Runner,
+    materials: Materials,
     *,
-    specs: Sequence[TensorSpec],
-    score_output: str,
-    precision: str,
-    guard: GuardSection,
-) -> Measured:
-    """Compare a variant's outputs with the source model's: rules (1), (3) and (4)."""
-    # (1)
-    broken = _broken(outputs, specs, len(data))
-    if broken:
-        return Measured(0.0, float("inf"), broken)
-    difference = max(float(np.abs(outputs[spec.name].astype(np.float64) - source[spec.name]).max()) for spec in specs)
-    ours, theirs = (accuracy(logits[score_output], data.labels) for logits in (outputs, source))
-    refused = ""
+    max_batch: int,
+    advance: Callable[[int, int], None],
+) -> dict[str, Array]:
+    """Run the source over the data and the edge cases, keep both for the variants' proofs, return its outputs.
+
+    Raises:
+        VerificationError: Its outputs are not what its file declares.
+    """
+    materials.folder.mkdir(parents=True, exist_ok=True)
+    outputs = run_over(source.infer, model, inputs, batch=BATCH, advance=advance)
+    check_source(outputs, model, len(next(iter(inputs.values()))), what="light")
+    save_file({name: np.ascontiguousarray(array) for name, array in inputs.items()}, materials.inputs)
+    save_file({name: np.ascontiguousarray(array) for name, array in outputs.items()}, materials.reference)
+    tensors: dict[str, Array] = {}
+    for name, case in edge_cases(model, inputs, max_batch).items():
+        answer = source.infer(case)
+        if all(np.isfinite(array).all() for array in answer.values() if array.dtype.kind == "f"):
+            tensors |= {f"{name}/in/{key}": np.ascontiguousarray(array) for key, array in case.items()}
+            tensors |= {f"{name}/out/{key}": np.ascontiguousarray(array) for key, array in answer.items()}
+    save_file(tensors, materials.edges)
+    return outputs
+
+
+def prove(
+    runner: Runner, alone: Runner, model: CapturedModel, materials: Materials, precision: str, score_output: str,
+    advance: Callable[[int, int], None],
+) -> tuple[Proof, dict[str, Array], dict[str, Array]]:  # fmt: skip
+    """Return what the variant does with data and edge cases, its logits for all samples, and its golden outputs.
+
+    Args:
+        runner: The variant, with all threads it may use.
+        alone: The variant, with one thread.
+        model: The captured model.
+        materials: The data and the source's answers.
+        precision: The variant's.
+        score_output: The output whose values are returned for all samples; empty: none.
+        advance: Told (done, total).
+    """
+    inputs, reference = load_file(materials.inputs), load_file(materials.reference)
+    total = len(next(iter(inputs.values())))
+    meter, kept, previous = ParityMeter(), [], 0
+    rows = golden_rows(total)
+    together: dict[str, list[Array]] = {spec.name: [] for spec in model.outputs}
+    for done, asked in requests(model, inputs, BATCH):
+        outputs = as_samples(model, runner.infer(asked))
+        expected = {name: array[previous:done] for name, array in reference.items()}
+        broken = _broken(outputs, expected)
+        if broken:
+            return Proof(None, (), broken), {}, {}
+        meter.add({name: outputs[name] for name in expected}, expected)
+        if score_output:
+            kept.append(outputs[score_output].copy())
+        for row in rows:
+            if previous <= row < done:
+                for name in together:
+                    together[name].append(outputs[name][row - previous : row - previous + 1].copy())
+        previous = done
+        advance(done, total)
+    golden = one_by_one(alone, model, inputs, rows)
+    broken = check_batching(
+        golden, {name: np.concatenate(parts) for name, parts in together.items()}, tolerance(golden, precision)
+    )
+    logits = {score_output: np.concatenate(kept)} if score_output else {}
+    return Proof(meter.result(), _edge_results(runner, materials), broken), logits, golden
+
+
+def _edge_results(runner: Runner, materials: Materials) -> tuple[EdgeResult, ...]:
+    tensors = load_file(materials.edges)
+    results = []
+    for name in dict.fromkeys(key.split("/", 1)[0] for key in tensors):
+        parts = {side: f"{name}/{side}/" for side in ("in", "out")}
+        case, expected = (
+            {key.removeprefix(start): array for key, array in tensors.items() if key.startswith(start)}
+            for start in parts.values()
+        )
+        try:
+            outputs = runner.infer(case)
+        except InputError as error:
+            results.append(EdgeResult(name, 0.0, 0.0, error.message))
+            continue
+        broken = _broken(outputs, expected)
+        if broken:
+            results.append(EdgeResult(name, 0.0, 0.0, broken))
+            continue
+        meter = ParityMeter()
+        meter.add({key: outputs[key] for key in expected}, expected)
+        parity = meter.result()
+        results.append(EdgeResult(name, parity.max_absolute, parity.difference))
+    return tuple(results)
+
+
+def verdict(proof: Proof, precision: str, guard: GuardSection, *, source_value: float, value: float) -> str:
+    """Return why a variant may not go into a bundle, or nothing.
+
+    Args:
+        proof: What was measured.
+        precision: The variant's.
+        guard: What is allowed.
+        source_value: The source's metric.
+        value: The variant's.
+    """
+    # (1), (2)
+    if proof.broken or proof.parity is None:
+        return proof.broken
+    for edge in proof.edges:
+        if edge.broken:
+            return f"{edge.name}: {edge.broken}"
     # (3)
-    if precision == "fp32" and difference > guard.max_difference:
-        refused = f"it differs from the source by {difference:.3g}, allowed is {guard.max_difference:g}"
+    if precision == "fp32":
+        if proof.parity.difference > guard.max_difference:
+            return f"it differs from the source by {proof.parity.difference:.3g}, allowed is {guard.max_difference:g}"
+        for edge in proof.edges:
+            if edge.difference > guard.max_difference:
+                return (
+                    f"{edge.name}: it differs from the source by {edge.difference:.3g}, "
+                    f"allowed is {guard.max_difference:g}"
+                )
+        return ""
     # (4)
-    if precision != "fp32" and theirs - ours > guard.max_accuracy_drop + _ROUNDING:
-        fall = f"{theirs - ours:.4f} ({theirs:.4f} to {ours:.4f})"
-        refused = f"its accuracy fell by {fall}, allowed is {guard.max_accuracy_drop:g}"
-    return Measured(ours, difference, refused)
+    if source_value - value > guard.max_accuracy_drop + _ROUNDING:
+        fall = f"{source_value - value:.4f} ({source_value:.4f} to {value:.4f})"
+        return f"its {guard.metric} fell by {fall}, allowed is {guard.max_accuracy_drop:g}"
+    least = LEAST_COSINE[precision]
+    if proof.parity.cosine < least:
+        return f"its outputs have a cosine of {proof.parity.cosine:.4f} with the source's, the least allowed is {least}"
+    return ""
 
 
-def check_source(outputs: Mapping[str, Array], specs: Sequence[TensorSpec], rows: int, *, what: str) -> None:
+def check_source(outputs: Mapping[str, Array], model: CapturedModel, rows: int, *, what: str) -> None:
     """Check that a source model's own outputs are what its file declares.
 
     Raises:
         VerificationError: They are not.
     """
-    broken = _broken(outputs, specs, rows)
-    if broken:
-        raise VerificationError(f"the {what} model itself: {broken}", reason="broken-source")
+    for spec in model.outputs:
+        broken = _undeclared(spec, outputs.get(spec.name), rows)
+        if broken:
+            raise VerificationError(f"the {what} model itself: {broken}", reason="broken-source")
 
 
-def _broken(outputs: Mapping[str, Array], specs: Sequence[TensorSpec], rows: int) -> str:
-    for spec in specs:
-        array = outputs.get(spec.name)
+def _undeclared(spec: TensorSpec, array: Array | None, rows: int) -> str:
+    if array is None:
+        return f"gives no output {spec.name!r}"
+    shape = array.shape if len(spec.shape) == array.ndim else array.shape[1:]
+    fits = len(shape) == len(spec.shape) and all(
+        want in (-1, got) or (place == 0 and want == 1)
+        for place, (want, got) in enumerate(zip(spec.shape, shape, strict=True))
+    )
+    if array.dtype != DTYPES[spec.datatype] or not fits or len(array) != rows:
+        return (
+            f"output {spec.name!r} is {array.dtype}{list(array.shape)} for {rows} samples, "
+            f"declared is {spec.datatype}{list(spec.shape)}"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        return f"output {spec.name!r} holds values that are not finite"
+    return ""
+
+
+def _broken(outputs: Mapping[str, Array], expected: Mapping[str, Array]) -> str:
+    for name, want in expected.items():
+        array = outputs.get(name)
         if array is None:
-            return f"gives no output {spec.name!r}"
-        expected = (rows, *spec.shape[1:])
-        if array.dtype != DTYPES[spec.datatype] or array.shape != expected:
+            return f"gives no output {name!r}"
+        if array.dtype != want.dtype or array.shape != want.shape:
             return (
-                f"output {spec.name!r} is {array.dtype}{list(array.shape)}, declared is {spec.datatype}{list(expected)}"
+                f"output {name!r} is {array.dtype}{list(array.shape)}, the source's is {want.dtype}{list(want.shape)}"
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            return f"output {spec.name!r} holds values that are not finite"
+            return f"output {name!r} holds values that are not finite"
     return ""
 
 
@@ -104,16 +270,18 @@ def golden_rows(count: int) -> list[int]:
     return sorted({int(row) for row in np.linspace(0, count - 1, min(count, GOLDEN_ROWS)).round()})
 
 
-def one_by_one(runner: Runner, inputs: Mapping[str, Array], rows: Sequence[int]) -> dict[str, Array]:
+def one_by_one(
+    runner: Runner, model: CapturedModel, inputs: Mapping[str, Array], rows: Sequence[int]
+) -> dict[str, Array]:
     """Return the outputs for these rows, each run alone."""
-    parts = [runner.infer({name: array[row : row + 1] for name, array in inputs.items()}) for row in rows]
+    parts = [as_samples(model, runner.infer(request(model, inputs, row, row + 1))) for row in rows]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def check_batching(alone: Mapping[str, Array], batched: Mapping[str, Array], rows: Sequence[int], limit: float) -> str:
-    """Return why rows alone and rows in a batch do not give the same, or nothing: rule (2)."""
-    for name, array in alone.items():
-        together = batched[name][list(rows)]
+def check_batching(alone: Mapping[str, Array], batched: Mapping[str, Array], limit: float) -> str:
+    """Return why rows alone and the same rows in a batch do not give the same, or nothing: rule (2)."""
+    for name, together in batched.items():
+        array = alone[name]
         if array.shape != together.shape:
             return f"output {name!r} has another shape for a row alone"
         difference = float(np.abs(array.astype(np.float64) - together).max())
@@ -122,18 +290,13 @@ def check_batching(alone: Mapping[str, Array], batched: Mapping[str, Array], row
     return ""
 
 
-def tolerance(golden: Mapping[str, Array], precision: str) -> float:
-    """Return by how much another machine's outputs may differ from the golden ones."""
+def tolerance(golden: Mapping[str, Array], precision: str, *, seen: bool = True) -> float:
+    """Return by how much another machine's outputs may differ from the golden ones.
+
+    Args:
+        golden: The golden outputs.
+        precision: The variant's.
+        seen: Whether the golden outputs are the variant's own; otherwise they are the source's.
+    """
     spread = max((float(np.ptp(array)) for array in golden.values() if array.dtype.kind == "f"), default=0.0)
-    return max(_LEAST_TOLERANCE, _TOLERANCE[precision] * spread)
-
-
-def latency_ms(runner: Runner, inputs: Mapping[str, Array]) -> float:
-    """Return the median time of one row, in milliseconds."""
-    row = {name: array[:1] for name, array in inputs.items()}
-    times: list[float] = []
-    for _ in range(_WARM_UP + _RUNS):
-        start = time.perf_counter()
-        runner.infer(row)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[_WARM_UP:]) * 1e3
+    return max(_LEAST_TOLERANCE, (_TOLERANCE if seen else _UNSEEN)[precision] * spread)

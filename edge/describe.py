@@ -25,7 +25,7 @@ def metadata(live: LiveModel) -> Any:
 def config(live: LiveModel) -> Any:
     """Return a model's ModelConfigResponse; a symbolic first axis becomes Triton's batch."""
     manifest = live.manifest
-    batched = all(spec.shape[0] == -1 for spec in (*manifest.inputs, *manifest.outputs))
+    batched = all(spec.shape[:1] == (-1,) for spec in (*manifest.inputs, *manifest.outputs))
     model = model_config_pb2.ModelConfig(
         name=manifest.name, platform=live.variant.runtime, max_batch_size=manifest.max_batch if batched else 0
     )

@@ -187,7 +187,7 @@ def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Questi
     route = read_parameters(request.parameters).get(ROUTE_PARAMETER)
     return _Question(
         raw=raw,
-        inputs=decode_inputs(request, manifest.inputs, max_batch=manifest.max_batch),
+        inputs=decode_inputs(request, manifest.inputs, max_batch=manifest.max_batch, max_length=manifest.max_length),
         wanted=frozenset(output.name for output in request.outputs) or frozenset(names),
         route=None if route is None else check_wanted(route),
         deadline=deadline,

@@ -29,6 +29,7 @@ class TargetEntry:
 TARGETS: Final[Mapping[str, TargetEntry]] = {
     "openvino": TargetEntry("compiler.targets.openvino:OpenVinoTarget"),
     "onnxruntime": TargetEntry("compiler.targets.onnxruntime:OnnxRuntimeTarget"),
+    "tvm": TargetEntry("compiler.targets.tvm:TvmTarget", "tvm"),
     "triton-python": TargetEntry("compiler.targets.triton_python:TritonPythonTarget"),
 }
 
@@ -77,7 +78,7 @@ class BuildOptions:
     precision: str = "fp32"
     setting: str = ""  # one of the target's settings for this precision; empty: the first
     platform: str = "x86_64"
-    cpu: str = ""  # the least processor that compiled code may need, for example "x86-64-v3"; empty: the target's default
+    cpu: str = ""  # the least processor that compiled code needs, e.g. "x86-64-v3"; empty: the target's default
     samples: Mapping[str, Array] | None = None  # quantization: typical inputs, one per row
     labelled: Labels | None = None
     previous: Path | None = None  # int8: the entry of the version before, whose grid is kept when it can be

@@ -20,6 +20,7 @@ from isthmus.tensors import Array
 RUNTIMES: Final[Mapping[str, str]] = {
     "openvino": "edge.runtimes.openvino:OpenVinoRuntime",
     "onnxruntime": "edge.runtimes.onnxruntime:OnnxRuntime",
+    "tvm": "edge.runtimes.tvm:TvmRuntime",
 }
 
 

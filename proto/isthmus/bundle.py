@@ -9,7 +9,8 @@ A folder with these entries, and nothing that can execute on load (no pickle):
     golden.safetensors       inputs ("input.<name>") and each variant's outputs ("output.<variant id>.<name>")
     report.json              what the compiler measured (parity, accuracy, latency, size for each variant)
 
-Same source, recipe and tool versions give the same bytes: there is no time stamp and JSON is canonical (`to_json`).
+Same source, recipe and tool versions give the same bytes, but for the files listed under `varies` in the manifest (times
+that were measured, tools that do not allow it): there is no time stamp and JSON is canonical (`to_json`).
 Trust comes from outside: signed metadata vouches for manifest.json, and manifest.json for everything else.
 """
 
@@ -65,6 +66,8 @@ Datatype = Literal[
     "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"
 ]
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+# Of weights and activations; a "w" at the end: of the weights only, computed in float.
+Precision = Literal["fp32", "fp16", "int8", "int4", "int8w", "int4w"]
 _T = TypeVar("_T", bound=BaseModel)
 
 
@@ -103,11 +106,12 @@ class Variant(_Strict):
 
     id: Name
     runtime: Name  # a key of edge.runtimes.RUNTIMES
-    precision: Literal["fp32", "fp16", "int8", "int4"]
+    precision: Precision
     platform: Literal["any", "x86_64", "aarch64"] = "any"
     entry: RelativePath  # the file that the runtime opens
     inference_precision: Literal["f32", "bf16", "f16"] = "f32"  # the hint that it was verified with
     tolerance: float = Field(gt=0.0)  # largest absolute difference from the golden outputs on another machine
+    verified: Literal["compiler", "device"] = "compiler"  # "device": it could not run where it was built
     accuracy: Rate | None = None
     latency_ms: float | None = Field(default=None, gt=0)  # batch 1, one thread, median on the compiling machine
 
@@ -138,9 +142,11 @@ class Manifest(_Strict):
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     max_batch: int = Field(default=64, ge=1, le=65536)
+    max_length: int = Field(default=65536, ge=1, le=1 << 24)  # of every other axis that may vary
     variants: tuple[Variant, ...] = Field(min_length=1)
     heavy: Heavy
     provenance: Provenance
+    varies: dict[RelativePath, str] = {}  # files that another build of the same may make otherwise, and why
     files: dict[RelativePath, FileEntry] = Field(min_length=1, max_length=MAX_FILES)
 
     @model_validator(mode="after")
@@ -149,7 +155,7 @@ class Manifest(_Strict):
         if len(set(ids)) != len(ids):
             raise ValueError(f"variant ids must differ, got {ids}")
         required = [CALIBRATION, GOLDEN, *(variant.entry for variant in self.variants)]
-        missing = [path for path in required if path not in self.files]
+        missing = [path for path in (*required, *self.varies) if path not in self.files]
         if missing:
             raise ValueError(f"files lack {', '.join(missing)}")
         if MANIFEST in self.files:

@@ -31,6 +31,8 @@ class Group:
 
 GROUPS: Final = {
     "compile": Group("compiler.cli:app", "Make a bundle from a light and a heavy model.", "compiler"),
+    "targets": Group("compiler.targets_cli:app", "Try every target on one model, side by side.", "compiler"),
+    "bundle": Group("compiler.bundle_cli:app", "Inspect, verify and compare bundles."),
     "keys": Group("security.cli:keys_app", "Create and inspect the keys and certificates of a workspace."),
     "token": Group("security.cli:token_app", "Mint and inspect access tokens."),
     "cloud": Group("cloud.cli:app", "Run the gateway, registry and Triton.", "cloud"),

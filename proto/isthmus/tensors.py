@@ -1,7 +1,7 @@
 """Tensors on the wire: OIP requests and responses to numpy arrays and back, checked once at the door.
 
 Rules: shapes and datatypes are checked against the model's declared ones before any byte is interpreted; the number of
-bytes must be exactly what shape and datatype say; one batch axis (declared -1) may vary, all others may not.
+bytes must be exactly what shape and datatype say; axes declared -1 may vary within limits, all others may not.
 """
 
 from __future__ import annotations
@@ -43,13 +43,16 @@ _CONTENTS: Final[Mapping[str, str]] = {
 }  # fmt: skip
 
 
-def decode_inputs(request: Any, specs: Sequence[TensorSpec], *, max_batch: int) -> dict[str, Array]:
+def decode_inputs(
+    request: Any, specs: Sequence[TensorSpec], *, max_batch: int, max_length: int = 65_536
+) -> dict[str, Array]:
     """Return the request's input tensors by name.
 
     Args:
         request: A ModelInferRequest with raw or typed contents.
-        specs: The model's declared inputs; axis -1 is the batch.
+        specs: The model's declared inputs; a first axis of -1 is the batch, any other of -1 a length.
         max_batch: Largest batch that is accepted.
+        max_length: Largest length that is accepted.
 
     Raises:
         InputError: A tensor is missing, unknown, given twice, or its datatype, shape or byte count is wrong.
@@ -65,7 +68,7 @@ def decode_inputs(request: Any, specs: Sequence[TensorSpec], *, max_batch: int) 
             raise InputError(f"unknown input {tensor.name[:80]!r}; the model's inputs are {', '.join(by_name)}")
         if tensor.name in arrays:
             raise InputError(f"input {tensor.name!r} is given twice")
-        _check_declared(tensor, spec, max_batch)
+        _check_declared(tensor, spec, max_batch, max_length)
         arrays[spec.name] = _from_raw(raw[index], tensor, spec) if raw else _from_typed(tensor, spec)
     missing = [name for name in by_name if name not in arrays]
     if missing:
@@ -76,16 +79,17 @@ def decode_inputs(request: Any, specs: Sequence[TensorSpec], *, max_batch: int) 
     return arrays
 
 
-def _check_declared(tensor: Any, spec: TensorSpec, max_batch: int) -> None:
+def _check_declared(tensor: Any, spec: TensorSpec, max_batch: int, max_length: int) -> None:
     if tensor.datatype != spec.datatype:
         raise InputError(f"input {spec.name!r}: expected datatype {spec.datatype}, got {tensor.datatype[:16]!r}")
     shape = tuple(tensor.shape)
     fits = len(shape) == len(spec.shape) and all(want in (-1, got) for want, got in zip(spec.shape, shape, strict=True))
     if not fits or any(axis < 1 for axis in shape):
         raise InputError(f"input {spec.name!r}: expected shape {list(spec.shape)}, got {list(shape)[:8]}")
-    for want, got in zip(spec.shape, shape, strict=True):
-        if want == -1 and got > max_batch:
-            raise InputError(f"input {spec.name!r}: batch of {got} is larger than the limit of {max_batch}")
+    for axis, (want, got) in enumerate(zip(spec.shape, shape, strict=True)):
+        what, limit = ("batch", max_batch) if axis == 0 else ("length", max_length)
+        if want == -1 and got > limit:
+            raise InputError(f"input {spec.name!r}: {what} of {got} is larger than the limit of {limit}")
 
 
 def _from_raw(data: bytes, tensor: Any, spec: TensorSpec) -> Array:

@@ -27,9 +27,14 @@ def show_table(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool =
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name in rows[0] if rows else ("nothing yet",):
+    for place, name in enumerate(rows[0] if rows else ("nothing yet",)):
         numeric = bool(rows) and all(isinstance(row[name], int | float | None) for row in rows)
-        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(
+            name.replace("_", " "),
+            justify="right" if numeric else "left",
+            overflow="fold",
+            no_wrap=place == 0,  # what a row is about stays readable however narrow the terminal
+        )
     for row in rows:
         table.add_row(*(escape(_cell(value)) for value in row.values()))  # a device may report "[/x]"
     Console().print(table)

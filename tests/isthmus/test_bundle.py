@@ -115,7 +115,7 @@ def edit(bundle: Path, **changes: Any) -> bytes:
         ({"files": {"a/./b": {"sha256": "0" * 64, "length": 1}}}, "files"),
         ({"files": {"a": {"sha256": "zz", "length": 1}}}, "files"),
         ({"files": {}}, "files"),
-        ({"inputs": [{"name": "x", "datatype": "FP32", "shape": [4, -1]}]}, "inputs"),
+        ({"inputs": [{"name": "x", "datatype": "FP32", "shape": [4, -2]}]}, "inputs"),
         ({"inputs": [{"name": "x", "datatype": "FLOAT", "shape": [4]}]}, "inputs"),
         ({"heavy": {"platform": "python", "digest": "0" * 64}}, "heavy.digest"),
         ({"schema_version": 2}, "schema_version"),
