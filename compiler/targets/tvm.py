@@ -77,10 +77,11 @@ class TvmTarget:
         tvm = _import_tvm()
         link = _linker(options.platform)
         target, cpu = _target(tvm, options.platform, options.cpu)
+        from compiler.schedules import lower
         from compiler.targets.tvm_import import import_model
 
         imported = import_model(model)
-        lowered = _lower(imported.module, target)
+        lowered = lower(imported.module, target)
         lifted, weights = lift_weights(lowered)
         try:
             tvm.relax.build(lifted, target).export_library(str(folder / LIBRARY), fcompile=link)
@@ -154,13 +155,6 @@ def _import_tvm() -> ModuleType:
     tvm = importlib.import_module("tvm")
     sys.excepthook = hook  # TVM's own ends every child process when an error reaches the top
     return tvm
-
-
-def _lower(module: Any, target: Any) -> Any:
-    from tvm import relax
-
-    with target:
-        return relax.get_pipeline("zero")(module)
 
 
 def _target(tvm: ModuleType, platform: str, cpu: str) -> tuple[Any, str]:

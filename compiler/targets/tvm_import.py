@@ -85,20 +85,9 @@ def fixed(graph: Any, model: CapturedModel) -> Any:
     return graph
 
 
-def axis_names(spec: TensorSpec, model: CapturedModel) -> tuple[str, ...]:
-    """Return the name of each axis of a tensor, "" for fixed ones; a first axis without a name is the batch."""
-    named = model.axes.get(spec.name)
-    if named is not None:
-        return tuple(named)
-    return tuple(
-        "" if size != -1 else BATCH if axis == 0 else f"axis {axis} of {spec.name}"
-        for axis, size in enumerate(spec.shape)
-    )
-
-
 def _fixed_shape(spec: TensorSpec, model: CapturedModel) -> list[int]:
     sizes = []
-    for size, axis in zip(spec.shape, axis_names(spec, model), strict=True):
+    for size, axis in zip(spec.shape, model.axes[spec.name], strict=True):
         if size != -1:
             sizes.append(size)
         elif axis == BATCH:
@@ -194,8 +183,8 @@ def _convert(graph: Any) -> Any:
 
 
 def _with_safe_lookups(module: Any) -> Any:
-    """Return the module with every lookup kept inside its table."""
-    from tvm import IRModule, relax
+    """Keep every lookup inside its table; return the module."""
+    from tvm import relax
     from tvm.ir import Op
 
     take = Op.get("relax.take")
@@ -208,7 +197,8 @@ def _with_safe_lookups(module: Any) -> Any:
                 return relax.op.take(call.args[0], call.args[1], call.attrs.axis, mode="clip")
             return call
 
-    return IRModule({"main": Clamp(module).visit_expr(module["main"])})
+    module.update_func(module.get_global_var("main"), Clamp(module).visit_expr(module["main"]))
+    return module
 
 
 def _spec_of(specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:
@@ -216,7 +206,7 @@ def _spec_of(specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:
 
 
 def _batch_axis(spec: TensorSpec, model: CapturedModel) -> int | None:
-    names = axis_names(spec, model)
+    names = model.axes[spec.name]
     return names.index(BATCH) if BATCH in names else None
 
 
