@@ -188,7 +188,7 @@ def ranges(model: Any, lengths: Lengths, known: Mapping[str, tuple[int, int]]) -
 
 
 def _dims(value: Any, count: int) -> Any:
-    """Return the axes of the value; when there are really `count`, what the file says of another number is forgotten."""
+    """Return the axes of the value; what the file says of another number of them than `count` is forgotten."""
     shape = value.type.tensor_type.shape
     shape.SetInParent()
     if count and len(shape.dim) != count:
