@@ -28,6 +28,7 @@ import numpy as np
 import onnx
 
 from compiler.capture import CapturedModel
+from compiler.data import BATCH_AXIS
 from compiler.targets import BuildOptions, UnsupportedModelError
 from compiler.targets.tensorrt_graph import nodes_of, typed_graph
 from isthmus.bundle import TensorSpec
@@ -51,11 +52,13 @@ class Library:
     Attributes:
         title: What people call it.
         modules: Names that its Python module may have: a package and its bindings can be installed under two.
-        capabilities: Compute capabilities to build for, such as "SM86"; empty: that of the GPU in this machine.
+        ahead: Whether it builds for GPUs that need not be here, and so times nothing.
+        capabilities: Compute capabilities to build for, such as "SM86"; empty: the library's own choice.
     """
 
     title: str
     modules: tuple[str, ...]
+    ahead: bool
     capabilities: tuple[str, ...] = ()
 
     def require(self) -> None:
@@ -73,8 +76,8 @@ class Library:
         import_module(self.modules[0])
 
 
-TENSORRT: Final = Library("TensorRT", ("tensorrt", "tensorrt_bindings"))
-TENSORRT_RTX: Final = Library("TensorRT-RTX", ("tensorrt_rtx", "tensorrt_rtx_bindings"))
+TENSORRT: Final = Library("TensorRT", ("tensorrt", "tensorrt_bindings"), ahead=False)
+TENSORRT_RTX: Final = Library("TensorRT-RTX", ("tensorrt_rtx", "tensorrt_rtx_bindings"), ahead=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def build_plan(library: Library, model: CapturedModel, options: BuildOptions, pa
             "shapes": profile,
             "values": _values(model, options),
             "workspace": WORKSPACE,
-            "timing_cache": "" if database is None or library.capabilities else str(database / "tensorrt.timing"),
+            "timing_cache": "" if database is None or library.ahead else str(database / "tensorrt.timing"),
         }
         (folder / "job.json").write_text(json.dumps(job))
         done = subprocess.run(
@@ -136,8 +139,8 @@ def _sizes(model: CapturedModel, spec: TensorSpec, axis: int, options: BuildOpti
     if size != -1:
         return size, size, size
     names = model.axes.get(spec.name, ())
-    name = names[axis] if names else ("batch" if axis == 0 else "")
-    if name == "batch":
+    name = names[axis] if names else (BATCH_AXIS if axis == 0 else "")
+    if name == BATCH_AXIS:
         most = min(options.max_batch, model.lengths.get(name, (1, options.max_batch))[1])
         return 1, min(max(options.serving.preferred_batch, default=1), most), most
     if name not in model.lengths:

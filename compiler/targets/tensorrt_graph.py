@@ -113,7 +113,7 @@ def _half(graph: onnx.ModelProto, title: str) -> onnx.ModelProto:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one for every weight that is clamped; what they do is checked afterwards
-            converted = convert_float_to_float16(
+            converted: onnx.ModelProto = convert_float_to_float16(
                 graph, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_SINGLE]
             )
     except Exception as error:  # it raises whatever it stumbles over
@@ -121,7 +121,17 @@ def _half(graph: onnx.ModelProto, title: str) -> onnx.ModelProto:
             f"the graph cannot be converted to fp16 for {title}: {str(error)[:300]}", hint="use precision fp32"
         ) from error
     del converted.graph.value_info[:]  # some still say fp32
+    _drop_doubles(converted.graph)
     return converted
+
+
+def _drop_doubles(graph: onnx.GraphProto) -> None:
+    """Leave one of each cast: the converter adds the same one again for every node that shares a weight."""
+    nodes: dict[tuple[str, ...], onnx.NodeProto] = {}
+    for node in graph.node:
+        nodes.setdefault(tuple(node.output), node)
+    del graph.node[:]
+    graph.node.extend(nodes.values())
 
 
 def _quantized(
@@ -148,7 +158,7 @@ def _quantized(
     for node in layers:
         activation, kernel = node.input[0], node.input[1]
         if activation not in pairs:
-            pairs[activation] = _pair(graph, activation, np.float32(largest[activation]), None)
+            pairs[activation] = _pair(graph, activation, np.array(largest[activation]), None)
         array = onnx.numpy_helper.to_array(weights[kernel])
         axis = _CHANNEL_AXIS[node.op_type] if not _is_transposed(node) else 0
         if kernel not in pairs:
@@ -166,13 +176,14 @@ def _with_axis(graph: onnx.ModelProto, title: str) -> onnx.ModelProto:
     if version >= _AXIS_OPSET:
         return graph
     try:
-        return onnx.version_converter.convert_version(graph, _AXIS_OPSET)
+        converted: onnx.ModelProto = onnx.version_converter.convert_version(graph, _AXIS_OPSET)
     except Exception as error:  # it raises whatever it stumbles over
         raise UnsupportedModelError(
             f"int8 for {title} needs opset {_AXIS_OPSET}, the model has {version} and cannot be converted: "
             f"{str(error)[:200]}",
             hint=f"export the model with opset {_AXIS_OPSET} or later, or use precision fp16",
         ) from error
+    return converted
 
 
 def _is_transposed(node: onnx.NodeProto) -> bool:
@@ -222,19 +233,15 @@ def _pair(graph: onnx.ModelProto, tensor: str, largest: Array, axis: int | None)
     names = [f"{tensor}.scale", f"{tensor}.zero"]
     arrays = [scale, np.zeros(scale.shape, np.int8)]
     graph.graph.initializer.extend(map(onnx.numpy_helper.from_array, arrays, names))
-    attributes = {} if axis is None else {"axis": axis}
-    return [
-        onnx.helper.make_node(
-            "QuantizeLinear", [tensor, *names], [f"{tensor}.int8"], name=f"{tensor}.quantize", **attributes
-        ),
-        onnx.helper.make_node(
-            "DequantizeLinear",
-            [f"{tensor}.int8", *names],
-            [f"{tensor}.rounded"],
-            name=f"{tensor}.restore",
-            **attributes,
-        ),
-    ]
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+    nodes = []
+    for operator, before, after in (
+        ("QuantizeLinear", tensor, "int8"),
+        ("DequantizeLinear", f"{tensor}.int8", "rounded"),
+    ):
+        output = f"{tensor}.{after}"
+        nodes.append(onnx.helper.make_node(operator, [before, *names], [output], name=f"{output}_node", **attributes))
+    return nodes
 
 
 def _insert(graph: onnx.GraphProto, pairs: Mapping[str, Sequence[onnx.NodeProto]]) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Final, Literal, NoReturn
 
 from compiler.capture import CapturedModel
 from compiler.targets import BuildOptions, Built
-from compiler.targets.tensorrt import PRECISIONS, TENSORRT_RTX, Library, build_plan
+from compiler.targets.tensorrt import PRECISIONS, TENSORRT_RTX, build_plan
 from isthmus.errors import InputError
 
 ENTRY: Final = "model.engine"
@@ -47,7 +48,7 @@ class TensorRtRtxTarget:
             UnsupportedModelError: TensorRT-RTX cannot take the model.
         """
         capabilities = _capabilities(options.cpu)
-        library = Library(TENSORRT_RTX.title, TENSORRT_RTX.modules, capabilities)
+        library = replace(TENSORRT_RTX, capabilities=capabilities)
         plan = build_plan(library, model, options, folder / ENTRY)
         description = {
             "library": library.title,

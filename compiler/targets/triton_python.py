@@ -1,30 +1,28 @@
-"""Triton in the cloud, with its Python backend: config.pbtxt, and a version folder with model.py and model.onnx.
+"""Triton in the cloud, with its Python backend: config.pbtxt, and a version folder with model.py and the model.
 
-Equal models with equal settings give equal folders whatever the bundle's version is, so that two bundles share one
-Triton version. Which versions Triton serves is the cloud's business: nothing here says.
+The backend runs ONNX Runtime (model.onnx) or OpenVINO (model.xml and model.bin) on the processor. It is the form that
+the Triton of the Python package index can load.
 """
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
-
-from google.protobuf import text_format
+from typing import ClassVar, Final, Literal
 
 from compiler.capture import CapturedModel
-from compiler.targets import BuildOptions, Built
+from compiler.targets import BuildOptions, Built, Runner
 from compiler.targets.onnxruntime import OnnxRunner
-from isthmus.bundle import TensorSpec
-from isthmus.oip import model_config_pb2
+from compiler.targets.triton_config import VERSION, configuration, on_cpu, write_configuration
 
-ENTRY: Final = "1/model.onnx"
-CONFIG: Final = "config.pbtxt"
+ENTRY: Final = f"{VERSION}/model.onnx"
 _PROGRAM: Final = Path(__file__).with_name("triton_python_model.py")
+_IR: Final = ".xml"
 
 
 class TritonPythonTarget:
-    """The heavy model as ONNX Runtime in Triton's Python backend."""
+    """The heavy model as ONNX Runtime or OpenVINO in Triton's Python backend."""
 
     role: ClassVar[Literal["light", "heavy"]] = "heavy"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
@@ -38,35 +36,34 @@ class TritonPythonTarget:
         return ("default",)
 
     def build(self, model: CapturedModel, folder: Path, options: BuildOptions) -> Built:
-        """Write the model folder."""
-        (folder / ENTRY).parent.mkdir()
-        shutil.copyfile(model.path, folder / ENTRY)
-        shutil.copyfile(_PROGRAM, (folder / ENTRY).with_name("model.py"))
-        (folder / CONFIG).write_text(text_format.MessageToString(configuration(model, options)), encoding="utf-8")
-        return Built(ENTRY)
+        """Write the model folder.
 
-    def open(self, entry: Path, *, threads: int) -> OnnxRunner:
+        Raises:
+            InputError: The serving settings contradict each other or the model.
+            UnsupportedModelError: The runtime that the settings name cannot take the model.
+        """
+        config = configuration(model, options, backend="python")
+        on_cpu(config, options.serving, "triton-python")
+        config.parameters["threads"].string_value = str(options.serving.threads)
+        config.parameters["runtime"].string_value = options.serving.runtime
+        version = folder / VERSION
+        version.mkdir()
+        if options.serving.runtime == "openvino":
+            from compiler.targets.openvino import OpenVinoTarget
+
+            built = OpenVinoTarget().build(model, version, replace(options, precision="fp32", setting=""))
+            entry = f"{VERSION}/{built.entry}"
+        else:
+            entry = ENTRY
+            shutil.copyfile(model.path, folder / ENTRY)
+        shutil.copyfile(_PROGRAM, version / "model.py")
+        write_configuration(config, folder)
+        return Built(entry)
+
+    def open(self, entry: Path, *, threads: int) -> Runner:
         """Load the model as model.py does."""
+        if entry.suffix == _IR:
+            from compiler.targets.openvino import OpenVinoTarget
+
+            return OpenVinoTarget().open(entry, threads=threads)
         return OnnxRunner(entry, threads=threads)
-
-
-def configuration(model: CapturedModel, options: BuildOptions) -> Any:
-    """Return Triton's configuration of the model."""
-    config = model_config_pb2.ModelConfig(name=options.name, backend="python", max_batch_size=options.max_batch)
-    config.input.extend(model_config_pb2.ModelInput(**_tensor(spec)) for spec in model.inputs)
-    config.output.extend(model_config_pb2.ModelOutput(**_tensor(spec)) for spec in model.outputs)
-    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=options.serving.instances)
-    config.dynamic_batching.max_queue_delay_microseconds = options.serving.max_queue_delay_us
-    config.parameters["threads"].string_value = str(options.serving.threads)
-    return config
-
-
-def _tensor(spec: TensorSpec) -> dict[str, Any]:
-    """Return name, datatype and shape without the batch axis, which Triton adds itself."""
-    datatype = model_config_pb2.DataType.Value(f"TYPE_{spec.datatype}")
-    shape = spec.shape[1:]
-    if shape:
-        return {"name": spec.name, "data_type": datatype, "dims": shape}
-    # Triton wants at least one axis besides the batch; a single one of length 1 is taken away again.
-    reshape = model_config_pb2.ModelTensorReshape(shape=[])
-    return {"name": spec.name, "data_type": datatype, "dims": (1,), "reshape": reshape}
