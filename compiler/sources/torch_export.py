@@ -39,9 +39,10 @@ class TorchExport:
                 raise cannot_export(source, error) from error
             finally:
                 cleaned.unlink()
-        path = export_program(program, options=options, path=folder / "model.onnx", what=source)
+        path = folder / "model.onnx"
+        export_program(program, _outputs(program), options=options, path=path, what=source)
         names, bounds = _axes(program)
-        inputs = _name(path, names, _outputs(program))
+        inputs = _name(path, names)
         compare(lambda given: program.module()(*given.values()), path, _example(program, inputs, bounds), source)
         lengths = {names[symbol]: length for symbol, length in bounds.items()}
         return Exported(path, lengths)
@@ -89,8 +90,8 @@ def _outputs(program: torch.export.ExportedProgram) -> list[str]:
     return output_names(_pytree.tree_unflatten(leaves, spec) if spec is not None else leaves)
 
 
-def _name(path: Path, names: Mapping[str, str], outputs: list[str]) -> list[str]:
-    """Give the axes and the outputs of the ONNX file their names; return those of its inputs."""
+def _name(path: Path, names: Mapping[str, str]) -> list[str]:
+    """Give the axes of the ONNX file their names; return those of its inputs."""
     import onnx
 
     model = onnx.load(path)
@@ -98,13 +99,6 @@ def _name(path: Path, names: Mapping[str, str], outputs: list[str]) -> list[str]
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.dim_param = names.get(dim.dim_param, dim.dim_param)
-    if len(outputs) == len(model.graph.output):
-        model.graph.node.extend(
-            onnx.helper.make_node("Identity", [value.name], [name], name=f"{name}_output")
-            for value, name in zip(model.graph.output, outputs, strict=True)
-        )
-        for value, name in zip(model.graph.output, outputs, strict=True):
-            value.name = name
     onnx.save(model, path)
     return [value.name for value in model.graph.input]
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from compiler.sources import SourceOptions
+from compiler.sources.onnx_file import graphs_of
 from isthmus.errors import InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -78,18 +79,20 @@ def export_module(
             names = output_names(module(**example))
             program = torch.onnx.export(
                 module, (), kwargs=dict(example), dynamo=True, opset_version=options.opset, dynamic_shapes=shapes,
-                input_names=list(example), output_names=names, verbose=False, external_data=False,
+                verbose=False,
             )  # fmt: skip
         except Exception as error:  # whatever the exporter trips over, the source is what has to change
             raise cannot_export(what, error) from error
-    _save(program, path, what)
+    _save(program, names, path, what)
     _check_axes(path, axes, what)
     compare(lambda inputs: module(**inputs), path, other or example, what)
     return path
 
 
-def export_program(program: torch.export.ExportedProgram, *, options: SourceOptions, path: Path, what: str) -> Path:
-    """Write the exported program as ONNX to `path`.
+def export_program(
+    program: torch.export.ExportedProgram, names: Sequence[str], *, options: SourceOptions, path: Path, what: str
+) -> Path:
+    """Write the exported program as ONNX to `path`, its outputs called by these names.
 
     Raises:
         InputError: torch cannot export it.
@@ -101,7 +104,7 @@ def export_program(program: torch.export.ExportedProgram, *, options: SourceOpti
             exported = torch.onnx.export(program, dynamo=True, opset_version=options.opset, verbose=False)
         except Exception as error:  # whatever the exporter trips over, the source is what has to change
             raise cannot_export(what, error) from error
-    return _save(exported, path, what)
+    return _save(exported, names, path, what)
 
 
 def cannot_export(what: str, error: BaseException) -> InputError:
@@ -170,14 +173,48 @@ def flatten(outputs: Any) -> Sequence[torch.Tensor]:
     return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
 
 
-def _save(program: Any, path: Path, what: str) -> Path:
+def _save(program: Any, names: Sequence[str], path: Path, what: str) -> Path:
     from compiler.sources.wire import MAX_MODEL_BYTES
 
-    size = program.model_proto.ByteSize()
+    model = program.model_proto
+    size = model.ByteSize()
     if size > MAX_MODEL_BYTES:
         raise InputError(f"{what}: expected a model of at most {MAX_MODEL_BYTES} bytes as ONNX, got {size}")
-    program.save(str(path), external_data=False)
+    if len(names) != len(model.graph.output):
+        raise InputError(f"{what}: expected {len(names)} outputs after the export, got {len(model.graph.output)}")
+    name_outputs(model, names)
+    path.write_bytes(model.SerializeToString(deterministic=True))
     return path
+
+
+def name_outputs(model: Any, names: Sequence[str]) -> None:
+    """Give the outputs these names; values inside that have one of them make way."""
+    graph = model.graph
+    olds = [value.name for value in graph.output]
+    used = {name for part in graphs_of(model) for node in part.node for name in (*node.input, *node.output)}
+    fixed = {value.name for value in (*graph.input, *graph.initializer)}
+    renamed: dict[str, str] = {}
+    for name in names:
+        unique = name
+        while unique in used:
+            unique += "_inner"
+        if unique != name:
+            renamed[name] = unique
+    straight = len(set(olds)) == len(olds) and fixed.isdisjoint(olds)
+    if straight:
+        renamed |= dict(zip(olds, names, strict=True))
+    for part in graphs_of(model):
+        for node in part.node:
+            for field in (node.input, node.output):
+                for index, name in enumerate(field):
+                    if name in renamed:
+                        field[index] = renamed[name]
+        for value in (*part.initializer, *part.value_info):
+            value.name = renamed.get(value.name, value.name)
+    for value, name, old in zip(graph.output, names, olds, strict=True):
+        value.name = name
+        if not straight:  # an input or a weight is returned, or one value twice
+            graph.node.add(op_type="Identity", input=[renamed.get(old, old)], output=[name], name=f"output_{name}")
 
 
 def _check_axes(path: Path, axes: Axes, what: str) -> None:
