@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final, Protocol, cast
 
-from isthmus.digests import sha256_file, tree_digest
+from isthmus.digests import sha256_bytes, sha256_file, tree_digest
 from isthmus.errors import InputError, MissingExtraError
 
 OPSET: Final = 18  # of what is exported here: every target takes it
@@ -82,8 +82,8 @@ SOURCES: Final[Mapping[str, SourceEntry]] = {
     "safetensors": SourceEntry("compiler.sources.safetensors_file:SafetensorsFile", "torch"),
     "pickle": SourceEntry("compiler.sources.pickle_file:PickleFile", "torch"),
     "mlflow": SourceEntry("compiler.sources.mlflow_model:MlflowModel", "mlflow"),
-    "timm": SourceEntry("compiler.sources.timm_model:TimmModel", "torch"),
-    "torchvision": SourceEntry("compiler.sources.torchvision_model:TorchvisionModel", "torch"),
+    "timm": SourceEntry("compiler.sources.timm_model:TimmModel", "timm"),
+    "torchvision": SourceEntry("compiler.sources.torchvision_model:TorchvisionModel", "timm"),
 }
 
 _SCHEMES: Final[Mapping[str, str]] = {
@@ -131,8 +131,12 @@ def kind_of(source: str | Path) -> str:
 
 
 def resolve(source: str, folder: Path) -> str:
-    """Return the source with a relative path taken from `folder`; names and addresses stay as they are."""
-    return source if source.startswith(tuple(_SCHEMES)) else str(folder / source)
+    """Return the source with a relative path in it taken from `folder`; names and addresses stay as they are."""
+    if not source.startswith(tuple(_SCHEMES)):
+        return str(folder / source)
+    name, at, weights = source.partition("@")
+    named = source.startswith(("timm:", "torchvision:"))
+    return f"{name}@{folder / weights}" if named and at else source
 
 
 def load_source(kind: str) -> Source:
@@ -165,6 +169,8 @@ def digest(source: str | Path, options: SourceOptions | None = None) -> str:
         digests = {name: sha256_file(path) for name, path in files.items()}
     except OSError as error:
         raise InputError(f"cannot read {error.filename}: {error.strerror}", hint="mend the source's path") from error
+    if not digests:  # a name alone
+        return sha256_bytes(str(source).encode())
     return next(iter(digests.values())) if len(digests) == 1 else tree_digest(digests)
 
 

@@ -90,7 +90,7 @@ class TextModule(torch.nn.Module):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return the outputs by name; ids and mask are int64 [batch, sequence], 1 in the mask is a token that counts."""
+        """Return the outputs by name; all inputs are int64 [batch, sequence], tokens that count are 1 in the mask."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if token_type_ids is None and self.has_types and self.plain:
             # One type for all: a vector that is folded, where the model's own default is a gather.

@@ -203,6 +203,14 @@ def name_outputs(model: Any, names: Sequence[str]) -> None:
     straight = len(set(olds)) == len(olds) and fixed.isdisjoint(olds)
     if straight:
         renamed |= dict(zip(olds, names, strict=True))
+    _rename(model, renamed)
+    for value, name, old in zip(graph.output, names, olds, strict=True):
+        value.name = name
+        if not straight:  # an input or a weight is returned, or one value twice
+            graph.node.add(op_type="Identity", input=[renamed.get(old, old)], output=[name], name=f"output_{name}")
+
+
+def _rename(model: Any, renamed: Mapping[str, str]) -> None:
     for part in graphs_of(model):
         for node in part.node:
             for field in (node.input, node.output):
@@ -211,10 +219,6 @@ def name_outputs(model: Any, names: Sequence[str]) -> None:
                         field[index] = renamed[name]
         for value in (*part.initializer, *part.value_info):
             value.name = renamed.get(value.name, value.name)
-    for value, name, old in zip(graph.output, names, olds, strict=True):
-        value.name = name
-        if not straight:  # an input or a weight is returned, or one value twice
-            graph.node.add(op_type="Identity", input=[renamed.get(old, old)], output=[name], name=f"output_{name}")
 
 
 def _check_axes(path: Path, axes: Axes, what: str) -> None:
