@@ -180,6 +180,8 @@ class Recipe(_Section):
             raise ValueError(f"variants must differ, got {', '.join(ids)}")
         if any(variant.precision == "int8" for variant in self.variants) and self.data.quantization is None:
             raise ValueError("data.quantization is needed, for a variant has precision int8")
+        if self.heavy.precision == "int8" and self.data.quantization is None:
+            raise ValueError("data.quantization is needed, for heavy.precision is int8")
         heavy = [variant.target for variant in self.variants if variant.target.startswith("triton-")]
         if heavy:
             raise ValueError(f"target {heavy[0]!r} is for the heavy model: name it as heavy.target, not as a variant")

@@ -30,7 +30,11 @@ TARGETS: Final[Mapping[str, TargetEntry]] = {
     "openvino": TargetEntry("compiler.targets.openvino:OpenVinoTarget"),
     "onnxruntime": TargetEntry("compiler.targets.onnxruntime:OnnxRuntimeTarget"),
     "tvm": TargetEntry("compiler.targets.tvm:TvmTarget", "tvm"),
+    "tensorrt-rtx": TargetEntry("compiler.targets.tensorrt_rtx:TensorRtRtxTarget", "tensorrt-rtx"),
     "triton-python": TargetEntry("compiler.targets.triton_python:TritonPythonTarget"),
+    "triton-onnxruntime": TargetEntry("compiler.targets.triton_onnxruntime:TritonOnnxRuntimeTarget"),
+    "triton-openvino": TargetEntry("compiler.targets.triton_openvino:TritonOpenVinoTarget"),
+    "triton-tensorrt": TargetEntry("compiler.targets.triton_tensorrt:TritonTensorRtTarget", "tensorrt"),
 }
 
 

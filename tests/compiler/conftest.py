@@ -29,6 +29,8 @@ calibration = "calibration.safetensors"
 [guard]
 max_accuracy_drop = {drop}
 max_difference = {difference}
+[measure]
+enabled = {measure}
 {rest}
 """
 INT8 = '[[variants]]\ntarget = "openvino"\nprecision = "int8"\n'
@@ -65,6 +67,7 @@ def write_recipe(folder: Path, name: str = "recipe.toml", **changes: object) -> 
         "rest": "",
         "drop": 0.1,
         "difference": 1e-3,
+        "measure": "false",
         **changes,
     }
     path = folder / name

@@ -10,8 +10,10 @@ from compiler.evaluate import (
     accuracy,
     accuracy_curve,
     agreement,
+    compare,
     expected_calibration_error,
     max_probability,
+    measure,
     negative_log_likelihood,
     oracle_curve,
     random_curve,
@@ -75,3 +77,46 @@ def test_calibration_error_is_the_gap_between_score_and_accuracy() -> None:
 
     assert expected_calibration_error(sure_and_wrong_half_the_time, np.array([0, 0, 1, 2])) == pytest.approx(0.5)
     assert expected_calibration_error(sure_and_wrong_half_the_time, np.array([0, 0, 0, 0])) == pytest.approx(0.0)
+
+
+def test_the_metrics_are_those_of_the_textbook() -> None:
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    logits = logits_of([0, 0, 1, 1, 1, 0])
+
+    assert measure("accuracy", logits, labels) == pytest.approx(4 / 6)
+    assert measure("balanced-accuracy", logits, labels) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert measure("macro-f1", logits, labels) == pytest.approx((2 / 3 + 4 / 5 + 0) / 3)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["accuracy", "balanced-accuracy", "macro-f1"]))
+def test_a_comparison_gives_the_metrics_and_intervals_around_them(seed: int, metric: str) -> None:
+    rng = np.random.default_rng(seed)
+    ours, theirs = rng.normal(size=(2, 60, 3))
+    labels = rng.integers(0, 3, 60)
+
+    found = compare(metric, ours, theirs, labels)
+
+    assert found.value == pytest.approx(measure(metric, ours, labels))
+    assert found.drop == pytest.approx(measure(metric, theirs, labels) - found.value)
+    assert found.interval[0] <= found.value + 0.05
+    assert found.interval[1] >= found.value - 0.05
+    assert found == compare(metric, ours, theirs, labels)
+
+
+def test_the_interval_of_accuracy_is_that_of_the_binomial() -> None:
+    labels = np.zeros(1000, np.int64)
+    logits = logits_of([0] * 800 + [1] * 200)
+
+    found = compare("accuracy", logits, logits, labels)
+
+    assert found.interval == pytest.approx((0.8 - 0.0248, 0.8 + 0.0248), abs=0.004)
+    assert found.drop_interval == (0.0, 0.0)  # the same answers: nothing was lost, whatever the sample
+
+
+def test_a_difference_on_the_same_rows_has_a_narrow_interval() -> None:
+    labels = np.zeros(1000, np.int64)
+    source, ours = logits_of([0] * 800 + [1] * 200), logits_of([0] * 790 + [1] * 210)
+
+    low, high = compare("accuracy", ours, source, labels).drop_interval
+
+    assert 0.003 < low < 0.010 < high < 0.018

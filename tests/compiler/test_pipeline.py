@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +15,14 @@ import onnxruntime
 import pytest
 from safetensors.numpy import load_file
 
-from compiler.evaluate import accuracy
 from compiler.pipeline import GuardError, Outcome, compile_bundle
-from isthmus.bundle import Manifest, open_bundle, parse_calibration
+from compiler.report import Report
+from compiler.targets import TARGETS, load_target
+from isthmus.bundle import open_bundle, parse_calibration
 from isthmus.digests import sha256_file
 from isthmus.errors import ConflictError, InputError, VerificationError
 from tests.compiler import models
-from tests.compiler.conftest import INT8, WriteRecipe, fill_workspace, light_weights, write_recipe
+from tests.compiler.conftest import ALL, INT8, WriteRecipe, fill_workspace, light_weights, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +63,38 @@ def test_the_bundle_opens_and_describes_itself(pair: Pair) -> None:
     assert pair.first.manifest == manifest
 
 
+def test_a_second_build_finds_nothing_to_do(pair: Pair) -> None:
+    again = compile_bundle(pair.folder / "recipe.toml", pair.folder / "v1")
+
+    assert again.reused
+    assert again.manifest == pair.first.manifest
+    assert again.report == pair.first.report
+    assert again.calibration == pair.first.calibration
+
+
+def test_a_bundle_that_somebody_changed_is_made_again(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.folder / "v1", tmp_path / "copy")
+    whole = digests(tmp_path / "copy")
+    (tmp_path / "copy" / "report.json").write_text("{}")
+
+    again = compile_bundle(pair.folder / "recipe.toml", tmp_path / "copy", cache=pair.folder / ".compile-cache")
+
+    assert not again.reused
+    assert digests(tmp_path / "copy") == whole
+
+
+def test_changing_one_variant_builds_that_one_alone(pair: Pair, tmp_path: Path) -> None:
+    stages: list[str] = []
+    variants = ALL.replace('target = "onnxruntime"', 'target = "onnxruntime"\nprecision = "int8"')
+    recipe = write_recipe(pair.folder, "other.toml", variants=variants)
+
+    compile_bundle(
+        recipe, tmp_path / "out", cache=pair.folder / ".compile-cache", progress=lambda stage, *_: stages.append(stage)
+    )
+
+    assert {stage for stage in stages if stage.startswith("verify ")} == {"verify onnxruntime-int8"}
+
+
 def test_nothing_is_left_beside_the_bundles(pair: Pair) -> None:
     hidden = [path.name for path in pair.folder.iterdir() if path.name.startswith(".")]
 
@@ -77,7 +114,7 @@ def test_a_target_that_spoils_rows_in_a_batch_is_refused(tmp_path: Path) -> None
     with pytest.raises(GuardError, match="of a row alone differs by") as raised:
         # However much accuracy may be lost: answers that depend on their neighbours are never good.
         compile_bundle(write_recipe(tmp_path, variants=INT8, light="light-mean.onnx", drop=1.0), tmp_path / "out")
-    assert [entry.variant.id for entry in raised.value.outcome.variants if entry.refused] == ["openvino-int8"]
+    assert [entry.id for entry in raised.value.outcome.report.left_out] == ["openvino-int8"]
     assert not (tmp_path / "out").exists()
 
 
@@ -86,7 +123,9 @@ def test_a_wrong_target_or_precision_is_found_before_any_work(tmp_path: Path) ->
     (tmp_path / "heavy.onnx").write_bytes(b"nobody looks at it")
     for variant, message, hint in (
         ('target = "openvin"', "unknown target", "did you mean openvino?"),
-        ('target = "onnxruntime"\nprecision = "int8"', "has no precision", "recipe"),
+        ('target = "onnxruntime"\nprecision = "int4"', "has no precision", "recipe"),
+        ('target = "onnxruntime"\nplatform = "aarch64"', "has no platform", "recipe"),
+        ('target = "onnxruntime"\nsetting = "fastest"', "has no setting 'fastest' for fp32", "leave the setting"),
     ):
         with pytest.raises(InputError, match=message) as raised:
             compile_bundle(write_recipe(tmp_path, variants=f"[[variants]]\n{variant}\n"), tmp_path / "out")
@@ -118,14 +157,39 @@ def test_golden_outputs_are_those_of_each_variant(pair: Pair) -> None:
     assert golden["input.tokens"].shape == (16, models.TOKENS)
 
 
-def test_the_report_has_measurements_and_no_times(pair: Pair) -> None:
-    report = json.loads((pair.folder / "v2" / "report.json").read_text())
+def test_the_report_says_what_was_tried_and_how_near_it_came(pair: Pair) -> None:
+    report = Report.model_validate_json((pair.folder / "v2" / "report.json").read_bytes())
 
-    assert report["heavy_accuracy"] == 1.0
-    assert [entry["grid"] for entry in report["variants"]] == ["kept", "", ""]
-    assert report["variants"][0]["clipped"] <= 0.01
-    assert "latency" not in json.dumps(report)
-    assert all(entry.latency_ms > 0 for entry in pair.second.variants)
+    assert report == pair.second.report
+    assert report.heavy_accuracy == 1.0
+    assert [entry.grid for entry in report.variants] == ["kept", "", ""]
+    assert report.variants[0].clipped <= 0.01
+    for entry in report.variants:
+        assert entry.timing is None
+        assert entry.parity is not None
+        assert entry.parity.cosine > 0.95
+        assert {edge.name for edge in entry.edges} >= {"batch 1", "batch 2", "batch 16", "smallest values"}
+        assert entry.interval[0] <= entry.accuracy <= entry.interval[1]
+        assert entry.attempts[-1].setting == entry.setting
+    assert pair.second.manifest is not None
+    assert pair.second.manifest.varies == {}
+
+
+def test_times_are_measured_and_the_manifest_says_that_they_vary(recipe: WriteRecipe, tmp_path: Path) -> None:
+    path = recipe(variants='[[variants]]\ntarget = "onnxruntime"\n', measure="true\nseconds = 0.05")
+
+    outcome = compile_bundle(path, tmp_path / "out")
+
+    assert outcome.manifest is not None
+    timing = outcome.report.variants[0].timing
+    assert timing is not None
+    assert 0 < timing.least_ms <= timing.p50_ms <= timing.p99_ms
+    assert timing.samples_per_s > 0
+    assert 20 < timing.peak_rss_mib < 1000
+    assert outcome.manifest.variants[0].latency_ms == timing.p50_ms
+    assert set(outcome.manifest.varies) == {"report.json"}
+    assert outcome.report.pareto == ("onnxruntime-fp32",)
+    assert set(outcome.report.recommended.values()) == {"onnxruntime-fp32"}
 
 
 def test_both_versions_share_the_heavy_model(pair: Pair) -> None:
@@ -147,24 +211,14 @@ def test_the_new_version_differs_where_weights_moved_only(pair: Pair) -> None:
     np.testing.assert_array_equal(before[:words], after[:words])
 
 
-def test_the_cache_is_used_and_a_spoilt_one_is_not(pair: Pair, tmp_path: Path) -> None:
-    (cached,) = (pair.folder / ".compile-cache").iterdir()
-    seen: dict[str, list[int]] = {"hit": [], "miss": []}
-    recipe = write_recipe(pair.folder, "small.toml", variants='[[variants]]\ntarget = "onnxruntime"\n')
+def test_a_damaged_cache_gives_the_same_bundle(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.folder / ".compile-cache", tmp_path / "cache")
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-7])
 
-    def compile_with(cache: Path, into: str) -> Manifest | None:
-        return compile_bundle(
-            recipe, tmp_path / into, cache=cache,
-            progress=lambda stage, done, _: seen[into].append(done) if stage == "heavy model" else None,
-        ).manifest  # fmt: skip
+    compile_bundle(pair.folder / "recipe.toml", tmp_path / "out", cache=tmp_path / "cache")
 
-    first = compile_with(pair.folder / ".compile-cache", "hit")
-    spoilt = tmp_path / "spoilt"
-    spoilt.mkdir()
-    (spoilt / cached.name).write_bytes(cached.read_bytes()[:-7])
-    assert compile_with(spoilt, "miss") == first
-    assert seen == {"hit": [400], "miss": [64, 128, 192, 256, 320, 384, 400]}
-    assert (spoilt / cached.name).read_bytes() == cached.read_bytes()
+    assert digests(tmp_path / "out") == digests(pair.folder / "v1")
 
 
 def test_the_guard_refuses_and_nothing_is_written(recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -178,8 +232,12 @@ def test_the_guard_refuses_and_nothing_is_written(recipe: WriteRecipe, tmp_path:
         compile_bundle(recipe(drop=0.001), tmp_path / "out", cache=tmp_path / "cache")
 
     assert caught.value.exit_code == 6
-    assert "openvino-int8: its accuracy fell by" in caught.value.message
-    assert [bool(entry.refused) for entry in caught.value.outcome.variants] == [True, False, False]
+    assert "openvino-int8: default: its accuracy fell by" in caught.value.message
+    report = caught.value.outcome.report
+    assert [entry.id for entry in report.left_out] == ["openvino-int8"]
+    assert [entry.id for entry in report.variants] == ["openvino-fp32", "onnxruntime-fp32"]
+    tried = [attempt.setting for attempt in report.left_out[0].attempts]
+    assert tried == list(load_target("openvino", role="light").settings("int8"))
     assert set(tmp_path.iterdir()) - set(before) == {tmp_path / "cache", tmp_path / "recipe.toml"}
 
 
@@ -191,8 +249,8 @@ def test_an_old_grid_that_does_not_fit_is_replaced(pair: Pair, recipe: WriteReci
 
     outcome = compile_bundle(recipe(version=2, light="light-v2.onnx", variants=INT8, rest=rest), tmp_path / "out")
 
-    assert outcome.variants[0].report.grid == "new"
-    assert "outside of the old grid" in outcome.variants[0].report.grid_note
+    assert outcome.report.variants[0].grid == "new"
+    assert "outside of the old grid" in outcome.report.variants[0].grid_note
     assert outcome.manifest is not None
 
 
@@ -206,7 +264,7 @@ def test_an_old_grid_that_costs_accuracy_is_replaced(pair: Pair, recipe: WriteRe
 
     outcome = compile_bundle(recipe(version=2, light="light-v2.onnx", variants=INT8, rest=rest), tmp_path / "out")
 
-    report = outcome.variants[0].report
+    report = outcome.report.variants[0]
     assert report.grid == "new"
     assert report.grid_note.startswith("on the old grid its accuracy fell")
     assert report.accuracy_drop <= 0.1
@@ -229,7 +287,8 @@ def test_few_samples_are_refused(recipe: WriteRecipe, tmp_path: Path) -> None:
         ('labels = ["a", "b", "c"]', 'labels = ["a"]', "has 3 classes, model.labels has 1"),
         ('target = "onnxruntime"', 'target = "abacus"', "unknown target 'abacus'"),
         ('target = "onnxruntime"', 'target = "triton-python"', "for the heavy model"),
-        ('target = "onnxruntime"', 'target = "onnxruntime"\nprecision = "int8"', "has no precision 'int8'"),
+        ("threads = 1", 'target = "onnxruntime"', "is for the light model"),
+        ("threads = 1", 'precision = "int8"', "has no precision 'int8'"),
         ("[data]", '[calibration]\noutput = "none"\n[data]', "got 'none'; the model has logits"),
         ("heavy.onnx", "absent.onnx", "cannot read"),
     ],
@@ -273,7 +332,52 @@ def test_a_convolution_compiles(recipe: WriteRecipe, tmp_path: Path) -> None:
 
     outcome = compile_bundle(recipe(), tmp_path / "out")
 
-    assert [entry.refused for entry in outcome.variants] == ["", "", ""]
-    assert accuracy(outcome.variants[0].logits, labels) == outcome.variants[0].report.accuracy
+    assert [entry.id for entry in outcome.report.variants] == ["openvino-int8", "openvino-fp32", "onnxruntime-fp32"]
+    assert outcome.report.left_out == ()
     config = (tmp_path / "out" / "heavy" / "config.pbtxt").read_text()
     assert "KIND_CPU" in config
+
+
+def test_a_variant_that_is_not_required_is_left_out_with_the_reason(recipe: WriteRecipe, tmp_path: Path) -> None:
+    variants = '[[variants]]\ntarget = "onnxruntime"\n[[variants]]\ntarget = "openvino"\nrequired = false\n'
+
+    outcome = compile_bundle(recipe(variants=variants, difference=1e-12), tmp_path / "out")
+
+    assert outcome.manifest is not None
+    assert [variant.id for variant in outcome.manifest.variants] == ["onnxruntime-fp32"]
+    (left,) = outcome.report.left_out
+    assert (left.id, left.required) == ("openvino-fp32", False)
+    assert "differs from the source by" in left.reason
+    assert not (tmp_path / "out" / "variants" / "openvino-fp32").exists()
+
+
+def test_all_takes_every_target_that_is_installed(recipe: WriteRecipe, tmp_path: Path) -> None:
+    outcome = compile_bundle(recipe(variants='[[variants]]\ntarget = "all"\n'), tmp_path / "out")
+
+    assert outcome.manifest is not None
+    found = {variant.id for variant in outcome.manifest.variants} | {entry.id for entry in outcome.report.left_out}
+    light = [name for name in TARGETS if not name.startswith("triton-")]
+    expected = {f"{name}-{kind}" for name in light for kind in load_target(name, role="light").precisions}
+    assert found == expected
+    assert {"openvino-fp32", "onnxruntime-fp32", "tvm-fp32"} <= {variant.id for variant in outcome.manifest.variants}
+    open_bundle(tmp_path / "out")
+
+
+def test_an_interrupted_compilation_leaves_nothing_half_done(recipe: WriteRecipe, tmp_path: Path) -> None:
+    path = recipe()
+    before = set(tmp_path.iterdir())
+    command = [sys.executable, "-m", "isthmus", "compile", str(path), "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env={"PYTHONPATH": ":".join(sys.path)}
+    )
+    while not list(tmp_path.glob(".compile-cache/.new-*/entry/artefact")):
+        assert process.poll() is None
+        time.sleep(0.005)
+
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+
+    assert process.returncode == 130
+    assert set(tmp_path.iterdir()) - before == {tmp_path / ".compile-cache"}
+    assert not list(tmp_path.glob(".compile-cache/.new-*"))
+    assert compile_bundle(path, tmp_path / "out").manifest is not None

@@ -15,7 +15,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
 
     recipe, digest = load_recipe(path)
 
-    assert recipe.light.source == tmp_path / "light-v1.onnx"
+    assert recipe.light.source == str(tmp_path / "light-v1.onnx")
     assert recipe.data.calibration == tmp_path / "calibration.safetensors"
     assert recipe.update.delta_from == tmp_path / "../v1/bundle"
     assert digest == sha256_file(path)
@@ -28,7 +28,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
         ('name = "tiny"', 'nmae = "tiny"', "model.nmae: there is no such field", "did you mean name?"),
         ("[guard]", "[gaurd]", "gaurd: there is no such field", "did you mean guard?"),
         ('target = "onnxruntime"', 'targte = "onnxruntime"', "variants.2.targte", "did you mean target?"),
-        ("threads = 1", "zzz = 1", "heavy.zzz", "known here: source, target, instances, threads"),
+        ("threads = 1", "zzz = 1", "heavy.zzz", "known here: source, task, adapter, lengths"),
         ('name = "tiny"', "", "model.name is missing", "model.version"),
         ("threads = 1", 'threads = "many"', "got 'many'", "recipe"),
     ],
@@ -40,6 +40,32 @@ def test_a_typing_error_gets_a_hint(tmp_path: Path, old: str, new: str, message:
         load_recipe(path)
     assert message in raised.value.message
     assert hint in raised.value.hint
+
+
+def test_a_source_has_its_options_and_an_address_stays_as_it_is(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    more = 'adapter = "lora"\ntask = "text-classification"\nlengths = { sequence = 64, batch = [1, 8] }\n'
+    text = path.read_text().replace('[heavy]\nsource = "heavy.onnx"', f'{more}[heavy]\nsource = "models:/big/3"')
+    path.write_text(text)
+
+    recipe, _ = load_recipe(path)
+
+    assert recipe.heavy.source == "models:/big/3"
+    assert recipe.light.options.adapter == tmp_path / "lora"
+    assert recipe.light.options.lengths == {"sequence": 64, "batch": (1, 8)}
+
+
+def test_triton_is_told_what_the_recipe_says(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    path.write_text(
+        path.read_text().replace(
+            "threads = 1", 'threads = 3\nruntime = "openvino"\npreferred_batch = [4, 8]\ngpus = [0]'
+        )
+    )
+
+    serving = load_recipe(path)[0].heavy.serving
+
+    assert (serving.threads, serving.runtime, serving.preferred_batch, serving.gpus) == (3, "openvino", (4, 8), (0,))
 
 
 def test_labels_come_from_a_file(tmp_path: Path) -> None:
@@ -72,6 +98,17 @@ def test_labels_come_from_a_file(tmp_path: Path) -> None:
         ('labels = ["a", "b", "c"]', 'labels = ["a"]\nlabels_file = "l"', "not both"),
         ("[model]", "[model", "not a TOML document"),
         (INT8, INT8 + INT8, "variants must differ"),
+        ('target = "onnxruntime"', 'target = "triton-python"', "name it as heavy.target"),
+        ('target = "onnxruntime"', 'target = "tvm"\nplatform = "riscv"', "variants.2.platform"),
+        ('target = "onnxruntime"', 'target = "tvm"\ncpu = "; rm -rf /"', "variants.2.cpu"),
+        (
+            "[guard]",
+            '[guard]\nmetric = "beauty"',
+            "expected one of accuracy, balanced-accuracy, macro-f1, got 'beauty'",
+        ),
+        ("threads = 1", 'runtime = "abacus"', "heavy.runtime"),
+        ("threads = 1", "preferred_batch = [0]", "heavy.preferred_batch.0"),
+        ("enabled = false", "seconds = 0", "measure.seconds"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_file(tmp_path: Path, old: str, new: str, message: str) -> None:
