@@ -7,12 +7,14 @@ last request has been answered. Rules:
 2. A model whose process died is unloaded and loaded; requests meanwhile fail at once, not after a second each.
 3. Loads, retirements and repairs happen one at a time.
 4. Before anything is served, a known tensor goes through Triton and must come back right.
+5. Only models of the Python backend have processes of their own; others live and die with Triton itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -46,6 +48,7 @@ class TritonPythonModel:
 _WATCH_S: Final = 0.5
 _CHECK_S: Final = 20.0
 _RETRY_S: Final = 30.0
+_NO_BACKEND: Final = "unable to find backend library"
 
 log = structlog.get_logger(__name__)
 
@@ -65,7 +68,7 @@ class HeavyId:
 
 @dataclass(slots=True)
 class _Loaded:
-    instances: int
+    stubs: int  # processes that run it when all is well
     generation: int = 0  # counts repairs, so that a late complaint about a mended process is ignored
     broken: bool = False
     retry_at: float = 0.0  # loop time after which loading a broken one is tried again
@@ -170,15 +173,17 @@ class HeavyPool:
         """
         async with self._lock:
             if heavy not in self._loaded:
-                self._loaded[heavy] = _Loaded(instances=await self._load(heavy))
+                self._loaded[heavy] = _Loaded(stubs=await self._load(heavy))
                 log.info("heavy model loaded", heavy=heavy.name)
 
     async def _load(self, heavy: HeavyId) -> int:
+        """Load the model; return how many processes of its own it has."""
         folder = self.folder(heavy)
         path = folder / CONFIG
         if not path.is_file():
             raise BundleError(f"heavy model {heavy.name} has no {CONFIG}", reason="heavy-not-loadable")
         config, instances = read_config(path.read_text(), name=heavy.name, what=f"{heavy.name}/{CONFIG}")
+        backend = json.loads(config).get("backend", "")
         files = await asyncio.to_thread(_read_files, folder) if self._push else None
         try:
             await self._client.load(heavy.name, config, files=files, timeout_s=self._load_s)
@@ -187,7 +192,15 @@ class HeavyPool:
             with contextlib.suppress(UnavailableError):
                 await self._client.unload(heavy.name)
             raise
-        return instances
+        except BundleError as error:
+            if _NO_BACKEND not in error.message:
+                raise
+            raise BundleError(
+                f"this Triton has no backend {backend!r}, which the heavy model {heavy.name} is for",
+                hint="compile it for target triton-python, or let the cloud use a Triton with that backend",
+                reason=error.reason,
+            ) from error
+        return instances if backend == "python" else 0
 
     async def retire(self, heavy: HeavyId) -> None:
         """Unload a heavy version once its running requests are answered; nothing happens when it is not loaded."""
@@ -237,7 +250,7 @@ class HeavyPool:
         state.generation += 1
         state.broken, state.retry_at = True, asyncio.get_running_loop().time() + _RETRY_S
         try:
-            state.instances = await self._load(heavy)
+            state.stubs = await self._load(heavy)
             state.broken = False
         except BundleError as error:  # one broken model must not take the others down
             log.exception("heavy model does not load any more", heavy=heavy.name, reason=error.reason)
@@ -278,7 +291,7 @@ class HeavyPool:
         if counts is None or self._lock.locked():
             return set()
         states = self._loaded.items()
-        return {heavy for heavy, state in states if not state.broken and counts.get(heavy.name, 0) < state.instances}
+        return {heavy for heavy, state in states if not state.broken and counts.get(heavy.name, 0) < state.stubs}
 
     def _repair_soon(self, heavy: HeavyId, generation: int) -> None:
         state = self._loaded.get(heavy)
@@ -311,13 +324,15 @@ class HeavyPool:
     async def try_out(self, heavy: HeavyId, manifest: Manifest, inputs: Mapping[str, Array]) -> None:
         """Send inputs through a loaded heavy version and check the form of what comes back.
 
-        Triton's Python backend does not check outputs: a wrong shape or a missing one would pass as OK.
+        Triton's Python backend does not check outputs: a wrong shape or a missing one would pass as OK. A model that
+        cannot be batched gets the first of the samples that `inputs` hold; other axes that may vary can have any size.
 
         Raises:
             BundleError: Outputs lack, have another datatype or shape than the manifest says, or are not finite.
             UnavailableError: Triton is down.
         """
-        request = encode_request(heavy.name, inputs).SerializeToString()
+        rows = _one_request(manifest, inputs)
+        request = encode_request(heavy.name, rows).SerializeToString()
         try:
             answer = await self.infer(heavy, request, timeout_s=self._load_s)
             outputs = decode_outputs(service_pb2.ModelInferResponse.FromString(answer))
@@ -329,11 +344,11 @@ class HeavyPool:
             raise
         except IsthmusError as error:
             raise BundleError("the heavy model fails on golden inputs", reason="heavy-wrong") from error
-        batch = len(next(iter(inputs.values())))
+        batch = len(next(iter(rows.values()))) if manifest.max_batch > 1 else -1
         for spec in manifest.outputs:
-            want = tuple(batch if axis == -1 else axis for axis in spec.shape)
+            want = tuple(batch if index == 0 and axis == -1 else axis for index, axis in enumerate(spec.shape))
             got = outputs.get(spec.name)
-            if got is None or got.dtype != DTYPES[spec.datatype] or got.shape != want:
+            if got is None or got.dtype != DTYPES[spec.datatype] or not _fits(got.shape, want):
                 found = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
                 raise BundleError(
                     f"heavy output {spec.name!r}: expected {spec.datatype} {list(want)}, got {found}",
@@ -341,6 +356,19 @@ class HeavyPool:
                 )
             if got.dtype.kind == "f" and not np.isfinite(got).all():
                 raise BundleError(f"heavy output {spec.name!r} is not finite on golden inputs", reason="heavy-wrong")
+
+
+def _one_request(manifest: Manifest, samples: Mapping[str, Array]) -> dict[str, Array]:
+    """Return as many samples as the model takes at a time, the axis that counts them gone where it has none."""
+    arrays = {spec.name: samples[spec.name][: manifest.max_batch] for spec in manifest.inputs}
+    return {
+        spec.name: arrays[spec.name][0] if arrays[spec.name].ndim > len(spec.shape) else arrays[spec.name]
+        for spec in manifest.inputs
+    }
+
+
+def _fits(shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    return len(shape) == len(want) and all(axis in (-1, size) for axis, size in zip(want, shape, strict=True))
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:

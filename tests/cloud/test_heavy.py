@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import statistics
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pytest
@@ -18,10 +20,12 @@ from cloud import triton
 from cloud.heavy import HeavyId, HeavyPool
 from cloud.supervisor import TritonServer, find_installation
 from cloud.triton import TritonClient, check_link, read_config
+from isthmus.bundle import TensorSpec, open_bundle
 from isthmus.errors import BundleError, ConfigError, InputError, IsthmusError, UnavailableError
 from isthmus.oip import service_pb2
 from isthmus.tensors import decode_outputs, encode_request
 from tests.cloud.conftest import CONFIG, eventually, write_heavy
+from tests.cloud.workspaces import make_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -246,6 +250,102 @@ def test_a_model_that_cannot_load_is_refused_and_others_serve_on(tmp_path: Path)
             assert raised.value.reason == "heavy-not-loadable"
             assert pool.loaded == (ONE,)
             assert await answer(pool, ONE) == 10.0
+
+    asyncio.run(story())
+
+
+def test_a_form_that_this_triton_cannot_load_is_refused_by_name(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (_, pool):
+            await pool.load(ONE)
+            config = pool.folder(TWO) / "config.pbtxt"
+            config.write_text(config.read_text().replace('"python"', '"tensorrt" platform: "tensorrt_plan"'))
+            with pytest.raises(BundleError, match=r"this Triton has no backend 'tensorrt'.* triage@2") as raised:
+                await pool.load(TWO)
+            assert raised.value.reason == "heavy-not-loadable"
+            assert "triton-python" in raised.value.hint
+            assert pool.loaded == (ONE,)
+            assert await answer(pool, ONE) == 10.0
+
+    asyncio.run(story())
+
+
+def test_a_model_without_a_process_of_its_own_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """An ensemble stands for every form but the Python one: Triton runs it itself."""
+
+    async def story() -> None:
+        async with running(tmp_path, watched=False) as (_, pool):
+            await pool.load(ONE)
+            write_ensemble(pool.folder(TWO), of=ONE)
+            await pool.load(TWO)
+            assert await answer(pool, TWO) == 10.0
+            assert pool._dead() == set()
+
+    asyncio.run(story())
+
+
+def write_ensemble(folder: Path, *, of: HeavyId) -> None:
+    shutil.rmtree(folder)
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "empty").write_bytes(b"")
+    step = f"""
+    platform: "ensemble" ensemble_scheduling {{ step {{
+      model_name: "{of.name}" model_version: 1
+      input_map {{ key: "x" value: "x" }} output_map {{ key: "logits" value: "logits" }}
+    }} }}
+    """
+    lines = [line for line in CONFIG.splitlines() if "backend" not in line and "instance_group" not in line]
+    (folder / "config.pbtxt").write_text("\n".join(lines) + step)
+
+
+# y has as many columns as the first element of x says, and one row for each of x, or for each two
+VARYING: Final = """
+import numpy as np
+import triton_python_backend_utils as utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        inputs = [utils.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]
+        arrays = [np.ones((len(x) // {share}, int(x.flat[0])), np.float32) for x in inputs]
+        return [utils.InferenceResponse([utils.Tensor("logits", array)]) for array in arrays]
+"""
+
+
+def test_golden_answers_may_vary_in_length_but_not_in_number(tmp_path: Path) -> None:
+    manifest = open_bundle(make_bundle(tmp_path / "bundle", 1))
+    outputs = (TensorSpec(name="logits", datatype="FP32", shape=(-1, -1)),)
+    manifest = manifest.model_copy(update={"outputs": outputs})
+    golden = {"x": np.full((4, 4), 7, np.float32)}
+
+    async def story() -> None:
+        async with running(tmp_path) as (_, pool):
+            for heavy, share in ((ONE, 1), (TWO, 2)):
+                config = pool.folder(heavy) / "config.pbtxt"
+                config.write_text(config.read_text().replace("dims: [ 3 ]", "dims: [ -1 ]"))
+                (pool.folder(heavy) / "1" / "model.py").write_text(VARYING.format(share=share))
+                await pool.load(heavy)
+            await pool.try_out(ONE, manifest, golden)
+            with pytest.raises(BundleError, match=r"expected FP32 \[4, -1\], got float32 \[2, 7\]"):
+                await pool.try_out(TWO, manifest, golden)
+
+    asyncio.run(story())
+
+
+def test_a_model_that_cannot_be_batched_is_tried_with_one_sample(tmp_path: Path) -> None:
+    manifest = open_bundle(make_bundle(tmp_path / "bundle", 1))
+    tensors = {"inputs": ("x", (2, 4)), "outputs": ("logits", (2, -1))}
+    specs = {end: (TensorSpec(name=name, datatype="FP32", shape=shape),) for end, (name, shape) in tensors.items()}
+    manifest = manifest.model_copy(update={**specs, "max_batch": 1})
+
+    async def story() -> None:
+        async with running(tmp_path) as (_, pool):
+            config = pool.folder(ONE) / "config.pbtxt"
+            text = config.read_text().replace("max_batch_size: 8", "max_batch_size: 0")
+            config.write_text(text.replace("dims: [ 4 ]", "dims: [ 2, 4 ]").replace("dims: [ 3 ]", "dims: [ 2, -1 ]"))
+            (pool.folder(ONE) / "1" / "model.py").write_text(VARYING.format(share=1))
+            await pool.load(ONE)
+            await pool.try_out(ONE, manifest, {"x": np.full((3, 2, 4), 5, np.float32)})
 
     asyncio.run(story())
 
