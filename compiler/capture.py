@@ -126,7 +126,7 @@ def _settle(
 ) -> dict[str, tuple[int, int]]:
     """Write the model, load it, and name what is still open of its outputs; return the ranges of the axes it has."""
     _write(model, destination, what)
-    is_open = axes.open_axes(model)
+    is_open = axes.open_axes(model) or bool(loading.loose_axes(model.graph.input))
     observed = loading.load(destination, model.graph.input, observe=is_open, ranges=ranges, what=what)
     if not is_open:
         return dict(ranges)

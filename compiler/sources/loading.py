@@ -118,6 +118,16 @@ def _check_elements(slim: Any, variable: set[str], shapes: Shapes, what: str) ->
                 )
 
 
+def loose_axes(inputs: Sequence[Any]) -> tuple[str, ...]:
+    """Return the axes that nobody named, after a fixed one: it may be that they must equal the batch."""
+    return tuple(
+        dim.dim_param
+        for value in inputs
+        for index, dim in enumerate(value.type.tensor_type.shape.dim)
+        if index > 0 and is_fixed(value.type.tensor_type.shape.dim[0]) and dim.dim_param == f"{value.name}_axis_{index}"
+    )
+
+
 def load(
     path: Path, inputs: Sequence[Any], *, observe: bool, ranges: Mapping[str, tuple[int, int]], what: str
 ) -> Observed:
@@ -159,12 +169,7 @@ def _attempts(
     inputs: Sequence[Any], ranges: Mapping[str, tuple[int, int]]
 ) -> Iterator[tuple[tuple[str, ...], list[dict[str, int]]]]:
     """Yield which unnamed axes are taken for the batch, and the sizes of all axes in each run."""
-    loose = tuple(
-        dim.dim_param
-        for value in inputs
-        for index, dim in enumerate(value.type.tensor_type.shape.dim)
-        if index > 0 and is_fixed(value.type.tensor_type.shape.dim[0]) and dim.dim_param == f"{value.name}_axis_{index}"
-    )
+    loose = loose_axes(inputs)
     for same in ((), loose) if loose and BATCH in ranges else ((),):
         for sizes in _SIZES:
             yield same, [_sizes(ranges, run, sizes) for run in range(len(_BATCHES))]

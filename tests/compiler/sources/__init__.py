@@ -1,0 +1,1 @@
+"""Sources of models, each kind read for real."""
