@@ -170,52 +170,106 @@ CASES = [
     Case("variant twice", recipe(ORT, ORT + ORT), "variants must differ"),
     Case("heavy target as a variant", recipe('"onnxruntime"', '"triton-python"'), "name it as heavy.target"),
     Case("light target as the heavy one", recipe("threads = 1", 'target = "tvm"'), "'tvm' is for the light model"),
-    Case("int8 without samples", several(recipe(ORT, ORT + 'precision = "int8"\n'),
-         recipe('quantization = "quantization.safetensors"', "")), "data.quantization is needed"),
+    Case(
+        "int8 without samples",
+        several(recipe(ORT, ORT + 'precision = "int8"\n'), recipe('quantization = "quantization.safetensors"', "")),
+        "data.quantization is needed",
+    ),
     Case("unknown setting", recipe(ORT, ORT + 'setting = "turbo"\n'), "has no setting 'turbo'", "leave the setting"),
     Case("unknown platform", recipe(ORT, ORT + 'platform = "aarch64"\n'), "has no platform 'aarch64'; it has any"),
     Case("unknown metric", recipe("[guard]", '[guard]\nmetric = "charm"'), "guard: metric: expected one of accuracy"),
     Case("not TOML", recipe("[model]", "[model"), "not a TOML document"),
     Case("labels that do not fit", recipe('["a", "b", "c"]', '["a", "b"]'), "has 3 classes, model.labels has 2"),
     Case("no such output", recipe("[data]", '[calibration]\noutput = "scores"\n[data]'), "got 'scores'; the model has"),
-    Case("no such axis", recipe("[heavy]", "lengths = { width = 3 }\n[heavy]"), "lengths.width: the model has no such axis; those that may vary are batch"),
-    Case("no such input to bake in", recipe("[heavy]", "constants = { rate = 3 }\n[heavy]"), "there is no input 'rate'; there are tokens"),
+    Case(
+        "no such axis",
+        recipe("[heavy]", "lengths = { width = 3 }\n[heavy]"),
+        "lengths.width: the model has no such axis; those that may vary are batch",
+    ),
+    Case(
+        "no such input to bake in",
+        recipe("[heavy]", "constants = { rate = 3 }\n[heavy]"),
+        "there is no input 'rate'; there are tokens",
+    ),
     # the models
     Case("no such model", lambda folder: (folder / "light-v1.onnx").unlink(), "light-v1.onnx: No such file"),
     Case("an empty file", light(lambda path: path.write_bytes(b"")), "light-v1.onnx: not an ONNX file: it is empty"),
     Case("half a file", truncated, "is the file cut short?"),
-    Case("a picture", light(lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" * 90)), "light-v1.onnx: not an ONNX file"),
-    Case("weights that are missing", external("weights.bin"), "weights: expected a file in the model's folder, got 'weights.bin'"),
-    Case("weights outside of the folder", external("../../etc/passwd"), "in the model's folder, got '../../etc/passwd'"),
+    Case(
+        "a picture", light(lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" * 90)), "light-v1.onnx: not an ONNX file"
+    ),
+    Case(
+        "weights that are missing",
+        external("weights.bin"),
+        "weights: expected a file in the model's folder, got 'weights.bin'",
+    ),
+    Case(
+        "weights outside of the folder", external("../../etc/passwd"), "in the model's folder, got '../../etc/passwd'"
+    ),
     Case("weights at an absolute path", external("/etc/passwd"), "in the model's folder, got '/etc/passwd'"),
     Case("an opset of long ago", opset(7), "expected an opset from 11 to 26, got 7"),
     Case("an opset to come", opset(999), "expected an opset from 11 to 26, got 999"),
-    Case("an unknown operator", operator("Frobnicate"), "node 'strange': there is no operator 'Frobnicate' in opset 17"),
-    Case("an operator of an unknown domain", operator("Swizzle", "com.example"), "node 'strange': there is no operator 'com.example.Swizzle'"),
+    Case(
+        "an unknown operator", operator("Frobnicate"), "node 'strange': there is no operator 'Frobnicate' in opset 17"
+    ),
+    Case(
+        "an operator of an unknown domain",
+        operator("Swizzle", "com.example"),
+        "node 'strange': there is no operator 'com.example.Swizzle'",
+    ),
     Case("other inputs than the heavy model", light(models.write_cnn), "must have the same inputs"),
     Case("a pickle", source("light.pt", b"\x80\x04K\x01."), "light.pt: a pickle, which can run code", "allow_pickle"),
-    Case("weights without a graph", source("light.safetensors", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"), "expected a factory that makes the module", "factory ="),
+    Case(
+        "weights without a graph",
+        source("light.safetensors", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"),
+        "expected a factory that makes the module",
+        "factory =",
+    ),
     Case("a folder without a model", source("folder/readme.txt", b"hello"), "expected a folder with config.json"),
-    Case("no such kind of file", source("light.h5", b"x"), "light.h5: expected a file .onnx, .pt2,", "nothing is downloaded"),
-    Case("a loop for TVM", several(light(write_recurrent), recipe('"onnxruntime"', '"tvm"')), "operator Loop (node 'again')",
-         "onnxruntime"),
+    Case(
+        "no such kind of file",
+        source("light.h5", b"x"),
+        "light.h5: expected a file .onnx, .pt2,",
+        "nothing is downloaded",
+    ),
+    Case(
+        "a loop for TVM",
+        several(light(write_recurrent), recipe('"onnxruntime"', '"tvm"')),
+        "operator Loop (node 'again')",
+        "onnxruntime",
+    ),
     # the data
-    Case("no such data", lambda folder: (folder / "calibration.safetensors").unlink(), "calibration.safetensors",
-         "safetensors files"),
-    Case("data of another kind", lambda folder: _overwrite(folder / "calibration.safetensors", b"a,b\n1,2\n"),
-         "calibration.safetensors: not a safetensors file"),
+    Case(
+        "no such data",
+        lambda folder: (folder / "calibration.safetensors").unlink(),
+        "calibration.safetensors",
+        "safetensors files",
+    ),
+    Case(
+        "data of another kind",
+        lambda folder: _overwrite(folder / "calibration.safetensors", b"a,b\n1,2\n"),
+        "calibration.safetensors: not a safetensors file",
+    ),
     Case("a tensor that is missing", data(tokens=None), "missing tensor 'tokens'; the file has labels"),
     Case("no labels", data(labels=None), "missing tensor 'labels'"),
     Case("another datatype", data(tokens=TOKENS.astype(np.int32)), "'tokens': expected int64[samples, 8], got int32"),
     Case("another shape", data(tokens=TOKENS[:, :5].copy()), "got int64[400, 5]"),
     Case("too few labels", data(labels=LABELS[:9]), "'labels': expected int64[400], got int64[9]"),
     Case("a label too many", data(labels=LABELS + 3), "expected classes 0 to 2, got 3 to 3"),
-    Case("too few samples", data(tokens=TOKENS[:12], labels=LABELS[:12]), "calibration samples cannot support",
-         "labelled samples", 6),
+    Case(
+        "too few samples",
+        data(tokens=TOKENS[:12], labels=LABELS[:12]),
+        "calibration samples cannot support",
+        "labelled samples",
+        6,
+    ),
     Case("no sample at all", data(tokens=TOKENS[:0], labels=LABELS[:0]), "got int64[0, 8]"),
-    Case("samples for quantization of another shape",
-         several(recipe(ORT, ALL), data("quantization", tokens=TOKENS[:, :3].copy())), "got int64[400, 3]"),
-]  # fmt: skip
+    Case(
+        "samples for quantization of another shape",
+        several(recipe(ORT, ALL), data("quantization", tokens=TOKENS[:, :3].copy())),
+        "got int64[400, 3]",
+    ),
+]
 
 
 def _overwrite(path: Path, content: bytes) -> None:
