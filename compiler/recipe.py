@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compiler.evaluate import METRICS
 from compiler.sources import SourceOptions, resolve
-from compiler.targets import Serving
+from compiler.targets import TARGETS, Serving
 from isthmus.bundle import Name, Precision, Version
 from isthmus.digests import sha256_bytes
 from isthmus.errors import InputError
@@ -182,7 +182,8 @@ class Recipe(_Section):
             raise ValueError("data.quantization is needed, for a variant has precision int8")
         if self.heavy.precision == "int8" and self.data.quantization is None:
             raise ValueError("data.quantization is needed, for heavy.precision is int8")
-        heavy = [variant.target for variant in self.variants if variant.target.startswith("triton-")]
+        roles = {name: entry.role for name, entry in TARGETS.items()}
+        heavy = [variant.target for variant in self.variants if roles.get(variant.target) == "heavy"]
         if heavy:
             raise ValueError(f"target {heavy[0]!r} is for the heavy model: name it as heavy.target, not as a variant")
         return self

@@ -25,10 +25,9 @@ def list_command(as_json: JsonOption = False) -> None:
 
     rows: list[dict[str, Any]] = []
     for name, entry in TARGETS.items():
-        role = "heavy" if name.startswith("triton-") else "light"
-        row: dict[str, Any] = {"target": name, "for": role}
+        row: dict[str, Any] = {"target": name, "for": entry.role}
         try:
-            target = load_target(name, role=role)
+            target = load_target(name, role=entry.role)
         except MissingExtraError as error:
             rows.append({**row, "precisions": "-", "platforms": "-", "installed": error.hint})
             continue

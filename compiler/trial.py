@@ -58,16 +58,12 @@ def candidates(
     """
     found: list[Candidate] = []
     missing: list[LeftOut] = []
-    for name in targets or TARGETS:
+    for name in targets or [name for name, entry in TARGETS.items() if entry.role == "light"]:
         try:
             target = load_target(name, role="light")
         except MissingExtraError as error:
             missing.append(LeftOut(id=name, required=False, reason=error.message, hint=error.hint))
             continue
-        except InputError:
-            if targets:
-                raise
-            continue  # for the heavy model
         for precision in target.precisions:
             if precisions and precision not in precisions:
                 continue
@@ -77,7 +73,7 @@ def candidates(
                     platform=target.platforms[0], cpu=cpu, required=False,
                 )
             )  # fmt: skip
-    if not found and not missing:
+    if not found and precisions:
         raise InputError(f"no target has precision {', '.join(precisions)}", hint="`isthmus targets list` shows them")
     return found, missing
 

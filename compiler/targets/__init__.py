@@ -20,10 +20,11 @@ from isthmus.tensors import Array
 
 @dataclass(frozen=True, slots=True)
 class TargetEntry:
-    """Where a target lives and which extra brings its library."""
+    """Where a target lives, which extra brings its library, and which model it is for."""
 
     location: str  # "module:class"
     extra: str = "compiler"
+    role: Literal["light", "heavy"] = "light"
 
 
 TARGETS: Final[Mapping[str, TargetEntry]] = {
@@ -31,10 +32,10 @@ TARGETS: Final[Mapping[str, TargetEntry]] = {
     "onnxruntime": TargetEntry("compiler.targets.onnxruntime:OnnxRuntimeTarget"),
     "tvm": TargetEntry("compiler.targets.tvm:TvmTarget", "tvm"),
     "tensorrt-rtx": TargetEntry("compiler.targets.tensorrt_rtx:TensorRtRtxTarget", "tensorrt-rtx"),
-    "triton-python": TargetEntry("compiler.targets.triton_python:TritonPythonTarget"),
-    "triton-onnxruntime": TargetEntry("compiler.targets.triton_onnxruntime:TritonOnnxRuntimeTarget"),
-    "triton-openvino": TargetEntry("compiler.targets.triton_openvino:TritonOpenVinoTarget"),
-    "triton-tensorrt": TargetEntry("compiler.targets.triton_tensorrt:TritonTensorRtTarget", "tensorrt"),
+    "triton-python": TargetEntry("compiler.targets.triton_python:TritonPythonTarget", role="heavy"),
+    "triton-onnxruntime": TargetEntry("compiler.targets.triton_onnxruntime:TritonOnnxRuntimeTarget", role="heavy"),
+    "triton-openvino": TargetEntry("compiler.targets.triton_openvino:TritonOpenVinoTarget", role="heavy"),
+    "triton-tensorrt": TargetEntry("compiler.targets.triton_tensorrt:TritonTensorRtTarget", "tensorrt", role="heavy"),
 }
 
 
@@ -164,11 +165,10 @@ def load_target(name: str, *, role: str) -> Target:
             hint=f"did you mean {close[0]}?" if close else "mend the recipe",
         )
     entry = TARGETS[name]
+    if entry.role != role:
+        raise InputError(f"target {name!r} is for the {entry.role} model, not for the {role} one")
     module, _, attribute = entry.location.partition(":")
     try:
-        target = cast("Target", getattr(import_module(module), attribute)())
+        return cast("Target", getattr(import_module(module), attribute)())
     except ImportError as error:
         raise MissingExtraError(f"what target {name!r} needs ({error.name})", entry.extra) from error
-    if target.role != role:
-        raise InputError(f"target {name!r} is for the {target.role} model, not for the {role} one")
-    return target

@@ -18,16 +18,12 @@ from isthmus.errors import InputError, MissingExtraError
 from tests.compiler import models
 
 
-def role(name: str) -> str:
-    return "heavy" if name.startswith("triton-") else "light"
-
-
 def installed() -> dict[str, Target]:
     """Return the targets whose libraries are here: all but TensorRT itself, which wants a GPU."""
     found = {}
     for name in TARGETS:
         with contextlib.suppress(MissingExtraError):
-            found[name] = load_target(name, role=role(name))
+            found[name] = load_target(name, role=TARGETS[name].role)
     return found
 
 
@@ -121,7 +117,7 @@ def test_a_broken_artefact_is_not_loaded(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_a_target_serves_one_role(name: str) -> None:
-    other = {"light": "heavy", "heavy": "light"}[role(name)]
+    other = {"light": "heavy", "heavy": "light"}[TARGETS[name].role]
 
     with pytest.raises(InputError, match=f"not for the {other} one"):
         load_target(name, role=other)
@@ -136,7 +132,7 @@ def test_an_unknown_target_lists_the_known_ones() -> None:
 def test_a_target_says_what_it_can(name: str) -> None:
     target = INSTALLED[name]
 
-    assert target.role == role(name)
+    assert target.role == TARGETS[name].role
     assert target.precisions
     assert target.platforms == ("any",) or set(target.platforms) <= {"x86_64", "aarch64"}
     for precision in target.precisions:
