@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any, Final
 
 KERNEL: Final = "isthmus.kernel"  # which rule computes this block
 KEEP: Final = "isthmus.keep"  # a block that stands on its own and is never inlined
 
 FUSES_WHAT_FOLLOWS: Final = 4  # relax's OpPatternKind kOutEWiseFusable: element-wise followers join the kernel
-STANDS_ALONE: Final = 8  # kOpaque
+_MOST_UNROLLED: Final = 32  # positions, about what register tiles have
 
 
 def annotation(schedule: Any, block: Any, key: str) -> Any:
@@ -72,12 +73,20 @@ def fuse_all(schedule: Any, loops: Iterable[Any]) -> Any:
 
 
 def finish_in_registers(schedule: Any, block: Any, loop: Any, *, depth: int, lanes: int) -> None:
-    """Compute `block`, which reads a tile's sums, inside the tile's `loop` (the `depth`-th), unrolled and vectorized."""
+    """Compute `block`, which reads a tile's sums, inside the tile's `loop` (the `depth`-th), vectorized.
+
+    It is unrolled, so that sums stay in registers, unless it repeats them over many more positions than the tile has
+    (a channel's factor over a whole image).
+    """
     schedule.reverse_compute_at(block, loop, preserve_unit_loops=True)
     *positions, channel = schedule.get_loops(block)[depth:]
-    for position in positions:
-        schedule.unroll(position)
-    if int(schedule.get(channel).extent) <= lanes:
+    sizes = [extent(schedule, position) for position in positions]
+    if None not in sizes and prod(size or 1 for size in sizes) <= _MOST_UNROLLED:
+        for position in positions:
+            schedule.unroll(position)
+    if lanes == 1:
+        return
+    if (extent(schedule, channel) or 0) <= lanes:
         schedule.vectorize(channel)
         return
     vector, lane = schedule.split(channel, [None, lanes])
