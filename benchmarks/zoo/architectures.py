@@ -74,7 +74,7 @@ class _Squeeze(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = functional.relu(self.reduce(functional.adaptive_avg_pool2d(x, 1)))
-        return functional.hardsigmoid(self.expand(scale)) * x
+        return cast("Tensor", functional.hardsigmoid(self.expand(scale)) * x)
 
 
 class _Inverted(nn.Module):
@@ -162,7 +162,7 @@ class _LiteBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         y = functional.relu6(self._bn1(self._depthwise_conv(y)))
-        y = self._bn2(self._project_conv(y))
+        y = cast("Tensor", self._bn2(self._project_conv(y)))
         return x + y if self.keeps else y
 
 
@@ -268,7 +268,7 @@ class _ConvNextBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
         y = self.contract(functional.gelu(self.expand(y))) * self.scale
-        return x + y.permute(0, 3, 1, 2)
+        return cast("Tensor", x + y.permute(0, 3, 1, 2))
 
 
 class ConvNextAtto(nn.Module):

@@ -78,7 +78,7 @@ def _captchas(packages: Packages, count: int, seed: int) -> Mapping[str, Array]:
 def _speech(packages: Packages, count: int, seed: int) -> Mapping[str, Array]:
     del packages
     sound = texts.speech(count, seed, 576, 16000)
-    return {"input": sound, "state": np.zeros((count, 2, 128), np.float32)}
+    return {"input": sound, "state": np.zeros((count, 2, 1, 128), np.float32)}
 
 
 def _files(packages: Packages, count: int, seed: int) -> Mapping[str, Array]:
@@ -232,6 +232,7 @@ _ALL: Final = (
         "MIT",
         _member(archives.SILERO, "silero_vad/data/silero_vad.onnx"),
         _speech,
+        lengths={"input_axis_1": (576, 576)},
         constants={"sr": 16000},
         batch_axes={"state": 1, "stateN": 1},
         notes="An If at the top chooses the network for 8 or 16 kHz by the input sr; shapes are not declared.",
@@ -275,7 +276,7 @@ _ALL: Final = (
         "Apache-2.0",
         _member(archives.RAPIDOCR, "rapidocr/models/PP-OCRv6_det_small.onnx"),
         _pages,
-        lengths={"DynamicDimension.1": (320, 320), "DynamicDimension.2": (320, 320)},
+        lengths={"DynamicDimension_1": (320, 320), "DynamicDimension_2": (320, 320)},
     ),
     ZooModel(
         "rapidocr-recogniser",
@@ -285,7 +286,7 @@ _ALL: Final = (
         _member(archives.RAPIDOCR, "rapidocr/models/PP-OCRv6_rec_small.onnx"),
         _words("x", 48, 320, 3),
         logits="fetch_name_0",
-        lengths={"DynamicDimension.1": (160, 320)},
+        lengths={"DynamicDimension_1": (160, 320)},
     ),
     ZooModel(
         "rapidocr-orientation",
@@ -295,7 +296,8 @@ _ALL: Final = (
         _member(archives.RAPIDOCR, "rapidocr/models/ch_ppocr_mobile_v2.0_cls_mobile.onnx"),
         _turned_words,
         logits="save_infer_model/scale_0.tmp_1",
-        notes="Height and width, 48 x 192, are both declared as '?', and the batch as -1.",
+        lengths={"x_axis_2": (48, 48), "x_axis_3": (192, 192)},
+        notes="Height and width are both declared as '?', and the batch as -1.",
     ),
     ZooModel(
         "ddddocr",

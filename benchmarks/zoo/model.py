@@ -22,7 +22,8 @@ FOLDER: Final = Path("build/zoo")  # models; the archives that they come from li
 class ZooModel:
     """A model, where it comes from, and how it is fed.
 
-    `draw(packages, count, seed)` gives typical inputs, one sample per row, inputs that are constants left out.
+    `draw(packages, count, seed)` gives typical inputs, one sample per row, inputs that are constants left out. Where
+    the batch axis is not the first, a row is the whole tensor for one sample.
     """
 
     name: str
@@ -33,9 +34,9 @@ class ZooModel:
     draw: Callable[[Packages, int, int], Mapping[str, Array]] = field(repr=False)
     random_weights: bool = False  # seeded; a classifier's last layer is fitted to a small task all the same
     logits: str = ""  # the output with a score per class along its last axis, where the best class means something
-    lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # symbolic axis -> shortest, longest
+    lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # axis, as captured -> shortest, longest
     constants: Mapping[str, int] = field(default_factory=dict)  # input -> the value that it always has
-    batch_axes: Mapping[str, int] = field(default_factory=dict)  # input or output -> place of its batch axis, if not 0
+    batch_axes: Mapping[str, int] = field(default_factory=dict)  # tensor -> place of its batch axis, if not 0
     transformers: bool = False  # a Hugging Face architecture, so that their exporters take it too
     notes: str = ""
 
@@ -68,10 +69,10 @@ class ZooModel:
 
     def feed(self, samples: Mapping[str, Array], start: int = 0, count: int = 1) -> dict[str, Array]:
         """Return the model's inputs for `count` samples from `start` on, batch axes in place and constants added."""
-        inputs = {
-            name: np.ascontiguousarray(np.moveaxis(rows[start : start + count], 0, self.batch_axes.get(name, 0)))
-            for name, rows in samples.items()
-        }
+        inputs: dict[str, Array] = {}
+        for name, rows in samples.items():
+            taken = rows[start : start + count]
+            inputs[name] = np.concatenate(taken, axis=self.batch_axes[name]) if name in self.batch_axes else taken
         return inputs | {name: np.array(value, np.int64) for name, value in self.constants.items()}
 
     def describe(self, path: Path) -> dict[str, Any]:

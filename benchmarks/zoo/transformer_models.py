@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, cast
 
 from safetensors.torch import load as load_safetensors
@@ -26,6 +27,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 GROUPS = 20  # of the newsgroups that the classifiers tell apart
 VOCABULARY = 30522  # of the tokenizer that the samples come from
+_CLASSIFIER: Mapping[str, Any] = {"num_labels": GROUPS, "vocab_size": VOCABULARY}
 
 
 class Logits(nn.Module):
@@ -95,13 +97,13 @@ class SpeechEncoder(nn.Module):
 
 def bert_base() -> Logits:
     """Return BERT-base that tells 20 groups apart."""
-    return Logits(BertForSequenceClassification(BertConfig(num_labels=GROUPS, vocab_size=VOCABULARY)).eval())
+    return Logits(BertForSequenceClassification(BertConfig(**_CLASSIFIER)))
 
 
 def distilbert() -> Logits:
     """Return DistilBERT that tells 20 groups apart."""
-    config = DistilBertConfig(num_labels=GROUPS, vocab_size=VOCABULARY)
-    return Logits(DistilBertForSequenceClassification(config).eval())
+    config = DistilBertConfig(**_CLASSIFIER)
+    return Logits(DistilBertForSequenceClassification(config))
 
 
 def llama() -> Logits:
@@ -114,7 +116,7 @@ def llama() -> Logits:
         num_attention_heads=4,
         max_position_embeddings=512,
     )
-    return Logits(LlamaForCausalLM(config).eval(), use_cache=False)
+    return Logits(LlamaForCausalLM(config), use_cache=False)
 
 
 def qwen() -> Logits:
@@ -128,7 +130,7 @@ def qwen() -> Logits:
         num_key_value_heads=2,
         max_position_embeddings=512,
     )
-    return Logits(Qwen2ForCausalLM(config).eval(), use_cache=False)
+    return Logits(Qwen2ForCausalLM(config), use_cache=False)
 
 
 def head_of(model: Logits) -> nn.Linear:
