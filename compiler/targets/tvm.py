@@ -82,6 +82,8 @@ class TvmTarget:
 
         imported = import_model(model)
         lowered = lower(imported.module, target)
+        for name, kernel in imported.kernels.items():
+            lowered[name] = kernel
         lifted, weights = lift_weights(lowered)
         try:
             tvm.relax.build(lifted, target).export_library(str(folder / LIBRARY), fcompile=link)

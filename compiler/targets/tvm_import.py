@@ -2,10 +2,12 @@
 
 TVM's ONNX frontend reads static graphs well and dynamic ones badly. The steps of `import_model`:
  (1) every symbolic axis gets its one length: the batch 1, others what the recipe fixes;
- (2) ONNX Runtime's basic optimizer folds what became constant (shapes, ranges, masks) and drops what nobody needs;
- (3) what the frontend lacks is refused with the operator's and the node's name before the frontend sees it;
- (4) the frontend converts node by node, and says at which one it failed;
- (5) lookups are made safe: TVM's default reads wherever an index points, outside of the table too.
+ (2) branches whose condition is known then are taken (`tvm_branches`);
+ (3) ONNX Runtime's basic optimizer folds what became constant (shapes, ranges, masks) and drops what nobody needs;
+ (4) what the frontend and this module lack is refused with the operator's and the node's name;
+ (5) the frontend converts node by node, and says at which one it failed; recurrent operators are ours
+     (`tvm_recurrent`);
+ (6) lookups are made safe: TVM's default reads wherever an index points, outside of the table too.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import contextlib
 import io
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +26,8 @@ import onnxruntime
 
 from compiler.capture import CapturedModel
 from compiler.targets import UnsupportedModelError
+from compiler.targets.tvm_branches import take_branches
+from compiler.targets.tvm_recurrent import GATES, Recurrences
 from isthmus.bundle import TensorSpec
 from isthmus.tvm_artifact import Port
 
@@ -38,6 +42,7 @@ class Imported:
     """A Relax module whose `main` takes and gives tensors of fixed shapes."""
 
     module: Any  # tvm.IRModule
+    kernels: Mapping[str, Any]  # functions that `module` calls by name, scheduled: to be added when it is lowered
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
 
@@ -48,9 +53,9 @@ def import_model(model: CapturedModel) -> Imported:
     Raises:
         UnsupportedModelError: An axis has no fixed length, or TVM's frontend cannot take an operator.
     """
-    graph = fold(fixed(onnx.load(model.path), model))
+    graph = fold(take_branches(fixed(onnx.load(model.path), model)))
     check_operators(graph)
-    module = _convert(graph)
+    module, kernels = _convert(graph)
     main = module["main"]
     inputs = tuple(
         _input_port(spec, graph, model) for spec in (_spec_of(model.inputs, value.name) for value in graph.graph.input)
@@ -62,7 +67,7 @@ def import_model(model: CapturedModel) -> Imported:
         _output_port(_spec_of(model.outputs, value.name), kind, model)
         for value, kind in zip(graph.graph.output, types, strict=True)
     )
-    return Imported(module, inputs, outputs)
+    return Imported(module, kernels, inputs, outputs)
 
 
 def fixed(graph: Any, model: CapturedModel) -> Any:
@@ -114,7 +119,6 @@ def fold(graph: Any) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3  # errors, which also come as exceptions
     options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.disable_prepacking", "1")
     with tempfile.TemporaryDirectory(prefix="isthmus-tvm-") as folder:
         source, folded = Path(folder) / "fixed.onnx", Path(folder) / "folded.onnx"
         onnx.save(graph, source)
@@ -136,7 +140,7 @@ def check_operators(graph: Any) -> None:
     """
     from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
 
-    known = {*_get_convert_map(), "If", "Constant"}
+    known = {*_get_convert_map(), *GATES, "If", "Constant"}
     for node in _nodes(graph.graph):
         if node.op_type not in known or node.domain not in _DOMAINS:
             raise unsupported(node.op_type, node.name)
@@ -157,7 +161,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
                 yield from _nodes(nested)
 
 
-def _convert(graph: Any) -> Any:
+def _convert(graph: Any) -> tuple[Any, Mapping[str, Any]]:
     from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
     class Importer(ONNXGraphImporter):  # type: ignore[misc]
@@ -167,9 +171,15 @@ def _convert(graph: Any) -> Any:
 
         def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
             self.at = (op_name, attrs["tvm_custom"]["name"])
+            if op_name in GATES:
+                return recurrences.convert(self.bb, op_name, inputs, attrs)
             return super()._convert_operator(op_name, inputs, attrs, opset)
 
+        def _check_for_unsupported_ops(self, graph: Any) -> None:
+            """`check_operators` has looked already, and knows of those that are ours."""
+
     opset = next(entry.version for entry in graph.opset_import if entry.domain in {"", "ai.onnx"})
+    recurrences = Recurrences()
     importer = Importer({}, "float32")
     try:
         # On an error it prints the operator's inputs, whole weights among them.
@@ -179,7 +189,7 @@ def _convert(graph: Any) -> Any:
     except Exception as error:  # the frontend raises whatever Python and TVM raise
         why = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise unsupported(*(importer.at or ("?", "?")), why) from error
-    return _with_safe_lookups(module)
+    return _with_safe_lookups(module), recurrences.kernels
 
 
 def _with_safe_lookups(module: Any) -> Any:
