@@ -86,7 +86,15 @@ class Plan:
 
     layers: int  # of the network that it was made from
     version: str  # of the library
+    repeatable: bool  # the same build gives the same bytes
     profile: Mapping[str, Range]  # of the inputs that may vary
+
+    @property
+    def not_reproducible(self) -> str:
+        """Return why another build may differ in its bytes, or nothing."""
+        if self.repeatable:
+            return ""
+        return "TensorRT's choices depend on times that it takes, or on the addresses that this system gives it"
 
 
 def build_plan(library: Library, model: CapturedModel, options: BuildOptions, path: Path) -> Plan:
@@ -124,7 +132,7 @@ def build_plan(library: Library, model: CapturedModel, options: BuildOptions, pa
         if "failed" in fields:
             raise _failed(library, graph, fields)
         (folder / "plan").replace(path)
-    return Plan(fields["layers"], fields["version"], profile)
+    return Plan(fields["layers"], fields["version"], fields["fixed_addresses"] and library.ahead, profile)
 
 
 def _shapes(model: CapturedModel, spec: TensorSpec, options: BuildOptions) -> Range:

@@ -5,13 +5,15 @@ builder picks. So the precision is made in the graph, where it can be looked at 
 
 * fp32: the graph as it is, after constants are folded (with symbolic axes kept);
 * fp16: weights and activations in half precision; inputs and outputs keep their types, and operators that overflow or
-  lose too much in half precision (normalisation, reductions, softmax, powers) stay in single precision between casts;
+  lose too much in half precision (normalisation, reductions, softmax, powers, and those whose values are too large for
+  the samples, where there are some) stay in single precision between casts;
 * int8: explicit QuantizeLinear and DequantizeLinear pairs, signed and symmetric as TensorRT wants them, weights per
   channel; convolutions and products with constant weights are quantized, all else stays in single precision.
 """
 
 from __future__ import annotations
 
+import graphlib
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +40,7 @@ _SINGLE: Final = (
 _CHANNEL_AXIS: Final = {"Conv": 0, "Gemm": 1, "MatMul": 1}  # of the weights, of what is quantized
 _AXIS_OPSET: Final = 13  # the first where QuantizeLinear has an axis
 _INT8_MAX: Final = 127
+_HALF_MAX: Final = 32752.0  # half of the largest number in half precision: other inputs than the samples get near it
 _CALIBRATION_BATCH: Final = 32
 _CHECKED_ROWS: Final = 8
 _LEAST_COSINE: Final = 0.9  # far below what any usable conversion gives
@@ -53,7 +56,7 @@ def typed_graph(model: CapturedModel, options: BuildOptions, title: str) -> onnx
     graph = folded(model)
     _refuse_foreign(graph, title)
     if options.precision == "fp16":
-        graph = _half(graph, title)
+        graph = _half(graph, model, options.samples, title)
     elif options.precision == "int8":
         if options.samples is None:
             raise InputError("int8 needs samples of typical inputs")
@@ -107,31 +110,91 @@ def _refuse_foreign(graph: onnx.ModelProto, title: str) -> None:
             )
 
 
-def _half(graph: onnx.ModelProto, title: str) -> onnx.ModelProto:
+def _half(
+    graph: onnx.ModelProto, model: CapturedModel, samples: Mapping[str, Array] | None, title: str
+) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+    for index, node in enumerate(graph.graph.node):
+        node.name = node.name or f"{node.op_type}.{index}"
+    overflowing = [] if samples is None else _overflowing(graph, model, samples)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one for every weight that is clamped; what they do is checked afterwards
             converted: onnx.ModelProto = convert_float_to_float16(
-                graph, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_SINGLE]
+                graph,
+                keep_io_types=True,
+                op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_SINGLE],
+                node_block_list=overflowing,
             )
     except Exception as error:  # it raises whatever it stumbles over
         raise UnsupportedModelError(
             f"the graph cannot be converted to fp16 for {title}: {str(error)[:300]}", hint="use precision fp32"
         ) from error
     del converted.graph.value_info[:]  # some still say fp32
-    _drop_doubles(converted.graph)
+    _sort(converted.graph)
+    _drop_round_trips(converted)
     return converted
 
 
-def _drop_doubles(graph: onnx.GraphProto) -> None:
-    """Leave one of each cast: the converter adds the same one again for every node that shares a weight."""
-    nodes: dict[tuple[str, ...], onnx.NodeProto] = {}
-    for node in graph.node:
-        nodes.setdefault(tuple(node.output), node)
+def _overflowing(graph: onnx.ModelProto, model: CapturedModel, samples: Mapping[str, Array]) -> list[str]:
+    """Return the nodes that make or take values too large for half precision, for the samples."""
+    inferred = onnx.shape_inference.infer_shapes(graph).graph
+    floats = {
+        value.name
+        for value in (*inferred.value_info, *inferred.output)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }
+    made = [output for node in graph.graph.node for output in node.output if output in floats]
+    largest = _largest(graph, made, model, samples)
+    huge = {name for name, value in largest.items() if not value <= _HALF_MAX}
+    return [node.name for node in graph.graph.node if huge.intersection((*node.input, *node.output))]
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Put the nodes in order, and leave one of each cast: the converter appends them, once for every node it meets."""
+    nodes = list({tuple(node.output): node for node in reversed(graph.node)}.values())[::-1]
+    maker = {output: index for index, node in enumerate(nodes) for output in node.output if output}
+    needs = {
+        index: [maker[name] for name in _inputs(node) if name in maker and maker[name] != index]
+        for index, node in enumerate(nodes)
+    }
+    ordered = [nodes[index] for index in graphlib.TopologicalSorter(needs).static_order()]
     del graph.node[:]
-    graph.node.extend(nodes.values())
+    graph.node.extend(ordered)
+
+
+def _inputs(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield what a node takes, its nested graphs too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for nested in (attribute.g, *attribute.graphs):
+            for inner in nodes_of(nested):
+                yield from inner.input
+
+
+def _drop_round_trips(graph: onnx.ModelProto) -> None:
+    """Leave values in single precision from one node that computes in it to the next: the converter halves them."""
+    inferred = onnx.shape_inference.infer_shapes(graph).graph
+    single = {
+        value.name
+        for value in (*inferred.value_info, *inferred.input)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }
+    halved = {
+        node.output[0]: node.input[0]
+        for node in graph.graph.node
+        if _casts_to(node, onnx.TensorProto.FLOAT16) and node.input[0] in single
+    }
+    for node in graph.graph.node:
+        if _casts_to(node, onnx.TensorProto.FLOAT) and node.input[0] in halved:
+            node.op_type = "Identity"
+            node.input[0] = halved[node.input[0]]
+            del node.attribute[:]
+
+
+def _casts_to(node: onnx.NodeProto, datatype: int) -> bool:
+    return node.op_type == "Cast" and node.attribute[0].i == datatype
 
 
 def _quantized(
@@ -153,7 +216,12 @@ def _quantized(
             f"nothing in the model can be quantized for {title}: no {', '.join(_CHANNEL_AXIS)} with constant weights",
             hint="use precision fp16 or fp32",
         )
-    largest = _largest(graph, sorted({node.input[0] for node in layers}), model, samples, title)
+    largest = _largest(graph, sorted({node.input[0] for node in layers}), model, samples)
+    wild = [name for name, value in largest.items() if not np.isfinite(value)]
+    if wild:
+        raise UnsupportedModelError(
+            f"int8 for {title}: tensor {wild[0]!r} is not finite for the samples", hint="use precision fp32"
+        )
     pairs: dict[str, list[onnx.NodeProto]] = {}  # of the tensor that they quantize
     for node in layers:
         activation, kernel = node.input[0], node.input[1]
@@ -195,7 +263,6 @@ def _largest(
     tensors: Sequence[str],
     model: CapturedModel,
     samples: Mapping[str, Array],
-    title: str,
 ) -> dict[str, float]:
     """Return the largest magnitude that each tensor has for the samples."""
     measuring = onnx.ModelProto()
@@ -219,11 +286,6 @@ def _largest(
         except Exception as error:  # its exceptions share no base class
             raise InputError(f"the model cannot take the samples: {str(error)[:300]}") from error
         largest = np.maximum(largest, found)
-    if not np.isfinite(largest).all():
-        name = tensors[int(np.argmin(np.isfinite(largest)))]
-        raise UnsupportedModelError(
-            f"int8 for {title}: tensor {name!r} is not finite for the samples", hint="use precision fp32"
-        )
     return dict(zip(tensors, largest.tolist(), strict=True))
 
 

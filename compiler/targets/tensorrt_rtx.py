@@ -64,7 +64,7 @@ class TensorRtRtxTarget:
             },
         }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        return Built(ENTRY)
+        return Built(ENTRY, not_reproducible=plan.not_reproducible)
 
     def open(self, entry: Path, *, threads: int) -> NoReturn:
         """Say what is missing.

@@ -8,10 +8,14 @@ The two libraries, `tensorrt` and `tensorrt_rtx`, share one interface. Where the
 * weakly typed networks exist in TensorRT 10 only, where strong typing must be asked for;
 * only TensorRT-RTX builds for compute capabilities that it is told;
 * only TensorRT measures kernels while it builds, and keeps what it measured in a timing cache.
+
+Parts of an engine get names that depend on the order of addresses in memory. So the process starts itself again with
+addresses that are the same in every run, where the system allows that: then the same job gives the same bytes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -20,7 +24,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
+_ADDR_NO_RANDOMIZE: Final = 0x0040000  # <sys/personality.h>
+_ASK: Final = 0xFFFFFFFF
 _AT_NODE: Final = "Parsing node: "
+_UNKNOWN: Final = "it has no such operator"
 _DATATYPES: Final = {
     "BOOL": "BOOL", "FLOAT": "FP32", "HALF": "FP16", "INT32": "INT32", "INT64": "INT64", "INT8": "INT8",
     "UINT8": "UINT8",
@@ -35,11 +42,21 @@ class Failure(Exception):  # noqa: N818 - it is what the result calls it
         self.fields = {"failed": step, "message": " ".join(message.split()), "operator": operator, "node": node}
 
 
+def fix_addresses() -> bool:
+    """Return whether memory has the same addresses in every run; start again so that it has, where that is allowed."""
+    personality = ctypes.CDLL(None).personality
+    now = int(personality(_ASK))
+    if now != -1 and not now & _ADDR_NO_RANDOMIZE and personality(now | _ADDR_NO_RANDOMIZE) != -1:
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very program
+    return now != -1 and bool(now & _ADDR_NO_RANDOMIZE)  # containers may forbid it
+
+
 def main(folder: Path) -> None:
     """Do the job in the folder."""
+    fixed = fix_addresses()
     job = json.loads((folder / "job.json").read_text())
     try:
-        result = run(job, folder)
+        result = run(job, folder) | {"fixed_addresses": fixed}
     except Failure as failure:
         result = failure.fields
     (folder / "result.json").write_text(json.dumps(result))
@@ -100,7 +117,8 @@ def _logger(trt: Any, errors: list[str], progress: Any) -> Any:
 def _not_parsed(found: list[Any], errors: list[str]) -> Failure:
     for error in found:
         if error.node_operator():
-            return Failure("parse", error.desc(), error.node_operator(), error.node_name())
+            text = _UNKNOWN if error.desc() in ("", "false") else error.desc()
+            return Failure("parse", text, error.node_operator(), error.node_name())
     texts = [error.desc() for error in found] or errors or ["it gave no reason"]
     return Failure("parse", texts[0])
 

@@ -54,10 +54,9 @@ class TritonTensorRtTarget:
         config = configuration(model, options, backend="tensorrt", platform="tensorrt_plan")
         on_gpus(config, options.serving)
         (folder / VERSION).mkdir()
-        build_plan(self._library, model, options, folder / ENTRY)
+        plan = build_plan(self._library, model, options, folder / ENTRY)
         write_configuration(config, folder)
-        timed = "" if self._library.ahead else "TensorRT times its kernels while it builds, and takes the fastest"
-        return Built(ENTRY, not_reproducible=timed)
+        return Built(ENTRY, not_reproducible=plan.not_reproducible)
 
     def open(self, entry: Path, *, threads: int) -> NoReturn:
         """Say what is missing.
