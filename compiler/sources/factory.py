@@ -37,9 +37,7 @@ def source_file(factory: str, beside: Path) -> Path:
     """
     module, _, function = factory.partition(":")
     if not module or not function.isidentifier():
-        raise InputError(
-            f'factory: expected "module:function" or "file.py:function", got {factory[:200]!r}', hint=_HINT
-        )
+        raise InputError(f"factory: expected module:function or file.py:function, got {factory[:200]!r}", hint=_HINT)
     if module.endswith(".py"):
         path = beside / module
         if not path.is_file():

@@ -7,6 +7,7 @@ with ONNX Runtime at other sizes than the example's and compared with torch befo
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_DIFFERENCE: Final = 1e-3  # between torch and ONNX Runtime, as a share of the largest value of the output
+_SPECIALIZED: Final = re.compile(r"static shape of (\d+) for dimension inputs\['(\w+)'\]\.shape\[(\d+)\]")
 _NOISY: Final = ("torch.onnx", "torch.export", "torch._export", "torch._dynamo", "torch.fx")
 
 Inputs = Mapping[str, "torch.Tensor"]
@@ -82,7 +84,7 @@ def export_module(
                 verbose=False,
             )  # fmt: skip
         except Exception as error:  # whatever the exporter trips over, the source is what has to change
-            raise cannot_export(what, error) from error
+            raise _refused(what, axes, error) from error
     _save(program, names, path, what)
     _check_axes(path, axes, what)
     compare(lambda inputs: module(**inputs), path, other or example, what)
@@ -230,7 +232,22 @@ def _check_axes(path: Path, axes: Axes, what: str) -> None:
         dims = value.type.tensor_type.shape.dim
         for index, name in axes.get(value.name, {}).items():
             if not dims[index].dim_param:
-                raise InputError(
-                    f"{what}: the model works with {name} = {dims[index].dim_value} alone, not with any",
-                    hint=f"fix it: lengths = {{ {name} = {dims[index].dim_value} }}",
-                )
+                raise _fixed(what, name, dims[index].dim_value)
+
+
+def _fixed(what: str, axis: str, size: int) -> InputError:
+    return InputError(
+        f"{what}: the model works with {axis} = {size} alone, not with any",
+        hint=f"fix it: lengths = {{ {axis} = {size} }}",
+        reason="unsupported-model",
+    )
+
+
+def _refused(what: str, axes: Axes, error: BaseException) -> InputError:
+    """Return the error for an export that failed; torch's own when it is not about an axis of ours."""
+    specialized = _SPECIALIZED.search(str(error))
+    if specialized is None:
+        return cannot_export(what, error)
+    size, name, index = specialized.groups()
+    axis = axes.get(name, {}).get(int(index))
+    return cannot_export(what, error) if axis is None else _fixed(what, axis, int(size))
