@@ -63,6 +63,8 @@ def gather(model: ZooModel, *, limit_s: float) -> tuple[dict[str, Contestant], d
     precisions: dict[str, str] = {}
     dropped: dict[str, str] = {}
     for name, peer in PEERS.items():
+        if not peer.takes(model):
+            continue
         result = work_on(Cell(model.name, "peer", name), limit_s=limit_s)
         verdict = judge(result, peer.precision, classifies=bool(model.logits))
         if verdict.covered or (name == BASE and "entry" in result):

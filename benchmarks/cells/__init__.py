@@ -6,6 +6,7 @@ the versions of the tools and the target's own source. What is there under the s
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +27,8 @@ CALIBRATION: Final = 96  # samples that quantization sees
 EVALUATION: Final = 64  # at most; fewer where outputs are large
 EVALUATION_BYTES: Final = 64 << 20  # of the reference outputs
 MEMORY: Final = 12 << 30  # bytes that one cell may write to
-RESULT: Final = "result.json"
+OUTCOME: Final = "outcome.json"  # what the worker writes
+RESULT: Final = "result.json"  # the same with the cell and its key, or why there is none
 
 ONE_LENGTH: Final = frozenset({"tvm"})
 
@@ -85,11 +87,17 @@ def key_of(cell: Cell) -> str:
     parts["model"] = json.loads(MODELS[cell.model].onnx().with_suffix(".json").read_text())["sha256"]
     parts["lengths"] = sorted(MODELS[cell.model].lengths.items())
     parts["tools"] = {tool: _version(tool) for tool in TOOLS.get(cell.target, ())}
-    compiler = Path(__file__).parents[2] / "compiler"
+    root = Path(__file__).parents[2]
+    parts["draws"] = [_digest(root / "benchmarks" / "zoo" / f"{name}.py") for name in ("pictures", "texts")]
+    compiler = root / "compiler"
     files = sorted(file for pattern in SOURCES.get(cell.target, ()) for file in compiler.glob(pattern))
     if cell.kind == "build":
-        parts["source"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        parts["source"] = [_digest(file) for file in files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _version(tool: str) -> str:
@@ -113,23 +121,26 @@ def work_on(cell: Cell, *, limit_s: float) -> dict[str, Any]:
 
     The result says "error", "reason" and "hint" when there is no artefact.
     """
-    found = result_of(cell)
-    if found is not None:
-        return found
     if cell.kind != "capture":
         captured = work_on(capture_of(cell), limit_s=limit_s)
         if captured.get("error"):
             return captured
-    key = key_of(cell)
-    shutil.rmtree(cell.folder, ignore_errors=True)
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "job.json").write_text(json.dumps(asdict(cell)))
-    outcome = _run(cell.folder, limit_s)
-    path = cell.folder / RESULT
-    result = json.loads(path.read_text()) if path.exists() else outcome
-    whole: dict[str, Any] = result | {"key": key} | asdict(cell)
-    path.write_text(json.dumps(whole, indent=1) + "\n")
-    return whole
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    with cell.folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands may want the same cell
+        found = result_of(cell)
+        if found is not None:
+            return found
+        key = key_of(cell)
+        shutil.rmtree(cell.folder, ignore_errors=True)
+        cell.folder.mkdir()
+        (cell.folder / "job.json").write_text(json.dumps(asdict(cell)))
+        outcome = _run(cell.folder, limit_s)
+        made = cell.folder / OUTCOME
+        result = json.loads(made.read_text()) if made.exists() else outcome
+        whole: dict[str, Any] = result | {"key": key} | asdict(cell)
+        (cell.folder / RESULT).write_text(json.dumps(whole, indent=1) + "\n")
+        return whole
 
 
 def _run(folder: Path, limit_s: float) -> dict[str, Any]:

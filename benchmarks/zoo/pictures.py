@@ -37,19 +37,40 @@ NAMES: Final = (
     "retina.jpg",
     "rocket.jpg",
 )
+# Those that show what ImageNet has classes for.
+OBJECTS: Final = (
+    "astronaut.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "motorcycle_left.png",
+    "motorcycle_right.png",
+    "rocket.jpg",
+)
 _LETTERS: Final = string.ascii_letters + string.digits
 
 
-def crops(packages: Packages, count: int, seed: int, size: int) -> tuple[Pictures, npt.NDArray[np.int64]]:
-    """Return square crops of the photographs, of random scale, place and brightness, and each one's photo."""
+def crops(
+    packages: Packages, count: int, seed: int, size: int, *, names: tuple[str, ...] = NAMES, least: float = 0.35
+) -> tuple[Pictures, npt.NDArray[np.int64]]:
+    """Return square crops of the photographs, of random scale, place and brightness, and each one's photo.
+
+    Args:
+        packages: Where the photographs are.
+        count: How many crops.
+        seed: The same one gives the same crops.
+        size: Of a crop's side, in pixels.
+        names: The photographs, taken in turn.
+        least: The smallest crop's side, as a share of the photograph's shorter one.
+    """
     random = np.random.default_rng(seed)
-    photos = _photos(packages)
+    photos = _decoded(tuple(packages.read(PHOTOS, f"skimage/data/{name}") for name in names))
     pictures = np.empty((count, 3, size, size), np.float32)
     sources = np.empty(count, np.int64)
     for row in range(count):
         which = (row + seed) % len(photos)
         photo = photos[which]
-        side = int(min(photo.size) * random.uniform(0.35, 1.0))
+        side = int(min(photo.size) * random.uniform(least, 1.0))
         left, top = (int(random.integers(0, extent - side + 1)) for extent in photo.size)
         crop = photo.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
         pixels = np.asarray(crop, np.float32) / 255
@@ -94,11 +115,6 @@ def _page(lines: list[str], height: int, width: int, random: np.random.Generator
     turned = page.rotate(float(random.uniform(-2, 2)), Image.Resampling.BILINEAR, fillcolor=int(255 * paper))
     grain = random.normal(0, 0.02, (height, width)).astype(np.float32)
     return np.clip(np.asarray(turned, np.float32) / 255 + grain, 0, 1)
-
-
-def _photos(packages: Packages) -> list[Image.Image]:
-    contents = tuple(packages.read(PHOTOS, f"skimage/data/{name}") for name in NAMES)
-    return _decoded(contents)
 
 
 @cache
