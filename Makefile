@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv; nothing else has to be installed but Python 3.11, git and make.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format type proto proto-check bench clean
+.PHONY: help setup demo test test-fast aarch64 lint format type proto proto-check bench targets clean
 
 PYTHON ?= python3.11
 VENV   := .venv
@@ -19,7 +19,7 @@ setup: $(VENV)/.installed  ## Create .venv with the pinned versions.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (about two minutes the first time)"
+	@echo "installing into $(VENV) (about three minutes the first time)"
 	@# torch first: a wider range would pull gigabytes of CUDA packages
 	@$(PIP) install --quiet 'torch==2.13.0' -c constraints.txt
 	@$(PIP) install --quiet -e '.[demo,edge-onnxruntime,dev]' -c constraints.txt
@@ -33,6 +33,9 @@ test: setup  ## Run all tests.
 
 test-fast: setup  ## Run the tests that need no servers or compilers.
 	@$(BIN)/python -m pytest -m 'not slow'
+
+aarch64: setup  ## Prepare an Arm device under emulation, for the tests that use one (Debian 12).
+	@$(BIN)/python -m tests.aarch64.setup
 
 lint: setup  ## Check style, import directions and Dockerfiles.
 	@$(BIN)/ruff check .
@@ -56,6 +59,9 @@ proto-check: proto  ## Check that the committed generated code is up to date.
 
 bench: setup  ## Run all benchmarks.
 	@$(BIN)/python -m benchmarks
+
+targets: setup  ## Try every target on every model of the zoo, and write docs/targets.md (hours).
+	@$(BIN)/python -m benchmarks.support --markdown docs/targets.md
 
 clean:  ## Remove everything that was built, the environment included.
 	rm -rf $(VENV) build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -153,7 +153,6 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
         "variant": row["variant"],
         "MB": row["bytes"] / 1e6,
         "ms": row["latency_ms"],
-        "p99": row["latency_p99_ms"],
         "MiB": None if row["peak_rss_mib"] is None else round(row["peak_rss_mib"]),
         "accuracy": row["accuracy"],
         "escalated": row["escalated"],

@@ -1,6 +1,6 @@
 """The bundle: what the compiler makes, operators publish and devices install.
 
-A folder with these entries, and nothing that can execute on load (no pickle):
+A folder with these entries, and no pickle. TVM variants are machine code: signed like all the rest.
 
     manifest.json            this module's `Manifest`; names every other file with its SHA-256 and length
     variants/<id>/...        the light model, one folder for each (runtime, precision, platform)
