@@ -41,8 +41,8 @@ def main(
 
 
 def finish(run: Run) -> None:
-    """Step 9: write report and pictures, print the table."""
-    run.console.rule("[bold]9. result", align="left")
+    """Step 10: write report and pictures, print the table."""
+    run.console.rule("[bold]10. result", align="left")
     report = build_report(run.folder)
     (run.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     draw_policy(run.folder, report, run.folder / "policy.png")
@@ -73,6 +73,10 @@ def result_table(report: dict[str, Any]) -> Table:
         ("p50 by the cloud", "cloud_p50_ms"),
     ):
         table.add_row(name, _milliseconds(first[key]), _milliseconds(second[key]))
+    table.add_section()
+    for variant, alone in report["runtimes"].items():
+        first_messages = f"{_percent(alone['accuracy'])} of {alone['messages']}"
+        table.add_row(f"light alone, {variant}", first_messages, f"p50 {_milliseconds(alone['p50_ms'])}")
     table.add_section()
     update, outage = report["update"], report["outage"]
     share = update["delta_bytes"] / update["full_bytes"]

@@ -29,12 +29,21 @@ target = "openvino"
 precision = "int8"
 
 [[variants]]
-target = "openvino"
-precision = "fp32"
+target = "onnxruntime"
+precision = "int8"
+required = false     # left out where it loses more than the guard allows
 
 [[variants]]
 target = "onnxruntime"
 precision = "fp32"
+
+[[variants]]
+target = "tvm"
+precision = "fp32"
+
+[[variants]]
+target = "tensorrt-rtx"  # for devices with an NVIDIA GPU; no GPU is needed to build it
+precision = "fp16"
 
 [data]
 quantization = {quantization}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from examples.quickstart.site import VARIANT
 from examples.quickstart.traffic import DEADLINE_S, Record
 
 Floats = npt.NDArray[np.float64]
@@ -98,6 +99,7 @@ def build_report(folder: Path) -> dict[str, Any]:
             "escalation_rate_for_v1_accuracy": _share_for(curve, first["accuracy"]),
         },
         "bundle": facts["bundle"],
+        "runtimes": _runtimes(rows, labels),
         "update": _update(facts, rows["update"]),
         "outage": _outage(facts, rows["outage"]),
         "tls": {"version": facts["cloud_status"]["tls_version"], "group": facts["cloud_status"]["tls_group"]},
@@ -126,6 +128,27 @@ def _routed(rows: Rows, labels: npt.NDArray[np.int64], bytes_up: int) -> dict[st
         "edge_p50_ms": _percentile(rows.latency_ms[at_edge], 50),
         "cloud_p50_ms": _percentile(rows.latency_ms[at_cloud], 50),
         "bytes_up": bytes_up,
+    }
+
+
+def _runtimes(rows: Mapping[str, Rows], labels: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Return accuracy and latency of each other variant, and of the device's own on the same messages."""
+    found: dict[str, Any] = {}
+    for name, recording in sorted(rows.items()):
+        if not name.startswith("runtime-"):
+            continue
+        count = len(recording.sample)
+        found[name.removeprefix("runtime-")] = _alone(recording, labels[:count])
+        found[VARIANT] = _alone(rows["v1-edge"].only(rows["v1-edge"].sample < count), labels[:count])
+    return found
+
+
+def _alone(rows: Rows, labels: npt.NDArray[np.int64]) -> dict[str, Any]:
+    return {
+        "messages": len(labels),
+        "accuracy": _accuracy(rows, labels),
+        "p50_ms": _percentile(rows.latency_ms, 50),
+        "failed": int((rows.route == "failed").sum()),
     }
 
 

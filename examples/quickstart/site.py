@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +14,7 @@ from examples.quickstart.programs import ProgramError, Server, Shell, wait_until
 
 DEVICE: Final = "kiosk-1"
 VARIANT: Final = "openvino-int8"
-_AGENT_SETTINGS: Final = f"""\
-variant = "{VARIANT}"
+_CAPTURE_SETTINGS: Final = """\
 capture = true         # keep the heavy model's answers for the next training
 capture_flush_s = 1.0  # and write them down soon: this story does not last long
 """
@@ -88,22 +88,47 @@ class Site:
 
     def enrol_device(self, *hosts: str) -> None:
         """Invite the device and enrol it with the one-time code; `hosts` are names under which others may call it."""
-        invite = self.shell.run_json("device", "invite", DEVICE, *self._operator())
+        self._enrol(DEVICE, self.device, VARIANT, *hosts)
+        with (self.device / "edge.toml").open("a") as settings:
+            settings.write(_CAPTURE_SETTINGS)
+
+    def _enrol(self, name: str, home: Path, variant: str, *hosts: str) -> None:
+        invite = self.shell.run_json("device", "invite", name, *self._operator())
         self.shell.run(
             *("edge", "enrol", "--cloud", self.cloud_address, "--code", invite["code"]),
-            *("--trust", self.folder / "site" / "trust", "--home", self.device),
+            *("--trust", self.folder / "site" / "trust", "--home", home),
             *(word for host in hosts for word in ("--host", host)),
         )
-        (self.device / "edge.toml").write_text(_AGENT_SETTINGS)
+        (home / "edge.toml").write_text(f'variant = "{variant}"\n')
 
     def start_agent(self) -> None:
         """Start the agent on the device and wait until it serves."""
-        self.agent = self.shell.start(
-            *("agent", "edge", "run", "--home", self.device, "--model", self.model),
-            *("--listen", self.agent_address, "--config", self.device / "edge.toml"),
-        )
+        self.agent = self._start("agent", self.device, self.agent_address)
         self.agent_address = str(self.agent.wait_ready()["address"])
-        with triton.InferenceServerClient(self.agent_address) as client:
+        self._wait_until_ready(self.agent_address)
+
+    @contextmanager
+    def another_device(self, variant: str) -> Iterator[str]:
+        """Enrol a device that runs another variant, start its agent, and yield its address."""
+        home = self.folder / "devices" / variant
+        home.parent.mkdir(exist_ok=True)
+        self._enrol(f"kiosk-{variant}", home, variant)
+        agent = self._start(f"agent-{variant}", home, "127.0.0.1:0")
+        try:
+            address = str(agent.wait_ready()["address"])
+            self._wait_until_ready(address)
+            yield address
+        finally:
+            agent.stop()
+
+    def _start(self, name: str, home: Path, listen: str) -> Server:
+        return self.shell.start(
+            *(name, "edge", "run", "--home", home, "--model", self.model),
+            *("--listen", listen, "--config", home / "edge.toml"),
+        )
+
+    def _wait_until_ready(self, address: str) -> None:
+        with triton.InferenceServerClient(address) as client:
             ready = f"the agent to serve {self.model}"
             wait_until(lambda: bool(client.is_model_ready(self.model)), ready, 60)
 

@@ -1,6 +1,7 @@
-"""The story in nine steps, in the order in which they run.
+"""The story in ten steps, in the order in which they run.
 
-1. data and models   2. compile   3. trust   4. cloud   5. device   6. requests   7. update   8. outage   9. result
+1. data and models   2. compile   3. trust   4. cloud   5. device   6. requests   7. runtimes   8. update   9. outage
+10. result
 
 Each step uses the programs as a person would, through the `isthmus` command and an OIP client, and leaves its raw
 results in the story's folder; the report is computed from those files alone.
@@ -22,6 +23,7 @@ from typing import Any, Final
 import numpy as np
 from rich.console import Console
 
+from edge.runtimes import is_installed
 from examples.quickstart import models as story_models
 from examples.quickstart.datasets import Split, Splits
 from examples.quickstart.programs import Shell, wait_until
@@ -29,10 +31,12 @@ from examples.quickstart.recipe import write_recipe
 from examples.quickstart.site import VARIANT, Site
 from examples.quickstart.story import Story
 from examples.quickstart.traffic import Recording, SteadyLoad, send_all
+from isthmus.bundle import open_bundle
 from isthmus.digests import sha256_file
 from isthmus.terminal import progress
 
 WORKERS: Final = 2  # clients that send at the same time
+RUNTIME_MESSAGES: Final = 400  # for each of the other runtimes
 
 
 @dataclass(slots=True)
@@ -73,6 +77,7 @@ def run_story(run: Run) -> None:
         ("cloud", start_cloud),
         ("device", start_device),
         ("requests", send_requests),
+        ("runtimes", try_runtimes),
         ("update", update_light_model),
         ("outage", kill_the_cloud),
     ]
@@ -103,7 +108,7 @@ def prepare_models(run: Run) -> None:
 
 
 def compile_first(run: Run) -> None:
-    """Make bundle version 1: three variants of the light model, the heavy one for Triton, thresholds and proofs."""
+    """Make bundle version 1: five variants of the light model, the heavy one for Triton, thresholds and proofs."""
     bundle = _compile(run, 1, run.models.light, previous=None)
     manifest = json.loads((bundle / "manifest.json").read_text())
     run.facts["bundle"] = {
@@ -145,6 +150,17 @@ def send_requests(run: Run) -> None:
     run.facts["bytes_up"] = {"v1": run.site.agent_status()["uplink"]["bytes_up"] - before}
     _send(run, "v1-edge", run.splits.test, "test messages, light model only", route="edge")
     _send(run, "v1-cloud", run.splits.test, "test messages, heavy model only", route="cloud")
+
+
+def try_runtimes(run: Run) -> None:
+    """Run every other variant that this machine can, each on a device of its own, over the first test messages."""
+    manifest = open_bundle(run.folder / "bundle-1")
+    split = run.splits.test.take(np.arange(min(RUNTIME_MESSAGES, len(run.splits.test))))
+    for variant in manifest.variants:
+        if variant.id == VARIANT or not is_installed(variant.runtime):
+            continue
+        with run.site.another_device(variant.id) as address:
+            _send(run, f"runtime-{variant.id}", split, f"{variant.id}", route="edge", address=address)
 
 
 def update_light_model(run: Run) -> None:
@@ -210,7 +226,7 @@ def _compile(run: Run, version: int, light: Path, *, previous: Path | None) -> P
     return bundle
 
 
-def _send(run: Run, name: str, split: Split, title: str, *, route: str = "") -> Recording:
+def _send(run: Run, name: str, split: Split, title: str, *, route: str = "", address: str = "") -> Recording:
     """Send all samples with live progress, keep the rows under `name` and return them."""
     with progress() as bars:
         task = bars.add_task(title, total=len(split))
@@ -219,9 +235,10 @@ def _send(run: Run, name: str, split: Split, title: str, *, route: str = "") -> 
             counts = " ".join(f"{route} {n:,}" for route, n in recording.routes().items() if n) if route == "" else ""
             bars.update(task, completed=len(recording.records), description=f"{title} [dim]{counts}[/]")
 
-        address = run.site.agent_address
         every = _every(50, tick)
-        recording = send_all(address, run.story.model_name, split, workers=WORKERS, route=route, tick=every)
+        recording = send_all(
+            address or run.site.agent_address, run.story.model_name, split, workers=WORKERS, route=route, tick=every
+        )
         tick(recording)
     recording.save(run.raw / f"{name}.npz")
     return recording

@@ -23,7 +23,7 @@ from security.tls import channel_credentials
 from security.tokens import TokenIssuer
 from tests.e2e.live import running_site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

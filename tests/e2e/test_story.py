@@ -13,7 +13,7 @@ from examples.quickstart.site import VARIANT
 from examples.quickstart.steps import Run
 from isthmus.bundle import open_bundle
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 Report = dict[str, Any]
 
@@ -40,6 +40,20 @@ def test_the_update_came_as_a_delta_and_lost_no_request(report: Report) -> None:
     assert update["failed"] == 0
     assert 0 < update["delta_bytes"] < 0.5 * update["full_bytes"]
     assert update["rebuilt_equal"]
+
+
+def test_every_runtime_answers_like_the_others(report: Report) -> None:
+    runtimes = report["runtimes"]
+    assert {"openvino-int8", "onnxruntime-fp32", "tvm-fp32"} <= set(runtimes)
+    assert all(alone["failed"] == 0 for alone in runtimes.values())
+    assert runtimes["tvm-fp32"]["accuracy"] == runtimes["onnxruntime-fp32"]["accuracy"]
+    assert abs(runtimes["openvino-int8"]["accuracy"] - runtimes["tvm-fp32"]["accuracy"]) < 0.05
+
+
+def test_the_bundle_holds_an_engine_that_only_a_gpu_can_verify(bundles: tuple[Path, Path]) -> None:
+    variants = {variant.id: variant for variant in open_bundle(bundles[0]).variants}
+    assert variants["tensorrt-rtx-fp16"].verified == "device"
+    assert {variants[name].verified for name in ("openvino-int8", "tvm-fp32")} == {"compiler"}
 
 
 def test_the_outage_cost_nobody_an_answer(report: Report) -> None:
