@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import onnx
 import onnxruntime
 
@@ -173,6 +174,8 @@ def _convert(graph: Any) -> tuple[Any, Mapping[str, Any]]:
             self.at = (op_name, attrs["tvm_custom"]["name"])
             if op_name in GATES:
                 return recurrences.convert(self.bb, op_name, inputs, attrs)
+            if op_name == "ConvTranspose" and _is_disjoint(inputs, attrs):
+                return _disjoint_transpose(self.bb, inputs)
             return super()._convert_operator(op_name, inputs, attrs, opset)
 
         def _check_for_unsupported_ops(self, graph: Any) -> None:
@@ -190,6 +193,39 @@ def _convert(graph: Any) -> tuple[Any, Mapping[str, Any]]:
         why = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise unsupported(*(importer.at or ("?", "?")), why) from error
     return _with_safe_lookups(module), recurrences.kernels
+
+
+def _is_disjoint(inputs: Any, attributes: Mapping[str, Any]) -> bool:
+    """Return whether a transposed convolution writes every pixel once: its stride is its kernel's size."""
+    from tvm.ir import GenericConst
+
+    kernel = inputs[1]
+    if not isinstance(kernel, GenericConst) or len(kernel.ty.shape.values) != 4:
+        return False
+    size = [int(axis) for axis in kernel.ty.shape.values[2:]]
+    plain = attributes.get("auto_pad", b"NOTSET") in {b"NOTSET", b"VALID"} and attributes.get("group", 1) == 1
+    padded = any(attributes.get("pads", ())) or any(attributes.get("output_padding", ()))
+    return plain and not padded and list(attributes.get("strides", ())) == size and "output_shape" not in attributes
+
+
+def _disjoint_transpose(builder: Any, inputs: Any) -> Any:
+    """Return a transposed convolution as a convolution of single pixels whose channels become squares of pixels.
+
+    Relax has no transposed convolution with channels last, and its loops are many times slower than this.
+    """
+    from tvm import relax
+
+    batch, channels, height, width = (int(axis) for axis in inputs[0].ty.shape.values)
+    kernel = inputs[1].value.numpy()
+    _, outputs, down, across = kernel.shape
+    pixels = kernel.transpose(1, 2, 3, 0).reshape(outputs * down * across, channels, 1, 1)
+    squares = relax.op.nn.conv2d(inputs[0], relax.const(np.ascontiguousarray(pixels)))
+    apart = relax.op.reshape(squares, (batch, outputs, down, across, height, width))
+    mixed = relax.op.permute_dims(apart, [0, 1, 4, 2, 5, 3])
+    result = relax.op.reshape(mixed, (batch, outputs, height * down, width * across))
+    if len(inputs) > 2 and inputs[2] is not None:
+        result = relax.op.add(result, relax.op.reshape(inputs[2], (1, outputs, 1, 1)))
+    return builder.normalize(result)
 
 
 def _with_safe_lookups(module: Any) -> Any:
