@@ -4,12 +4,16 @@ import numpy as np
 import pytest
 
 from compiler.parity import ParityMeter
+from isthmus.tensors import Array
 
 
 def test_batches_add_up_to_the_whole() -> None:
     rng = np.random.default_rng(0)
-    source = {"logits": rng.normal(size=(50, 4)).astype(np.float32), "class": rng.integers(0, 4, 50)}
-    ours = {"logits": source["logits"] + rng.normal(size=(50, 4)).astype(np.float32) / 10, "class": source["class"]}
+    source: dict[str, Array] = {"logits": rng.normal(size=(50, 4)).astype(np.float32), "class": rng.integers(0, 4, 50)}
+    ours: dict[str, Array] = {
+        "logits": source["logits"] + rng.normal(size=(50, 4)).astype(np.float32) / 10,
+        "class": source["class"],
+    }
     whole, parts = ParityMeter(), ParityMeter()
 
     whole.add(ours, source)
