@@ -113,6 +113,25 @@ def pad_image(data: Any, padding: Sequence[int], value: float = 0.0) -> Any:
     return te.compute(shape, element, name="border", attrs=marks(keep="border"))
 
 
+def spread_image(data: Any, strides: tuple[int, int], padding: Sequence[int]) -> Any:
+    """Return data [n, h, w, c] with strides - 1 zeros between pixels and a border; a negative border cuts off."""
+    from tvm import te, tirx
+
+    top, left, bottom, right = padding
+    batch, height, width, channels = data.shape
+    (step_h, step_w), (rows, columns) = strides, (int(height), int(width))
+
+    def element(n: Any, h: Any, w: Any, c: Any) -> Any:
+        y, x = h - top, w - left
+        inside = tirx.all(
+            y >= 0, y <= (rows - 1) * step_h, x >= 0, x <= (columns - 1) * step_w, y % step_h == 0, x % step_w == 0
+        )
+        return tirx.if_then_else(inside, data[n, y // step_h, x // step_w, c], tirx.const(0, data.dtype))
+
+    shape = (batch, (rows - 1) * step_h + 1 + top + bottom, (columns - 1) * step_w + 1 + left + right, channels)
+    return te.compute(shape, element, name="border", attrs=marks(keep="border"))
+
+
 def schedule_convolution(schedule: Any, machine: Machine) -> bool:
     """Schedule a function that holds a convolution of ours; False if it holds none."""
     block = kernel_block(schedule, KERNEL_NAME)

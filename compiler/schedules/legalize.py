@@ -10,7 +10,7 @@ import numpy as np
 
 from compiler.schedules.blocks import FUSES_WHAT_FOLLOWS
 from compiler.schedules.canonical import constant, operator, permutation, static_shape
-from compiler.schedules.convolution import Window, convolution, pack_weights
+from compiler.schedules.convolution import Window, convolution, pack_weights, spread_image
 from compiler.schedules.machine import Machine
 from compiler.schedules.matmul import batched_matmul, pack_matrix, packed_matmul
 from compiler.schedules.rows import layer_norm, reduce_rows, softmax
@@ -107,6 +107,68 @@ def _convolution(rewriter: Any, call: Any, _original: Any) -> Any | None:
     packed = relax.const(pack_weights(weights, groups, tile), "float32")
     kernel_of = partial(convolution, window=window, channels=outputs, tile=tile)
     return _call(rewriter, "convolution", kernel_of, data, packed)
+
+
+def _transposed_convolution(rewriter: Any, call: Any, _original: Any) -> Any | None:
+    """A transposed convolution that ends up channels last: a plain one over an image spread out with zeros.
+
+    Windows that do not overlap need no zeros: each pixel becomes a patch, which is a matrix product.
+    """
+    from tvm import relax
+
+    attrs, (data, kernel) = call.attrs, call.args
+    weights, shape = constant(kernel), static_shape(data)
+    layouts = (str(attrs.data_layout), str(attrs.kernel_layout))
+    if layouts != ("NHWC", "IOHW"):
+        return None
+    strides, dilation, padding = _pair(attrs.strides), _pair(attrs.dilation), tuple(int(p) for p in attrs.padding)
+    extra = _pair(attrs.output_padding)
+    if weights is None or shape is None or int(attrs.groups) != 1 or dilation != (1, 1) or not _is_float(data):
+        return _channels_first(rewriter, call)
+    inputs, outputs, height, width = weights.shape
+    if strides == (height, width) and not any(padding) and not any(extra):
+        matrix = weights.transpose(0, 2, 3, 1).reshape(inputs, height * width * outputs)
+        tile = choose_tile(1, shape[2], matrix.shape[1], rewriter.machine)
+        packed = relax.const(pack_matrix(matrix, tile), "float32")
+        patches = rewriter.builder_.emit(
+            _call(rewriter, "dense", partial(packed_matmul, channels=matrix.shape[1], tile=tile), data, packed)
+        )
+        split = relax.op.reshape(patches, (*shape[:3], height, width, outputs))
+        woven = relax.op.permute_dims(rewriter.builder_.emit(split), [0, 1, 3, 2, 4, 5])
+        whole = (shape[0], shape[1] * height, shape[2] * width, outputs)
+        return rewriter.builder_.normalize(relax.op.reshape(rewriter.builder_.emit(woven), whole))
+    top, left, bottom, right = padding
+    border = (height - 1 - top, width - 1 - left, height - 1 - bottom + extra[0], width - 1 - right + extra[1])
+    spread = tuple((size - 1) * step + 1 for size, step in zip(shape[1:3], strides, strict=True))
+    window = Window((1, 1), (1, 1), (0, 0, 0, 0), (height, width))
+    out_h, out_w = spread[0] + border[0] + border[2] - height + 1, spread[1] + border[1] + border[3] - width + 1
+    tile = choose_tile(out_h, out_w, outputs, rewriter.machine)
+    flipped = np.ascontiguousarray(weights[:, :, ::-1, ::-1].transpose(1, 2, 3, 0))
+    packed = relax.const(pack_weights(flipped, 1, tile), "float32")
+
+    def compute(image: Any, packed_weights: Any) -> Any:
+        wide = spread_image(image, strides, border)
+        return convolution(wide, packed_weights, window=window, channels=outputs, tile=tile)
+
+    return _call(rewriter, "transposed_convolution", compute, data, packed)
+
+
+def _channels_first(rewriter: Any, call: Any) -> Any:
+    """Undo the layout of a transposed convolution that Relax can only legalize channels first."""
+    from tvm import relax
+
+    attrs, emit = call.attrs, rewriter.builder_.emit
+    data = emit(relax.op.permute_dims(call.args[0], [0, 3, 1, 2]))
+    result = relax.op.nn.conv2d_transpose(
+        data,
+        call.args[1],
+        strides=list(attrs.strides),
+        padding=list(attrs.padding),
+        output_padding=list(attrs.output_padding),
+        dilation=list(attrs.dilation),
+        groups=int(attrs.groups),
+    )
+    return rewriter.builder_.normalize(relax.op.permute_dims(emit(result), [0, 2, 3, 1]))
 
 
 def _pair(values: Any) -> tuple[int, int]:
@@ -209,6 +271,7 @@ def _last(data: Any) -> int | None:
 
 _RULES: Final[dict[str, Callable[[Any, Any, Any], Any]]] = {
     "relax.nn.conv2d": _convolution,
+    "relax.nn.conv2d_transpose": _transposed_convolution,
     "relax.matmul": _matmul,
     "relax.permute_dims": _transposed_product,
     "relax.nn.softmax": _softmax,

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from compiler.schedules.blocks import annotation, blocks_of, extent, inline_injective, marks, output_block
 from compiler.schedules.machine import Machine
+from compiler.schedules.tiles import vector_lanes
 from compiler.schedules.transcendental import exponential
 
 KERNEL_NAME: Final = "rows"
@@ -155,8 +156,6 @@ def schedule_rows(schedule: Any, machine: Machine) -> bool:
     last = output_block(schedule)
     blocks = [block for block in blocks_of(schedule) if schedule.get(block) is not schedule.get(last)]
     ours = [block for block in blocks if annotation(schedule, block, "isthmus.kernel") == KERNEL_NAME]
-    rank = max(len(schedule.get(block).iter_vars) - 1 for block in ours if _is(schedule, block, "lanes", "row"))
-    del rank
     depth = _depth(schedule, ours)
     loops = schedule.get_loops(last)
     anchor = loops[depth - 1] if depth else None
@@ -201,13 +200,7 @@ def _keep_near(schedule: Any, block: Any) -> None:
 def _vectorize_inner(schedule: Any, block: Any, depth: int, machine: Machine) -> None:
     loops = schedule.get_loops(block)[depth:]
     size = extent(schedule, loops[-1]) if loops else None
-    lanes = machine.lanes
-    if size is None or size < lanes:
-        return
-    whole = size // lanes * lanes
-    if whole != size:
-        main, _ = schedule.loop_partition(loops[-1], [whole, size - whole])
-        _, lane = schedule.split(main, [None, lanes])
-    else:
+    lanes = vector_lanes(size, machine) if size is not None else 1
+    if lanes > 1:  # other lengths are left to LLVM, which splits off the rest itself
         _, lane = schedule.split(loops[-1], [None, lanes])
-    schedule.vectorize(lane)
+        schedule.vectorize(lane)
