@@ -2,7 +2,7 @@
 
 Rules:
 * The code is for batch 1 and fixed lengths; the runtime computes a batch row by row.
-* Large constants are taken out of the library after the schedules have packed them, so that two versions of one model
+* Constants are taken out of the library after the schedules have packed them, so that two versions of one model
   differ in weights.safetensors alone.
 * Same model, same bytes: nothing in the library depends on the time, a path or the process.
 """
@@ -40,7 +40,6 @@ _LINKERS: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {  # commands, Debi
     "aarch64": (("aarch64-linux-gnu-g++",), "g++-aarch64-linux-gnu"),
 }
 _LINK_OPTIONS: Final = ("-Wl,--build-id=none", "-Wl,-z,relro,-z,now,-z,noexecstack", "-s")
-_LEAST_WEIGHT_BYTES: Final = 64  # constants below stay in the library: they cost more to pass than to hold
 _CPU_FLAGS: Final[Mapping[str, str]] = {  # LLVM's name of what instructions may be used -> /proc/cpuinfo's
     "sse3": "pni", "ssse3": "ssse3", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sse4a": "sse4a", "popcnt": "popcnt",
     "cx16": "cx16", "movbe": "movbe", "lzcnt": "abm", "bmi": "bmi1", "bmi2": "bmi2", "tbm": "tbm", "adx": "adx",
@@ -115,9 +114,9 @@ class TvmTarget:
 
 
 def lift_weights(module: Any) -> tuple[Any, dict[str, Array]]:
-    """Return the module with its large constants as one more parameter of `main`, a tuple, and their values by name.
+    """Return the module with its constants as one more parameter of `main`, a tuple, and their values by name.
 
-    Names follow the order in which `main` uses them first, so that they are the same for every version of a model.
+    Names follow the order in which `main` uses them first, so that they are the same for every version of a model. Numbers that are no arrays stay.
     """
     from tvm import IRModule, relax
     from tvm.ir import GenericConst
@@ -128,7 +127,7 @@ def lift_weights(module: Any) -> tuple[Any, dict[str, Array]]:
     def collect(expression: Any) -> None:
         if isinstance(expression, GenericConst) and expression not in found:
             array = expression.value.numpy()
-            if array.nbytes >= _LEAST_WEIGHT_BYTES:
+            if array.ndim > 0:
                 found[expression] = array
 
     relax.analysis.post_order_visit(main.body, collect)

@@ -4,7 +4,7 @@ A folder with three files:
 
     model.json             this module's `Artifact`: the entry
     model.so               machine code for one platform, and the order in which it is called
-    weights.safetensors    the large constants, in the form that the code wants them in
+    weights.safetensors    the constants, in the form that the code wants them in
 
 The names, order and form of the weights depend on the model's architecture and on the compiler alone, so that two
 versions of one model differ in the values of weights.safetensors only.
