@@ -153,10 +153,9 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
         "variant": row["variant"],
         "MB": row["bytes"] / 1e6,
         "ms": row["latency_ms"],
-        "MiB": None if row["peak_rss_mib"] is None else round(row["peak_rss_mib"]),
-        "accuracy": row["accuracy"],
-        "escalated": row["escalated"],
-        "routed": row["routed_accuracy"],
+        "accuracy": round(row["accuracy"], 4),
+        "escalated": None if row["escalated"] is None else round(row["escalated"], 4),
+        "routed": None if row["routed_accuracy"] is None else round(row["routed_accuracy"], 4),
         "verdict": "best" if row["pareto"] else "good",
     }
 
