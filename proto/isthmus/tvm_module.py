@@ -90,7 +90,7 @@ class TvmModule:
         self._threads = threads
         self._configured: set[int] = set()
         self._ffi = _load_runtime()
-        self._main = _load_library(self._ffi, path.parent / LIBRARY)
+        self._main = _load_library(self._ffi, path.parent / LIBRARY, len(artifact.inputs) + bool(artifact.weights))
         self._weights = self._load_weights(path.parent / WEIGHTS)
         self._rows = [_aligned(port.shape, DTYPES[port.datatype]) for port in artifact.inputs]
         self._arguments = [self._ffi.from_dlpack(row) for row in self._rows]
@@ -255,11 +255,18 @@ def _load_runtime() -> ModuleType:
     return tvm_ffi
 
 
-def _load_library(ffi: ModuleType, path: Path) -> Any:
+def _load_library(ffi: ModuleType, path: Path, expected: int) -> Any:
     try:
         # An absolute path: a bare name would be looked for where the system keeps its libraries.
         machine = ffi.load_module(path.resolve(), keep_module_alive=False)["vm_load_executable"]()
         machine["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
-        return machine["main"]
+        arguments = machine["get_function_arity"]("main")
+        main = machine["main"]
     except Exception as error:  # its errors share no base class
         raise BundleError(f"cannot open {path.name}: {str(error)[-300:]}", reason="cannot-open") from error
+    if arguments != expected:
+        raise BundleError(
+            f"cannot open {path.name}: it takes {arguments} arguments, {ENTRY} describes {expected}",
+            reason="cannot-open",
+        )
+    return main
