@@ -129,38 +129,48 @@ def loose_axes(inputs: Sequence[Any]) -> tuple[str, ...]:
 
 
 def load(
-    path: Path, inputs: Sequence[Any], *, observe: bool, ranges: Mapping[str, tuple[int, int]], what: str
+    path: Path,
+    inputs: Sequence[Any],
+    *,
+    observe: bool,
+    ranges: Mapping[str, tuple[int, int]],
+    what: str,
+    seconds: float = LOAD_SECONDS,
 ) -> Observed:
-    """Load the model in a process of its own; when asked to, run it and return what was seen of its axes.
+    """Load and run the model in a process of its own; when asked to, at several sizes, and return what was seen.
 
     Raises:
         InputError: ONNX Runtime cannot load it, or not in so much memory and time.
     """
-    for same, sizes in _attempts(inputs, ranges) if observe else (((), ()),):
+    if not observe:  # one run shows what it takes
+        _ask(path, [_feeds(inputs, _sizes(ranges, 0, _SIZES[0]))], what, seconds)
+        return Observed()
+    for same, sizes in _attempts(inputs, ranges):
         runs = [_feeds(inputs, {**size, **dict.fromkeys(same, size.get(BATCH, 1))}) for size in sizes]
-        answer = _ask(path, runs, what)
+        answer = _ask(path, runs, what, seconds)
         shapes = answer["shapes"]
         if shapes and all(one is not None for one in shapes):
             return Observed({name: _explained([one[name] for one in shapes], sizes) for name in shapes[0]}, same)
     return Observed()
 
 
-def _ask(path: Path, runs: Sequence[Any], what: str) -> Any:
+def _ask(path: Path, runs: Sequence[Any], what: str, seconds: float) -> Any:
     memory = LOAD_BYTES + _COPIES * path.stat().st_size
     job = json.dumps({"path": str(path), "memory": memory, "runs": runs})
-    limits = f"{memory >> 20} MiB and {LOAD_SECONDS:.0f} s"
+    limits = f"{memory >> 20} MiB and {seconds:.0f} s"
     command = [sys.executable, "-I", str(Path(__file__).with_name("probe.py"))]
     try:
-        done = subprocess.run(command, input=job, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False)
+        done = subprocess.run(command, input=job, capture_output=True, text=True, timeout=seconds, check=False)
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
         raise InputError(f"{what}: ONNX Runtime could not load and run it within {limits}") from error
     except json.JSONDecodeError as error:  # it was killed, or had no memory left to say so
-        raise InputError(f"{what}: ONNX Runtime could not load it within {limits}") from error
+        raise InputError(f"{what}: ONNX Runtime could not load and run it within {limits}") from error
+    if "memory" in answer:
+        text = " ".join(answer["memory"].split())[:300]
+        raise InputError(f"{what}: ONNX Runtime could not load and run it within {limits}: {text}")
     if "error" in answer:
         text = " ".join(answer["error"].split())
-        if "bad_alloc" in text or "Failed to allocate" in text or "MemoryError" in text:
-            raise InputError(f"{what}: ONNX Runtime could not load it within {limits}: {text[:200]}")
         raise InputError(f"{what}: ONNX Runtime cannot load it: {text[:300]}", reason="unsupported-model")
     return answer
 

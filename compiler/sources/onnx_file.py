@@ -4,7 +4,7 @@
  (1) survey: how much the file holds, before it is parsed (see `wire`);
  (2) weights in other files lie in the model's folder, in plain files, and every piece lies within its file;
  (3) parse, and read those weights in;
- (4) every tensor has as many bytes as its shape and datatype say.
+ (4) every tensor has as many bytes as its shape and datatype say, and a sparse one is small when it is unfolded.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _BITS: Final[Mapping[int, int]] = {  # of one element, by TensorProto.DataType; 
 }  # fmt: skip
 _STRING: Final = 8
 _MAX_AXES: Final = 16
+_MAX_UNFOLDED: Final = 1 << 28  # elements of a sparse tensor, the zeros too
 
 
 class OnnxFile:
@@ -79,6 +80,11 @@ def load(path: Path) -> Any:
     # (4)
     for tensor in tensors_of(model):
         _check_size(tensor, path)
+    for sparse in _sparse_tensors(model):
+        count = math.prod(sparse.dims)
+        if not 0 <= count <= _MAX_UNFOLDED:
+            name = sparse.values.name[:200]
+            raise InputError(f"{path}: sparse tensor {name!r}: expected at most {_MAX_UNFOLDED} elements, got {count}")
     return model
 
 
@@ -98,20 +104,24 @@ def graphs_of(model: Any) -> Iterator[Any]:
 def tensors_of(model: Any) -> Iterator[Any]:
     """Yield every tensor of the model, those in operators' attributes and nested graphs too."""
     for graph in graphs_of(model):
-        if hasattr(graph, "initializer"):
-            yield from graph.initializer
-            for sparse in graph.sparse_initializer:
-                yield from (sparse.values, sparse.indices)
+        yield from getattr(graph, "initializer", ())
         for node in graph.node:
             for attribute in node.attribute:
                 yield from attribute.tensors
                 if attribute.HasField("t"):
                     yield attribute.t
-                sparse_tensors = [*attribute.sparse_tensors]
+    for sparse in _sparse_tensors(model):
+        yield from (sparse.values, sparse.indices)
+
+
+def _sparse_tensors(model: Any) -> Iterator[Any]:
+    for graph in graphs_of(model):
+        yield from getattr(graph, "sparse_initializer", ())
+        for node in graph.node:
+            for attribute in node.attribute:
+                yield from attribute.sparse_tensors
                 if attribute.HasField("sparse_tensor"):
-                    sparse_tensors.append(attribute.sparse_tensor)
-                for sparse in sparse_tensors:
-                    yield from (sparse.values, sparse.indices)
+                    yield attribute.sparse_tensor
 
 
 def _inside(source: Path, location: str) -> Path:

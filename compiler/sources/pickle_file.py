@@ -95,13 +95,13 @@ def check_archive(path: Path) -> None:
         raise InputError(f"{path}: expected at most {_MAX_ENTRIES} tensors and {MAX_MODEL_BYTES} bytes")
     if any(entry.file_size > _MAX_PICKLE_BYTES for entry in entries if entry.filename.endswith(".pkl")):
         raise InputError(f"{path}: expected at most {_MAX_PICKLE_BYTES} bytes beside the weights")
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise InputError(f"{path}: expected an archive without compression, as torch.save writes it", hint=_SAFER)
     if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
         raise InputError(
             f"{path}: a TorchScript archive, which holds a program",
             hint="export the module with torch.export.save (.pt2) or torch.onnx.export",
         )
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise InputError(f"{path}: expected an archive without compression, as torch.save writes it", hint=_SAFER)
 
 
 def _weights(loaded: Any, path: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,8 @@ It is started by `loading`, which reads what it prints. Loading folds constants 
 a hostile one makes as long and as large as it likes: here that ends this process and nothing else.
 
 Reads JSON from standard input: path, memory (bytes), runs (a list of {input: [datatype, shape]}). Writes JSON:
-{"error": text} when the model cannot be loaded, else {"shapes": [{output: shape}, ...]} with null where a run failed.
+{"error": text} when the model cannot be loaded, {"memory": text} when it or a run needs more than it may have, else
+{"shapes": [{output: shape}, ...]} with null where a run failed otherwise.
 """
 
 import json
@@ -25,10 +26,12 @@ def main() -> None:
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(job["path"], options, providers=["CPUExecutionProvider"])
+        answer: dict[str, Any] = {"shapes": [_run(session, one) for one in job["runs"]]}
+    except MemoryError as error:
+        answer = {"memory": str(error)[:600]}
     except Exception as error:  # whatever it is, it is the answer
-        answer: dict[str, Any] = {"error": f"{str(error)[:600] or type(error).__name__}"}
-    else:
-        answer = {"shapes": [_run(session, one) for one in job["runs"]]}
+        text = str(error)[:600] or type(error).__name__
+        answer = {"memory" if _of_memory(text) else "error": text}
     json.dump(answer, sys.stdout)
 
 
@@ -44,8 +47,17 @@ def _run(session: Any, inputs: dict[str, tuple[str, list[int]]]) -> dict[str, li
     names = [output.name for output in session.get_outputs()]
     try:
         return {name: list(array.shape) for name, array in zip(names, session.run(None, arrays), strict=True)}
-    except Exception:  # the sizes do not suit this model
-        return None
+    except Exception as error:
+        if _of_memory(str(error)):
+            raise MemoryError(str(error)) from error
+        return None  # the sizes do not suit this model
+
+
+def _of_memory(text: str) -> bool:
+    """Return whether ONNX Runtime says that memory was not enough: it has no class for that."""
+    return any(
+        words in text for words in ("Failed to allocate", "bad_alloc", "bad allocation", "would require more than")
+    )
 
 
 if __name__ == "__main__":

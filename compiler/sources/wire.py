@@ -17,8 +17,8 @@ from typing import Final
 from isthmus.errors import InputError
 
 MAX_MODEL_BYTES: Final = (1 << 31) - (1 << 20)  # protocol buffers hold less than 2 GiB
-MAX_FIELDS: Final = 3_000_000  # of all messages: a model of 100,000 nodes has about two million
-MAX_NODES: Final = 100_000
+MAX_FIELDS: Final = 1_500_000  # of all messages: a model of 50,000 nodes has about one million
+MAX_NODES: Final = 50_000
 MAX_GRAPH_DEPTH: Final = 8  # graphs inside operators of graphs
 MAX_ATTRIBUTE_BYTES: Final = 64 << 20  # of one attribute that is neither a tensor nor a graph
 MAX_PACKED_BYTES: Final = 256 << 20  # numbers of one to ten bytes here, up to eight times that in memory

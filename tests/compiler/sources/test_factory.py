@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from compiler.capture import CapturedModel, capture
 from compiler.sources import SourceOptions
-from compiler.sources.pickle_file import UnpickledWarning
+from compiler.sources.factory import source_file
+from compiler.sources.pickle_file import UnpickledWarning, read_pickle
 from isthmus.errors import InputError
 from tests.compiler.sources.nets import SOURCE
 
@@ -45,11 +46,8 @@ def check_answers(model: CapturedModel, weights: dict[str, torch.Tensor], batch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factory", ["make", "attribute"])
-def test_a_factory_makes_the_module_of_the_weights(
-    source: Path, weights: dict[str, torch.Tensor], factory: str
-) -> None:
-    model = captured(source, f"nets.py:{factory}")
+def test_a_factory_makes_the_module_of_the_weights(source: Path, weights: dict[str, torch.Tensor]) -> None:
+    model = captured(source, "nets.py:attribute")
 
     assert model.axes == {"tokens": ("batch", ""), "output": ("batch", "")}
     check_answers(model, weights, 7, 6)
@@ -72,16 +70,13 @@ def test_a_module_that_works_with_one_batch_alone_is_refused(source: Path) -> No
     assert "lengths = { batch = 3 }" in caught.value.hint
 
 
-@pytest.mark.slow
-def test_an_importable_module_can_hold_the_factory(
-    source: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = source.parent / "lib"
-    package.mkdir()
-    (package / "isthmus_test_nets.py").write_text(SOURCE)
-    monkeypatch.syspath_prepend(package)
+def test_an_importable_module_can_hold_the_factory(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source.parent / "isthmus_test_nets.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(source.parent)
 
-    check_answers(captured(source, "isthmus_test_nets:make"), weights, 2, 6)
+    assert source_file("isthmus_test_nets:make", Path("/nowhere")) == source.parent / "isthmus_test_nets.py"
+    with pytest.raises(InputError, match="RuntimeError: no such layer"):
+        captured(source, "isthmus_test_nets:fails")
 
 
 @pytest.mark.parametrize(
@@ -125,10 +120,9 @@ def test_what_is_no_safetensors_file_is_refused(source: Path, content: bytes) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_pickle_is_read_when_the_recipe_says_so(source: Path, weights: dict[str, torch.Tensor], nested: bool) -> None:
+def test_a_pickle_is_read_when_the_recipe_says_so(source: Path, weights: dict[str, torch.Tensor]) -> None:
     path = source.with_suffix(".pt")
-    torch.save({"epoch": 3, "state_dict": weights} if nested else weights, path)
+    torch.save(weights, path)
 
     with pytest.raises(InputError, match="a pickle, which can run code") as caught:
         captured(path, "nets.py:make")
@@ -137,3 +131,23 @@ def test_a_pickle_is_read_when_the_recipe_says_so(source: Path, weights: dict[st
     with pytest.warns(UnpickledWarning, match="reading a pickle"):
         model = captured(path, "nets.py:make", allow_pickle=True)
     check_answers(model, weights, 4, 6)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_weights_are_found_in_a_checkpoint(tmp_path: Path, weights: dict[str, torch.Tensor], key: str) -> None:
+    torch.save({"epoch": 3, key: weights}, tmp_path / "w.pt")
+
+    with pytest.warns(UnpickledWarning):
+        read = read_pickle(tmp_path / "w.pt")
+
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        name: tensor.tolist() for name, tensor in weights.items()
+    }
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": "text"}, {1: "x"}])
+def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "w.pt")
+
+    with pytest.warns(UnpickledWarning), pytest.raises(InputError, match="expected a state dict"):
+        read_pickle(tmp_path / "w.pt")
