@@ -112,7 +112,7 @@ def forget_shapes(model: Any) -> None:
 
 def is_fixed(dim: Any) -> bool:
     """Return whether the axis has one size; some exporters write -1 or 0 for those that have not."""
-    return dim.HasField("dim_value") and dim.dim_value > 0
+    return bool(dim.HasField("dim_value") and dim.dim_value > 0)
 
 
 def open_axes(model: Any) -> bool:

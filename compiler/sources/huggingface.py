@@ -22,6 +22,8 @@ from isthmus.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from compiler.sources.huggingface_module import TextModule
+
 SEQUENCE: Final = "sequence"
 LONGEST: Final = 2048  # tokens, unless lengths says otherwise: what models of long contexts are measured with
 _MAX_JSON_BYTES: Final = 64 << 20
@@ -359,12 +361,11 @@ def _wrapped(model: Any, folder: Path, task: str, inputs: list[str]) -> torch.nn
     return plain if _same(plain, usual, _example(inputs, folder, model, _EXAMPLES[0])) else usual
 
 
-def _same(plain: torch.nn.Module, usual: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> bool:
+def _same(plain: TextModule, usual: TextModule, example: Mapping[str, torch.Tensor]) -> bool:
     """Return whether the plain mask gives what transformers' own gives, where nothing but its sizes matters."""
     import torch
 
-    config: Any = usual.model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(usual.model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:  # a window is not seen in a short example
         return False
     with torch.no_grad():

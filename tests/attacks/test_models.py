@@ -279,7 +279,7 @@ def test_an_expansion_of_what_is_given(tmp_path: Path) -> None:
 
 def loop(step: str, kept: graphs.Shape, count: str, start: str, output: str) -> Any:
     """Return a Loop that doubles what it keeps by the operator `step`."""
-    attributes = {"axis": 0} if step == "Concat" else {}
+    attributes: dict[str, Any] = {"axis": 0} if step == "Concat" else {}
     body = helper.make_graph(
         [
             helper.make_node(step, ["kept", "kept"], ["next"], **attributes),
@@ -499,7 +499,7 @@ def add(name: str, data: bytes = b"x") -> Change:
     return lambda entries: entries.update({f"{next(iter(entries)).partition('/')[0]}{name}": data})
 
 
-LEAF = {"type": None, "context": None, "children_spec": []}
+LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 ENUM = {"__enum__": True, "fqn": "antigravity:nothing", "name": "x"}
 
 
