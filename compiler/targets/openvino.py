@@ -6,6 +6,10 @@ Rules:
 * Same model, same bytes: names that OpenVINO makes up from a counter of the process are replaced by ones that depend on
   the operator's place in the graph, and the paths and versions that it notes down are dropped.
 * Weights stay in the precision that was verified: no silent fp16.
+
+Precisions: fp16, int8w and int4w store weights in fewer bits and compute as fp32 does; int8 computes in 8 bits, in one
+of the ways of compiler.quantize, and at last with operators taken back until the accuracy on labelled data is high
+enough ("accuracy-control").
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 from compiler.capture import CapturedModel
-from compiler.targets import BuildOptions, Built
+from compiler.targets import BuildOptions, Built, UnsupportedModelError
 from isthmus.bundle import TensorSpec
 from isthmus.errors import InputError
 from isthmus.privacy import forbid_usage_reports
@@ -27,45 +31,46 @@ import openvino  # noqa: E402  # after usage reports are off
 from openvino import properties  # noqa: E402
 
 ENTRY: Final = "model.xml"
+_SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "int8": ("default", "corrected", "ends-kept", "depthwise-kept", "accuracy-control"),
+    "int4w": ("default", "half"),
+}
+_NAMED: Final = 3  # operators that an error names
 _MADE_UP: Final = re.compile(r"(?P<stem>[A-Z][A-Za-z0-9]*)_\d+(?P<rest>/.*)?")
 _NOTED: Final = ("conversion_parameters", "nncf", "Runtime_version")
 
 
 class OpenVinoTarget:
-    """The light model as OpenVINO IR, in full precision or INT8."""
+    """The light model as OpenVINO IR."""
 
     role: ClassVar[Literal["light", "heavy"]] = "light"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8", "int8w", "int4w")
     platforms: ClassVar[tuple[str, ...]] = ("any",)
     tools: ClassVar[tuple[str, ...]] = ("openvino", "nncf")
     runs_here: ClassVar[bool] = True
 
     def settings(self, precision: str) -> tuple[str, ...]:
-        """Return the one way there is."""
-        del precision
-        return ("default",)
+        """Return the ways of compiler.quantize for int8; for int4w, all weights in 4 bits and then half of them."""
+        return _SETTINGS.get(precision, ("default",))
 
     def build(self, model: CapturedModel, folder: Path, options: BuildOptions) -> Built:
-        """Convert the model, and quantize it for int8: on the grid of the version before where that works."""
-        if options.precision == "fp32":
-            save_ir(convert(model), folder / ENTRY)
-            return Built(ENTRY)
-        from compiler.grid import GridError, keep_grid
-        from compiler.quantize import quantize
+        """Convert the model, and quantize it for int8: on the grid of the version before where that works.
 
-        note = ""
-        if options.previous is not None:
-            try:
-                clipped = keep_grid(options.previous, convert(model), folder / ENTRY)
-                return Built(ENTRY, "kept", clipped=clipped)
-            except GridError as error:
-                note = str(error)
-        if options.samples is None:
-            raise InputError("int8 needs samples of typical inputs")
-        quantized = quantize(convert(model), options.samples, attention=model.attention)
-        name_by_place(quantized)
-        save_ir(quantized, folder / ENTRY)
-        return Built(ENTRY, "new", note)
+        Raises:
+            InputError: int8 has no samples, or "accuracy-control" no labelled ones.
+            UnsupportedModelError: OpenVINO cannot convert the model.
+        """
+        graph = convert(model)
+        setting = options.setting or self.settings(options.precision)[0]
+        if options.precision == "int8":
+            return _build_int8(graph, model, folder / ENTRY, options, setting)
+        if options.precision in ("int8w", "int4w"):
+            from compiler.quantize import pack_weights
+
+            graph = pack_weights(graph, options.precision, ratio=0.5 if setting == "half" else 1.0)
+            name_by_place(graph)
+        save_ir(graph, folder / ENTRY, half=options.precision == "fp16")
+        return Built(ENTRY)
 
     def open(self, entry: Path, *, threads: int) -> OpenVinoRunner:
         """Load the IR."""
@@ -118,20 +123,63 @@ class OpenVinoRunner:
                 )
 
 
+def _build_int8(graph: Any, model: CapturedModel, entry: Path, options: BuildOptions, setting: str) -> Built:
+    from compiler.grid import GridError, keep_grid
+    from compiler.quantize import control, quantize, weighted_operators
+
+    note = ""
+    if options.previous is not None and setting == "default":
+        try:
+            return Built(ENTRY, "kept", clipped=keep_grid(options.previous, graph, entry))
+        except GridError as error:
+            note = str(error)
+    if options.samples is None:
+        raise InputError("int8 needs samples of typical inputs", hint="give data.quantization in the recipe")
+    if setting != "accuracy-control":
+        quantized = quantize(graph, model, options.samples, weighted=weighted_operators(graph), setting=setting)
+    elif options.labelled is None or not options.labelled.output:
+        raise InputError(
+            "setting 'accuracy-control' needs labelled samples to measure the accuracy on",
+            hint="add a tensor 'labels' to the samples for quantization, or leave the setting out",
+        )
+    else:
+        quantized = control(graph, model, options.samples, options.labelled, max_drop=options.max_accuracy_drop)
+    name_by_place(quantized)
+    save_ir(quantized, entry)
+    return Built(ENTRY, "new", note)
+
+
 def convert(model: CapturedModel) -> Any:
     """Return the captured model as an OpenVINO graph with stable names.
 
     Raises:
-        InputError: OpenVINO cannot convert it.
+        UnsupportedModelError: OpenVINO cannot convert it.
     """
     try:
         graph = openvino.convert_model(str(model.path))
     except Exception as error:  # conversion raises whatever its frontends raise
-        raise InputError(f"OpenVINO cannot convert the model: {str(error).strip()[:300]}") from error
+        raise UnsupportedModelError(
+            f"OpenVINO cannot convert {_culprits(str(error), model.path)}",
+            hint="use target onnxruntime, which takes every ONNX operator",
+        ) from error
     for ports, specs in ((graph.inputs, model.inputs), (graph.outputs, model.outputs)):
         _name_ports(ports, specs)
     name_by_place(graph)
     return graph
+
+
+def _culprits(message: str, path: Path) -> str:
+    """Return the operators and nodes that the message of a failed conversion is about, or what it says."""
+    import onnx
+
+    nodes = list(onnx.load(path, load_external_data=False).graph.node)
+    named = set(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", message))
+    types = sorted({node.op_type for node in nodes} & named)
+    found = [f"{node.op_type} {node.name or node.output[0]!r}" for node in nodes if node.op_type in types]
+    if not found:
+        return f"the model: {' '.join(message.split())[:300]}"
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"{', '.join(found[:_NAMED])}{more}"
 
 
 def _name_ports(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
@@ -139,7 +187,10 @@ def _name_ports(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
     for spec in specs:
         found = [port for port in ports if spec.name in port.get_names()]
         if len(found) != 1:
-            raise InputError(f"OpenVINO lost or merged tensor {spec.name!r} while it converted the model")
+            raise UnsupportedModelError(
+                f"OpenVINO lost or merged tensor {spec.name!r} while it converted the model",
+                hint="use target onnxruntime",
+            )
         found[0].get_tensor().set_names({spec.name})
 
 
@@ -158,12 +209,12 @@ def name_by_place(graph: Any) -> None:
         place += 1
 
 
-def save_ir(graph: Any, path: Path) -> None:
-    """Write the graph as `path` and its weights beside it, without notes on who made it where."""
+def save_ir(graph: Any, path: Path, *, half: bool = False) -> None:
+    """Write the graph as `path` and its weights beside it, in fp16 where `half`, without notes on who made it where."""
     for key in _NOTED:
         if graph.has_rt_info(key):
             del graph.rt_info[key]
-    openvino.save_model(graph, str(path), compress_to_fp16=False)
+    openvino.save_model(graph, str(path), compress_to_fp16=half)
 
 
 def read_ir(path: Path) -> Any:
