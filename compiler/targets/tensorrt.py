@@ -86,15 +86,8 @@ class Plan:
 
     layers: int  # of the network that it was made from
     version: str  # of the library
-    repeatable: bool  # the same build gives the same bytes
+    not_reproducible: str  # why another build may differ in its bytes, or nothing
     profile: Mapping[str, Range]  # of the inputs that may vary
-
-    @property
-    def not_reproducible(self) -> str:
-        """Return why another build may differ in its bytes, or nothing."""
-        if self.repeatable:
-            return ""
-        return "TensorRT's choices depend on times that it takes, or on the addresses that this system gives it"
 
 
 def build_plan(library: Library, model: CapturedModel, options: BuildOptions, path: Path) -> Plan:
@@ -132,7 +125,18 @@ def build_plan(library: Library, model: CapturedModel, options: BuildOptions, pa
         if "failed" in fields:
             raise _failed(library, graph, fields)
         (folder / "plan").replace(path)
-    return Plan(fields["layers"], fields["version"], fields["fixed_addresses"] and library.ahead, profile)
+    why = _not_reproducible(library, options, fixed_addresses=fields["fixed_addresses"])
+    return Plan(fields["layers"], fields["version"], why, profile)
+
+
+def _not_reproducible(library: Library, options: BuildOptions, *, fixed_addresses: bool) -> str:
+    if not library.ahead:
+        return f"{library.title} times its kernels while it builds, and takes the fastest"
+    if not fixed_addresses:
+        return f"{library.title} names parts of the engine by addresses in memory, which this system chooses at random"
+    if options.precision == "int8":
+        return f"{library.title} names parts of an int8 engine in the order in which its threads come to them"
+    return ""
 
 
 def _shapes(model: CapturedModel, spec: TensorSpec, options: BuildOptions) -> Range:

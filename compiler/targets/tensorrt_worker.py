@@ -10,7 +10,8 @@ The two libraries, `tensorrt` and `tensorrt_rtx`, share one interface. Where the
 * only TensorRT measures kernels while it builds, and keeps what it measured in a timing cache.
 
 Parts of an engine get names that depend on the order of addresses in memory. So the process starts itself again with
-addresses that are the same in every run, where the system allows that: then the same job gives the same bytes.
+addresses that are the same in every run, where the system allows that: then the same job gives the same bytes, but for
+int8, where they depend on the order of threads, too.
 """
 
 from __future__ import annotations
