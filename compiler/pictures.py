@@ -21,6 +21,7 @@ def draw(variants: Sequence[VariantReport], best: Sequence[str], title: str, pat
     """Write a picture of these variants as PNG; those that were not measured are not in it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     measured = [(entry, entry.timing) for entry in variants if entry.timing is not None]
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -43,8 +44,10 @@ def draw(variants: Sequence[VariantReport], best: Sequence[str], title: str, pat
     line = sorted((timing.p50_ms, entry.accuracy) for entry, timing in measured if entry.id in best)
     axes.plot([ms for ms, _ in line], [value for _, value in line], color="#999999", linestyle=":", zorder=0)
     axes.set_xscale("log")
+    for kind in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        kind(StrMethodFormatter("{x:g}"))
     axes.set_xlabel("time of one sample on one thread, ms (median)")
     axes.set_ylabel("metric, with 95 % interval")
     axes.set_title(title, loc="left", fontsize=10)
-    axes.margins(0.15)
+    axes.margins(x=0.3, y=0.15)
     figure.savefig(path, dpi=120)

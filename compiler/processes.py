@@ -30,7 +30,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from isthmus.errors import ConfigError, InputError, IsthmusError
+from isthmus.errors import ConfigError, InputError, IsthmusError, UnavailableError
 
 Advance = Callable[[str, int, int], None]
 
@@ -54,7 +54,7 @@ class NotEnoughMemoryError(ConfigError):
     reason = "not-enough-memory"
 
 
-class CancelledError(IsthmusError):
+class CancelledError(UnavailableError):
     """Somebody ended the compilation."""
 
     reason = "cancelled"

@@ -26,7 +26,14 @@ DISTRIBUTION = {
     "pytriton": "nvidia-pytriton",
     "pydantic_core": "pydantic",
     "pydantic_settings": "pydantic-settings",
+    "tensorrt_rtx": "tensorrt_rtx_cu12_bindings",
+    "timm": "",  # a source of models where somebody has installed it
+    "torchvision": "",  # the same
     "triton_python_backend_utils": "",  # provided by Triton to the models that it runs
+    "mlflow": "mlflow-skinny",
+    "tvm": "apache-tvm",
+    "tvm_ffi": "apache-tvm",  # which brings it
+    "yaml": "pyyaml",
 }
 
 
@@ -79,9 +86,9 @@ def file_of(module: str) -> Path | None:
     ("package", "extras"),
     [
         ("security", ()),
-        ("edge", ("edge-openvino", "edge-onnxruntime")),
+        ("edge", ("edge-openvino", "edge-onnxruntime", "edge-tvm")),
         ("cloud", ("cloud",)),
-        ("compiler", ("compiler",)),
+        ("compiler", ("compiler", "mlflow", "tensorrt", "tensorrt-rtx", "torch", "tvm")),
     ],
 )
 def test_every_import_is_declared_in_the_extra_of_its_program(package: str, extras: tuple[str, ...]) -> None:

@@ -10,7 +10,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from edge.model import open_model
-from edge.runtimes import RUNTIMES
 from edge.selftest import run_selftest
 from isthmus.bundle import Manifest
 from isthmus.errors import BundleError, InputError, VerificationError
@@ -51,7 +50,7 @@ def run(bundle: tuple[Path, Manifest], outputs: dict[str, Array] | Exception) ->
     return run_selftest(Recorded(outputs), manifest, manifest.variant(VARIANT), folder / "golden.safetensors")
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", bundles.VARIANTS.values())
 def test_real_runtime_passes_on_its_own_bundle(bundle: tuple[Path, Manifest], runtime: str) -> None:
     live = open_model(bundle[0], f"{runtime}-fp32")
     assert live.operating_point.threshold == bundles.THRESHOLD
