@@ -21,7 +21,14 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_json_is_all_there_is_on_standard_output(recipe: WriteRecipe, tmp_path: Path) -> None:
-    done = run(recipe(measure="true\nseconds = 0.05"), "--output", tmp_path / "out", "--json", "--archive", tmp_path / "out.tar")
+    done = run(
+        recipe(measure="true\nseconds = 0.05"),
+        "--output",
+        tmp_path / "out",
+        "--json",
+        "--archive",
+        tmp_path / "out.tar",
+    )
 
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
