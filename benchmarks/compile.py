@@ -57,8 +57,10 @@ class Field:
         return min(names, key=lambda name: median(self.times[name]), default="")
 
 
-def gather(model: ZooModel, *, limit_s: float) -> tuple[dict[str, Contestant], dict[str, str], dict[str, str]]:
-    """Build everything; return contestants and precisions by name, and why others are not among them."""
+def gather(
+    model: ZooModel, wanted: Sequence[str], *, limit_s: float
+) -> tuple[dict[str, Contestant], dict[str, str], dict[str, str]]:
+    """Build everything, of ours in the precisions that are wanted; return contestants and precisions by name, and why others are not among them."""
     found: dict[str, Contestant] = {}
     precisions: dict[str, str] = {}
     dropped: dict[str, str] = {}
@@ -73,7 +75,8 @@ def gather(model: ZooModel, *, limit_s: float) -> tuple[dict[str, Contestant], d
         else:
             dropped[name] = verdict.detail
     for target in TARGETS:
-        for precision in load_target(target, role="light").precisions:
+        offered = load_target(target, role="light").precisions
+        for precision in (precision for precision in offered if not wanted or precision in wanted):
             _add_ours(model, target, precision, limit_s, found, precisions, dropped)
     return found, precisions, dropped
 
@@ -158,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile", description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, in a few rounds")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), metavar="NAME")
+    parser.add_argument("--precisions", nargs="+", default=[], metavar="NAME", help="default: all that targets offer")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--core", type=int, default=0, help="the core that is measured on (%(default)s)")
     parser.add_argument("--limit-s", type=float, default=300.0, help="seconds for one build (%(default)s)")
@@ -166,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     details: dict[str, Any] = {}
     for name in names:
-        found, precisions, dropped = gather(MODELS[name], limit_s=chosen.limit_s)
+        found, precisions, dropped = gather(MODELS[name], chosen.precisions, limit_s=chosen.limit_s)
         print(f"{name}: {len(found)} in the contest, {len(dropped)} not", flush=True)
         if BASE not in found:
             details[name] = {"dropped": dropped}

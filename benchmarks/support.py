@@ -111,7 +111,7 @@ def fill(
     for precision in dict.fromkeys(column.precision for column in ordered):
         wave = [column for column in ordered if column.precision == precision]
         with ThreadPoolExecutor(jobs) as pool:
-            yield from pool.map(lambda name, wave=wave: row(name, wave), models)  # type: ignore[misc]
+            yield from pool.map(lambda name, wave=wave: row(name, wave), models)
 
 
 def coverage(entries: Sequence[Entry], column: Column, models: Sequence[str]) -> tuple[int, int]:

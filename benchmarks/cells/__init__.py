@@ -113,7 +113,7 @@ def result_of(cell: Cell) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result: dict[str, Any] = json.loads(path.read_text())
-    return result if result["key"] == key_of(cell) else None
+    return result if result.get("key") == key_of(cell) else None
 
 
 def work_on(cell: Cell, *, limit_s: float) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class _Squeeze(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = functional.relu(self.reduce(functional.adaptive_avg_pool2d(x, 1)))
-        return cast("Tensor", functional.hardsigmoid(self.expand(scale)) * x)
+        return functional.hardsigmoid(self.expand(scale)) * x
 
 
 class _Inverted(nn.Module):

@@ -27,6 +27,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 GROUPS = 20  # of the newsgroups that the classifiers tell apart
 VOCABULARY = 30522  # of the tokenizer that the samples come from
+_SEGMENTS: Mapping[str, Any] = {"num_labels": 150}
 _CLASSIFIER: Mapping[str, Any] = {"num_labels": GROUPS, "vocab_size": VOCABULARY}
 
 
