@@ -74,13 +74,17 @@ def write_encoder(
     return _write(path, nodes, inputs, outputs, weights | shapes)
 
 
-def write_cnn(path: Path, seed: int = 0, *, scale: float = 0.4) -> Path:
+def write_cnn(path: Path, seed: int = 0, *, scale: float = 0.4, outlier: float = 1.0) -> Path:
+    """Write a small CNN; `outlier` makes one channel so much larger, without changing what the model computes."""
     rng = np.random.default_rng(seed)
     weights = {
         "kernel": rng.normal(0, scale, (4, 1, 3, 3)).astype(np.float32),
         "kernel_bias": rng.normal(0, 0.1, 4).astype(np.float32),
         "head": rng.normal(0, 0.5, (4 * 36, CLASSES)).astype(np.float32),
     }
+    for name, part in (("kernel", slice(1)), ("kernel_bias", slice(1))):
+        weights[name][part] *= np.float32(outlier)
+    weights["head"][:36] /= np.float32(outlier)
     node = helper.make_node
     nodes = [
         node("Conv", ["image", "kernel", "kernel_bias"], ["features"], name="conv"),

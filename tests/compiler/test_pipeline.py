@@ -319,16 +319,21 @@ def test_other_folders_are_not_overwritten(recipe: WriteRecipe, tmp_path: Path) 
         compile_bundle(recipe(), tmp_path)
 
 
-def test_a_convolution_compiles(recipe: WriteRecipe, tmp_path: Path) -> None:
+def fill_with_cnns(folder: Path, *, outlier: float = 1.0) -> None:
+    """Put a CNN in the place of each encoder, and images in the place of texts."""
     rng = np.random.default_rng(0)
     for name in ("heavy.onnx", "light-v1.onnx", "calibration.safetensors", "quantization.safetensors"):
-        (tmp_path / name).unlink()
-    models.write_cnn(tmp_path / "light-v1.onnx")
-    heavy = onnxruntime.InferenceSession(str(models.write_cnn(tmp_path / "heavy.onnx", scale=0.5)))
-    image = rng.random((300, 1, 8, 8), dtype=np.float32)
+        (folder / name).unlink()
+    models.write_cnn(folder / "light-v1.onnx", outlier=outlier)
+    heavy = onnxruntime.InferenceSession(str(models.write_cnn(folder / "heavy.onnx")))
+    image = rng.normal(size=(300, 1, 8, 8)).astype(np.float32)
     labels = heavy.run(None, {"image": image})[0].argmax(axis=1)
-    models.write_samples(tmp_path / "calibration.safetensors", {"image": image, "labels": labels})
-    models.write_samples(tmp_path / "quantization.safetensors", {"image": image[:50]})
+    models.write_samples(folder / "calibration.safetensors", {"image": image, "labels": labels})
+    models.write_samples(folder / "quantization.safetensors", {"image": image[:50], "labels": labels[:50]})
+
+
+def test_a_convolution_compiles(recipe: WriteRecipe, tmp_path: Path) -> None:
+    fill_with_cnns(tmp_path)
 
     outcome = compile_bundle(recipe(), tmp_path / "out")
 
@@ -336,6 +341,27 @@ def test_a_convolution_compiles(recipe: WriteRecipe, tmp_path: Path) -> None:
     assert outcome.report.left_out == ()
     config = (tmp_path / "out" / "heavy" / "config.pbtxt").read_text()
     assert "KIND_CPU" in config
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_a_ruined_quantization_is_stopped_and_a_gentler_one_taken(
+    recipe: WriteRecipe, tmp_path: Path, target: str
+) -> None:
+    """One channel is 2,000 times the others: eight bits for all of them together leave nothing of the others."""
+    fill_with_cnns(tmp_path, outlier=2000.0)
+    path = recipe(variants=f'[[variants]]\ntarget = "{target}"\nprecision = "int8"\n', drop=0.02)
+
+    outcome = compile_bundle(path, tmp_path / "out")
+
+    (variant,) = outcome.report.variants
+    first, *_, last = variant.attempts
+    assert first.setting == load_target(target, role="light").settings("int8")[0]
+    assert "its accuracy fell by" in first.refused
+    assert first.accuracy is not None
+    assert first.accuracy < 0.9
+    assert last.refused == ""
+    assert variant.setting == last.setting != first.setting
+    assert variant.accuracy >= 0.98
 
 
 def test_a_variant_that_is_not_required_is_left_out_with_the_reason(recipe: WriteRecipe, tmp_path: Path) -> None:
