@@ -25,9 +25,9 @@ class TritonOpenVinoTarget:
     """The heavy model for Triton's OpenVINO backend."""
 
     role: ClassVar[Literal["light", "heavy"]] = "heavy"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    precisions: ClassVar[tuple[str, ...]] = OpenVinoTarget.precisions
     platforms: ClassVar[tuple[str, ...]] = ("any",)
-    tools: ClassVar[tuple[str, ...]] = ("openvino", "nncf")
+    tools: ClassVar[tuple[str, ...]] = OpenVinoTarget.tools
     runs_here: ClassVar[bool] = True
 
     def settings(self, precision: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The heavy model inside Triton's Python backend: ONNX Runtime or OpenVINO on the CPU, one session per instance.
 
-The compiler copies this file into the bundle as model.py, beside model.onnx, or model.xml and model.bin; it runs in
-Triton's own process and imports nothing of this project.
+The compiler copies this file into the bundle as model.py, beside the model's own files; it runs in Triton's own process
+and imports nothing of this project.
 
 Rules:
 * What Triton batches together is run as one batch: rows are put together, and divided again. A model that cannot be
@@ -31,10 +31,11 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model into the runtime, and with the number of threads, that config.pbtxt says."""
         config = json.loads(args["model_config"])
-        runtime = config["parameters"].get("runtime", {}).get("string_value", "onnxruntime")
+        said = {key: value["string_value"] for key, value in config["parameters"].items()}
+        runtime = said["runtime"]
         load = _openvino if runtime == "openvino" else _onnxruntime
         try:
-            self._session = load(Path(__file__).parent, int(config["parameters"]["threads"]["string_value"]))
+            self._session = load(Path(__file__).with_name(said["model"]), int(said["threads"]))
         except ImportError as error:
             raise pb_utils.TritonModelException(
                 f"the model needs {runtime}, and {error.name or runtime} is not installed for the python3 of Triton: "
@@ -105,17 +106,17 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
-def _onnxruntime(folder: Path, threads: int) -> Run:
+def _onnxruntime(path: Path, threads: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda names, inputs: list(session.run(names, dict(inputs)))
 
 
-def _openvino(folder: Path, threads: int) -> Run:
+def _openvino(path: Path, threads: int) -> Run:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or it would report usage
     import openvino
     from openvino import properties
@@ -126,7 +127,7 @@ def _openvino(folder: Path, threads: int) -> Run:
         properties.num_streams(): 1,
     }
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(str(folder / "model.xml")), "CPU", config)
+    compiled = core.compile_model(core.read_model(str(path)), "CPU", config)
     request = compiled.create_infer_request()
     ports = {output.get_any_name(): output for output in compiled.outputs}
     dtypes = {port.get_any_name(): port.get_element_type().to_dtype() for port in compiled.inputs}

@@ -101,7 +101,7 @@ def test_the_python_form_batches_on_the_processor(model: CapturedModel, tmp_path
     assert config.dynamic_batching.max_queue_delay_microseconds == 700
     assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
     assert [(group.kind, group.count) for group in config.instance_group] == [(CPU, 3)]
-    assert parameters(config) == {"threads": "4", "runtime": "onnxruntime"}
+    assert parameters(config) == {"threads": "4", "runtime": "onnxruntime", "model": "model.onnx"}
     assert not config.response_cache.enable
     assert not config.model_warmup
     assert not config.HasField("version_policy")
@@ -111,7 +111,7 @@ def test_the_python_form_holds_an_ir_for_openvino(model: CapturedModel, tmp_path
     config = build(TritonPythonTarget(), model, tmp_path / "heavy", serving=Serving(runtime="openvino"))
 
     assert files(tmp_path / "heavy") == ["1/model.bin", "1/model.py", "1/model.xml", "config.pbtxt"]
-    assert parameters(config)["runtime"] == "openvino"
+    assert parameters(config) == {"threads": "2", "runtime": "openvino", "model": "model.xml"}
 
 
 def test_the_onnxruntime_form_runs_on_the_processor_without_gpus(model: CapturedModel, tmp_path: Path) -> None:
@@ -283,6 +283,26 @@ def test_settings_that_contradict_each_other_are_refused(
         build(target, model, tmp_path / "heavy", serving=serving)
 
     assert raised.value.hint
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_precision_that_the_runtime_lacks_is_refused(model: CapturedModel, tmp_path: Path, runtime: Any) -> None:
+    with pytest.raises(InputError, match=f"runtime '{runtime}' has no 'int3'; it has fp32"):
+        build(TritonPythonTarget(), model, tmp_path / "heavy", serving=Serving(runtime=runtime), precision="int3")
+
+
+@pytest.mark.slow
+def test_openvino_in_the_python_form_can_be_int8(model: CapturedModel, tmp_path: Path) -> None:
+    (tmp_path / "heavy").mkdir()
+    tokens = models.tokens(60)
+    wanted = BuildOptions(name="bag", precision="int8", samples={"tokens": tokens}, serving=Serving(runtime="openvino"))
+
+    built = TritonPythonTarget().build(model, tmp_path / "heavy", wanted)
+
+    assert built.entry == "1/model.xml"
+    want = source_answers(model, tokens[:9])["logits"]
+    got = TritonPythonTarget().open(tmp_path / "heavy" / built.entry, threads=1).infer({"tokens": tokens[:9]})["logits"]
+    assert 0 < np.abs(got - want).max() < 0.1 * np.ptp(want)
 
 
 def source_answers(model: CapturedModel, tokens: Array) -> dict[str, Array]:
