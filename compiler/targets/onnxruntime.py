@@ -6,7 +6,6 @@ ahead of time would be tied to the processor and the version of the compiling ma
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
@@ -20,31 +19,62 @@ from isthmus.tensors import Array
 
 ENTRY: Final = "model.onnx"
 _ERRORS_ONLY: Final = 3  # ONNX Runtime's logging severity
+_SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "int8": ("default", "corrected", "ends-kept", "depthwise-kept"),
+    "int4w": ("default", "fine"),
+}
 
 
 class OnnxRuntimeTarget:
-    """The light model for ONNX Runtime, in full precision."""
+    """The light model for ONNX Runtime."""
 
     role: ClassVar[Literal["light", "heavy"]] = "light"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8", "int8w", "int4w")
     platforms: ClassVar[tuple[str, ...]] = ("any",)
-    tools: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+    tools: ClassVar[tuple[str, ...]] = ("nncf", "onnx", "onnxruntime")
     runs_here: ClassVar[bool] = True
 
     def settings(self, precision: str) -> tuple[str, ...]:
-        """Return the one way there is."""
-        del precision
-        return ("default",)
+        """Return the ways of compiler.qdq for int8; for int4w, blocks of 32 weights and then of 16."""
+        return _SETTINGS.get(precision, ("default",))
 
     def build(self, model: CapturedModel, folder: Path, options: BuildOptions) -> Built:
-        """Copy the model; `options` hold nothing for it."""
-        del options
-        shutil.copyfile(model.path, folder / ENTRY)
+        """Optimize the graph, or quantize it.
+
+        Raises:
+            InputError: int8 has no samples, or ONNX Runtime cannot load or quantize the model.
+            UnsupportedModelError: There are no weights of the kind that the precision packs.
+        """
+        setting = options.setting or self.settings(options.precision)[0]
+        graph = _build(model, options, setting)
+        graph.producer_name, graph.producer_version = "isthmus", ""
+        del graph.metadata_props[:]
+        (folder / ENTRY).write_bytes(graph.SerializeToString(deterministic=True))
         return Built(ENTRY)
 
     def open(self, entry: Path, *, threads: int) -> OnnxRunner:
         """Load the model."""
         return OnnxRunner(entry, threads=threads)
+
+
+def _build(model: CapturedModel, options: BuildOptions, setting: str) -> Any:
+    from compiler.qdq import optimized, quantized
+
+    levels = onnxruntime.GraphOptimizationLevel
+    if options.precision == "int8":
+        if options.samples is None:
+            raise InputError("int8 needs samples of typical inputs", hint="give data.quantization in the recipe")
+        return quantized(model, options.samples, setting)
+    if options.precision in ("int8w", "int4w"):
+        from compiler.onnx_weights import pack
+
+        return pack(optimized(model.path, levels.ORT_ENABLE_BASIC), options.precision, fine=setting == "fine")
+    graph = optimized(model.path, levels.ORT_ENABLE_EXTENDED)
+    if options.precision == "fp16":
+        from compiler.onnx_weights import halve
+
+        halve(graph)
+    return graph
 
 
 class OnnxRunner:
