@@ -6,7 +6,7 @@ The steps of `capture`:
  (3) ONNX Runtime knows its opset and operators; functions become part of the graph (`sources.operators`);
  (4) nothing but the graph is left: no metadata, no weights among the inputs, only the outputs that were asked for
      (`sources.normal_form`);
- (5) axes that may vary get their names, fixed ones their sizes, constants their values (`sources.axes`);
+ (5) axes that may vary get their names, fixed ones their sizes (`sources.axes`); constants are folded;
  (6) onnx.checker accepts it, and no value is larger than a computer (`sources.loading`);
  (7) ONNX Runtime loads it in bounded time and memory; where an output's axes are still open, it is run to see them.
 """
@@ -57,26 +57,31 @@ def capture(source: str | Path, destination: Path, options: SourceOptions | None
     options = SourceOptions() if options is None else options
     what = str(source)
     sha256 = sources.digest(source, options)
-    with TemporaryDirectory(prefix="capture-", dir=destination.parent) as folder:
+    with TemporaryDirectory(prefix="capture-", dir=destination.parent) as name:
+        folder = Path(name)
         # (1)
-        exported = sources.to_onnx(source, options, Path(folder))
+        exported = sources.to_onnx(source, options, folder)
         # (2)
         model = onnx_file.load(exported.path)
-    # (3)
-    operators.check_operators(model, what)
-    model = operators.inline_functions(model, what)
-    # (4)
-    normal_form.strip(model)
-    normal_form.drop_weight_inputs(model)
-    if not model.graph.input or not model.graph.output:
-        raise InputError(f"{what}: expected at least one input and one output")
-    if options.outputs:
-        normal_form.keep_outputs(model, options.outputs, what)
-    # (5)
-    own = axes.rename_axes(model, axes.name_input_axes(model, what))
-    axes.fix_lengths(model, {name: at for name, at in options.lengths.items() if name not in exported.used}, what)
-    constants = {name: value for name, value in options.constants.items() if name not in exported.used}
-    normal_form.bake_constants(model, constants, what)
+        # (3)
+        operators.check_operators(model, what)
+        model = operators.inline_functions(model, what)
+        # (4)
+        normal_form.strip(model)
+        normal_form.drop_weight_inputs(model)
+        if not model.graph.input or not model.graph.output:
+            raise InputError(f"{what}: expected at least one input and one output")
+        if options.outputs:
+            normal_form.keep_outputs(model, options.outputs, what)
+        # (5)
+        own = axes.rename_axes(model, axes.name_input_axes(model, what))
+        axes.fix_lengths(model, {name: at for name, at in options.lengths.items() if name not in exported.used}, what)
+        constants = {name: value for name, value in options.constants.items() if name not in exported.used}
+        normal_form.bake_constants(model, constants, what)
+        if constants:  # branches that depend on one are decided now: most targets have no branches
+            model = loading.fold(model, folder, what)
+            normal_form.strip(model)
+            operators.check_operators(model, what)
     # (6)
     slim = loading.skeleton(model)
     loading.check(slim, what)

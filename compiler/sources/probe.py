@@ -3,7 +3,8 @@
 It is started by `loading`, which reads what it prints. Loading folds constants and so computes part of the model, which
 a hostile one makes as long and as large as it likes: here that ends this process and nothing else.
 
-Reads JSON from standard input: path, memory (bytes), runs (a list of {input: [datatype, shape]}). Writes JSON:
+Reads JSON from standard input: path, memory (bytes), runs (a list of {input: [datatype, shape]}), folded (where to
+write the model with its constants folded, or ""). Writes JSON:
 {"error": text} when the model cannot be loaded, {"memory": text} when it or a run needs more than it may have, else
 {"shapes": [{output: shape}, ...]} with null where a run failed otherwise.
 """
@@ -24,6 +25,9 @@ def main() -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
+    if job["folded"]:  # standard operators only
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = job["folded"]
     try:
         session = onnxruntime.InferenceSession(job["path"], options, providers=["CPUExecutionProvider"])
         answer: dict[str, Any] = {"shapes": [_run(session, one) for one in job["runs"]]}

@@ -68,6 +68,28 @@ def test_what_no_output_needs_is_left_out(tmp_path: Path) -> None:
     assert [spec.name for spec in model.inputs] == ["x", "factor", "types"]  # the interface is not ours to change
 
 
+def test_a_branch_that_a_constant_decides_is_taken(tmp_path: Path) -> None:
+    branches = {
+        name: onnx.helper.make_graph(
+            [onnx.helper.make_node(operator, ["x"], [f"{name}_y"])], name, [], [graphs.value(f"{name}_y", ["batch", 3])]
+        )
+        for name, operator in (("then_branch", "Relu"), ("else_branch", "Neg"))
+    }
+    nodes = [graphs.node("Equal", ["rate", "fast"], ["is_fast"]), graphs.node("If", ["is_fast"], ["y"], **branches)]
+    inputs = [graphs.value("x", ["batch", 3]), graphs.value("rate", [], TensorProto.INT64)]
+    model = graphs.graph(nodes, inputs, [graphs.value("y", ["batch", 3])], weights={"fast": np.array(16000)})
+
+    fast = captured(tmp_path, model, constants={"rate": 16000})
+
+    written = onnx.load(fast.path)
+    assert [node.op_type for node in written.graph.node] == ["Relu"]
+    assert [(entry.domain, entry.version) for entry in written.opset_import] == [("", 17)]
+    data = fast.path.read_bytes()
+    assert captured(tmp_path, model, constants={"rate": 16000}).path.read_bytes() == data
+    slow = captured(tmp_path, model, constants={"rate": 8000})
+    np.testing.assert_array_equal(run(slow, x=np.array([[1, -2, 3]], np.float32))["y"], [[-1, 2, -3]])
+
+
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
