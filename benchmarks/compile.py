@@ -60,7 +60,7 @@ class Field:
 def gather(
     model: ZooModel, wanted: Sequence[str], *, limit_s: float
 ) -> tuple[dict[str, Contestant], dict[str, str], dict[str, str]]:
-    """Build everything, of ours in the precisions that are wanted; return contestants and precisions by name, and why others are not among them."""
+    """Build everything, ours in the wanted precisions; return contestants, their precisions, and why others are not."""
     found: dict[str, Contestant] = {}
     precisions: dict[str, str] = {}
     dropped: dict[str, str] = {}

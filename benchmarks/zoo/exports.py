@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 OPSET: Final = 18
-_RIDGE: Final = 1e-2  # of the features' mean square
+_RIDGE: Final = 0.1  # of the features' summed variance, for each sample
 _SHARPNESS: Final = 10.0  # logits between 0 and about this
 
 
@@ -56,7 +56,8 @@ def fit_head(
 ) -> None:
     """Fit the last layer to `labels` by ridge regression; classes that do not occur score 0.
 
-    Features are standardised for the fit, as many of a random network hardly vary.
+    Features keep their scale and the ridge is wide: many features of a random network hardly vary, and a layer that
+    leant on those would be thrown off by any rounding, unlike a trained one.
     """
     model.eval()
     seen: list[Tensor] = []
@@ -65,13 +66,13 @@ def fit_head(
         model(*(tensor[start : start + 32] for tensor in _tensors(inputs)))
     handle.remove()
     features = torch.cat(seen).double()
-    mean, scale = features.mean(0), features.std(0) + 1e-3 * features.std()
-    x = (features - mean) / scale
+    mean = features.mean(0)
+    x = features - mean
     y = torch.nn.functional.one_hot(torch.from_numpy(labels), head.out_features).double()
     centre = y.mean(0)
     gram = x.T @ x
-    gram += torch.eye(len(gram), dtype=torch.float64) * (_RIDGE * gram.diagonal().mean() * len(gram) / len(x))
-    weight = torch.linalg.solve(gram, x.T @ (y - centre)).T / scale
+    gram += torch.eye(len(gram), dtype=torch.float64) * (_RIDGE * gram.trace() / len(x))
+    weight = torch.linalg.solve(gram, x.T @ (y - centre)).T
     head.weight.copy_(_SHARPNESS * weight)
     head.bias.copy_(_SHARPNESS * (centre - weight @ mean))
 

