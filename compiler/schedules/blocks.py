@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Final
+
+from compiler.schedules.machine import Machine
 
 KERNEL: Final = "isthmus.kernel"  # which rule computes this block
 KEEP: Final = "isthmus.keep"  # a block that stands on its own and is never inlined
@@ -66,10 +68,10 @@ def marks(**values: Any) -> Mapping[str, Any]:
     return {f"isthmus.{key}": value for key, value in values.items()}
 
 
-def fuse_all(schedule: Any, loops: Iterable[Any]) -> Any:
-    """Fuse adjacent loops into one."""
-    loops = list(loops)
-    return loops[0] if len(loops) == 1 else schedule.fuse(*loops)
+def share_between_cores(schedule: Any, loops: Sequence[Any], machine: Machine) -> None:
+    """Spread adjacent loops over the machine's cores."""
+    if machine.cores > 1 and loops:
+        schedule.parallel(loops[0] if len(loops) == 1 else schedule.fuse(*loops))
 
 
 def finish_in_registers(schedule: Any, block: Any, loop: Any, *, depth: int, lanes: int) -> None:

@@ -24,6 +24,7 @@ UNARY: Final = frozenset(
 BINARY: Final = frozenset(
     f"relax.{name}" for name in ("add", "divide", "maximum", "minimum", "multiply", "power", "subtract")
 )
+_BOUNDS: Final = frozenset({"maximum", "minimum"})
 RESHAPES: Final = frozenset(f"relax.{name}" for name in ("expand_dims", "flatten", "reshape", "squeeze"))
 
 
@@ -48,8 +49,8 @@ def static_shape(expression: Any) -> tuple[int, ...] | None:
     values = getattr(sizes, "values", None)
     if values is None:
         return None
-    shape = [getattr(size, "value", None) for size in values]
-    return None if any(size is None for size in shape) else tuple(int(size) for size in shape)
+    shape = tuple(int(size.value) for size in values if hasattr(size, "value"))
+    return shape if len(shape) == len(values) else None
 
 
 def constant(expression: Any) -> np.ndarray[Any, Any] | None:
@@ -90,13 +91,13 @@ def _rewriter() -> Any:
 
 def _make_rewriter() -> Any:
     """Return the mutator class; made late, because its base class needs TVM."""
-    from tvm import relax
+    from tvm import ir, relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
 
     @mutator
     class Rewriter(PyExprMutator):  # type: ignore[misc]
         def visit_call_(self, call: Any) -> Any:
-            call = self.visit_expr_post_order(call)
+            call = self.with_constants(self.visit_expr_post_order(call))
             name = operator(call)
             rule = _RULES.get(name)
             if rule is None and name in UNARY:
@@ -104,6 +105,18 @@ def _make_rewriter() -> Any:
             if rule is None and name in BINARY:
                 rule = _sink_binary
             return call if rule is None else rule(self, call)
+
+        def with_constants(self, call: Any) -> Any:
+            """Return the call with variables that are bound to constants replaced by those."""
+            arguments = [self.value(argument) for argument in call.args]
+            if all(new is old for new, old in zip(arguments, call.args, strict=True)):
+                return call
+            return self.builder_.normalize(ir.Call(call.op, arguments, call.attrs, call.ty_args))
+
+        def value(self, expression: Any) -> Any:
+            """Return the constant that a variable is bound to, or the expression itself."""
+            bound = self.lookup_binding(expression) if isinstance(expression, relax.Var) else None
+            return expression if constant(bound) is None else bound
 
         def source(self, expression: Any) -> Any:
             """Return the call that a variable is bound to, or the expression itself."""
@@ -280,22 +293,57 @@ def _power(rewriter: Any, call: Any) -> Any:
     return rewriter.builder_.normalize(replacement[value]()) if value in replacement else call
 
 
+def _bound(rewriter: Any, call: Any) -> Any:
+    """(4): the loops that the ONNX importer writes for a clip with constant bounds."""
+    from tvm import relax
+
+    name = str(call.args[0].name_hint).rstrip("0123456789")
+    if name not in _BOUNDS or len(call.args[1].fields) != 2:
+        return call
+    value, bound = (rewriter.value(field) for field in call.args[1].fields)
+    if constant(bound) is None or static_shape(bound) != () or str(value.ty.dtype) != "float32":
+        return call
+    operation = relax.op.maximum if name == "maximum" else relax.op.minimum
+    return _sink_binary(rewriter, rewriter.builder_.normalize(operation(value, bound)))
+
+
+def _is_nan(_rewriter: Any, call: Any) -> Any:
+    """(1)"""
+    from tvm import relax
+
+    value = constant(call.args[0])
+    return call if value is None else relax.const(np.isnan(value), "bool")
+
+
+def _where(_rewriter: Any, call: Any) -> Any:
+    """(1)"""
+    from tvm import relax
+
+    condition, first, second = (constant(argument) for argument in call.args)
+    if condition is None or first is None or second is None:
+        return call
+    chosen = np.where(condition, first, second).astype(first.dtype)
+    return relax.const(chosen, str(chosen.dtype))
+
+
 def _known_shape(_rewriter: Any, call: Any) -> Any:
     """(1): a shape made a tensor."""
     from tvm import relax
 
     values = getattr(call.args[0].ty, "values", None)
-    sizes = [getattr(size, "value", None) for size in values or [None]]
-    if any(size is None for size in sizes):
+    if values is None or not all(hasattr(size, "value") for size in values):
         return call
-    return relax.const(np.array([int(size) for size in sizes], np.int64), "int64")
+    return relax.const(np.array([int(size.value) for size in values], np.int64), "int64")
 
 
 _RULES: Final[dict[str, Callable[[Any, Any], Any]]] = {
     **dict.fromkeys(RESHAPES, _reshape),
     "relax.permute_dims": _permute,
     "relax.clip": _clip,
+    "relax.call_tir": _bound,
     "relax.divide": _divide,
+    "relax.isnan": _is_nan,
     "relax.power": _power,
     "relax.shape_to_tensor": _known_shape,
+    "relax.where": _where,
 }

@@ -14,7 +14,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from compiler.schedules.blocks import finish_in_registers, inline_injective, kernel_block, marks, output_block
+from compiler.schedules.blocks import (
+    finish_in_registers,
+    inline_injective,
+    kernel_block,
+    marks,
+    output_block,
+    share_between_cores,
+)
 from compiler.schedules.elementwise import schedule_borders, vectorize_last_axis
 from compiler.schedules.machine import Machine
 from compiler.schedules.tiles import Tile
@@ -167,4 +174,5 @@ def schedule_convolution(schedule: Any, machine: Machine) -> bool:
     if int(schedule.get(ic).extent) <= _UNROLLED_CHANNELS:
         schedule.unroll(ic)
     schedule.decompose_reduction(block, kh)
+    share_between_cores(schedule, outer[:-1], machine)
     return True

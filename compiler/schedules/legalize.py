@@ -18,6 +18,8 @@ from compiler.schedules.tiles import choose_tile
 from compiler.schedules.transcendental import exponential, logistic
 from compiler.schedules.windows import depthwise
 
+Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of the left operand, the right one, the result
+
 _SYMBOLIC_ROWS: Final = 8  # tile rows where the number of rows is known only at run time
 _FUSES: Final = {"op_pattern": FUSES_WHAT_FOLLOWS}
 
@@ -92,17 +94,19 @@ def _convolution(rewriter: Any, call: Any, _original: Any) -> Any | None:
     from tvm import relax
 
     attrs, (data, kernel) = call.attrs, call.args
-    weights, shape = constant(kernel), [getattr(size, "value", None) for size in data.ty.shape.values]
+    weights, sizes = constant(kernel), data.ty.shape.values[1:]
     layouts = (str(attrs.data_layout), str(attrs.kernel_layout), str(attrs.out_layout))
-    if weights is None or None in shape[1:] or not _is_float(data) or layouts != ("NHWC", "OHWI", "NHWC"):
+    fixed = all(hasattr(size, "value") for size in sizes)
+    if weights is None or not fixed or not _is_float(data) or layouts != ("NHWC", "OHWI", "NHWC"):
         return None
     outputs, height, width, inputs = weights.shape
     groups = int(attrs.groups)
-    window = Window(_pair(attrs.strides), _pair(attrs.dilation), tuple(int(p) for p in attrs.padding), (height, width))
+    top, left, bottom, right = (int(size) for size in attrs.padding)
+    window = Window(_pair(attrs.strides), _pair(attrs.dilation), (top, left, bottom, right), (height, width))
     if groups == outputs and inputs == 1 and groups > 1:
         packed = relax.const(np.ascontiguousarray(weights[..., 0].transpose(1, 2, 0)), "float32")
         return _call(rewriter, "depthwise", partial(depthwise, window=window), data, packed)
-    out_h, out_w = window.output(int(shape[1]), int(shape[2]))
+    out_h, out_w = window.output(int(sizes[0]), int(sizes[1]))
     tile = choose_tile(out_h, out_w, outputs // groups, rewriter.machine)
     packed = relax.const(pack_weights(weights, groups, tile), "float32")
     kernel_of = partial(convolution, window=window, channels=outputs, tile=tile)
@@ -196,9 +200,7 @@ def _matmul(rewriter: Any, call: Any, _original: Any) -> Any | None:
     return _product(rewriter, (left, right), (left_axes, right_axes, tuple(range(len(shape)))), shape)
 
 
-def _product(
-    rewriter: Any, operands: tuple[Any, Any], axes: tuple[tuple[int, ...], ...], shape: tuple[int, ...]
-) -> Any:
+def _product(rewriter: Any, operands: tuple[Any, Any], axes: Axes, shape: tuple[int, ...]) -> Any:
     """Call the kernel for two activations, and remember the call: a transposition may follow."""
     tile = choose_tile(1, shape[-2], shape[-1], rewriter.machine)
     call = _call(rewriter, "batched_matmul", partial(batched_matmul, axes=axes, tile=tile), *operands)
@@ -209,7 +211,7 @@ def _product(
 def _through_permutation(rewriter: Any, operand: Any) -> tuple[Any, tuple[int, ...]]:
     from tvm import relax
 
-    bound = rewriter.lookup_binding(operand) if isinstance(operand, relax.Var) else None
+    bound: Any = rewriter.lookup_binding(operand) if isinstance(operand, relax.Var) else None
     if operator(bound) == "relax.permute_dims":
         return bound.args[0], permutation(bound)
     return operand, tuple(range(int(operand.ty.ndim)))
@@ -225,7 +227,8 @@ def _transposed_product(rewriter: Any, call: Any, original: Any) -> Any | None:
     if operator(bound) != "relax.call_tir" or bound.args[0].name_hint not in rewriter.products:
         return None
     axes, shape = rewriter.products[bound.args[0].name_hint]
-    return _product(rewriter, tuple(bound.args[1].fields), (*axes[:2], permutation(call)), shape)
+    left, right = bound.args[1].fields
+    return _product(rewriter, (left, right), (axes[0], axes[1], permutation(call)), shape)
 
 
 def _softmax(rewriter: Any, call: Any, _original: Any) -> Any | None:

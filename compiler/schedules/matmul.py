@@ -21,6 +21,7 @@ from compiler.schedules.blocks import (
     kernel_block,
     marks,
     output_block,
+    share_between_cores,
 )
 from compiler.schedules.machine import Machine
 from compiler.schedules.tiles import Tile
@@ -46,7 +47,7 @@ def packed_matmul(data: Any, packed: Any, *, channels: int, tile: Tile) -> Any:
         packed.shape[0] * tile.channels,
         depth,
         lambda outer, row, k: data[(*outer, _inside(row, rows, whole), k)],
-        lambda outer, n, k: packed[n // tile.channels, k, n % tile.channels],
+        lambda _outer, n, k: packed[n // tile.channels, k, n % tile.channels],
         tile,
     )
     return _crop(full, (*leading, rows, channels), range(len(leading) + 2))
@@ -164,14 +165,15 @@ def schedule_matmul(schedule: Any, machine: Machine) -> bool:
     schedule.unroll(m_inner)
     schedule.unroll(n_vector)
     schedule.set_scope(block, 0, "local")
-    _schedule_packing(schedule, batch, lanes)
+    packs = _schedule_packing(schedule, batch, lanes)
     finish_in_registers(schedule, output_block(schedule), m_outer, depth=len(outer), lanes=lanes)
     schedule.decompose_reduction(block, k)
+    share_between_cores(schedule, batch if packs and batch else [*batch, n_outer], machine)
     return True
 
 
-def _schedule_packing(schedule: Any, batch: Sequence[Any], lanes: int) -> None:
-    """Pack the right operand anew for each matrix of the batch."""
+def _schedule_packing(schedule: Any, batch: Sequence[Any], lanes: int) -> bool:
+    """Pack the right operand anew for each matrix of the batch; return whether it is packed at all."""
     for block in blocks_of(schedule):
         if annotation(schedule, block, "isthmus.keep") == "pack":
             if batch:
@@ -180,3 +182,5 @@ def _schedule_packing(schedule: Any, batch: Sequence[Any], lanes: int) -> None:
             if extent(schedule, lane) != lanes:
                 _, lane = schedule.split(lane, [None, lanes])
             schedule.vectorize(lane)
+            return True
+    return False

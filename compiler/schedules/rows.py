@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from compiler.schedules.blocks import annotation, blocks_of, extent, inline_injective, marks, output_block
+from compiler.schedules.blocks import (
+    annotation,
+    blocks_of,
+    extent,
+    inline_injective,
+    marks,
+    output_block,
+    share_between_cores,
+)
 from compiler.schedules.machine import Machine
 from compiler.schedules.tiles import vector_lanes
 from compiler.schedules.transcendental import exponential
@@ -123,7 +131,7 @@ def _reduce(
             name=f"{name}_lanes",
             attrs=marks(kernel=KERNEL_NAME, keep="lanes"),
         )
-        parts += [lambda row, lane=lane: partial[(*row, lane)] for lane in range(lanes)]
+        parts += [_reader(partial, lane) for lane in range(lanes)]
     if rest:
         r = te.reduce_axis((0, rest), "r")
         tail = te.compute(
@@ -144,6 +152,10 @@ def _reduce(
     return te.compute(tuple(rows), lambda *row: tree([part(row) for part in parts]), name=name, attrs=notes)
 
 
+def _reader(partial: Any, lane: int) -> Callable[[Sequence[Any]], Any]:
+    return lambda row: partial[(*row, lane)]
+
+
 def _join(left: Any, right: Any, largest: bool, tirx: Any) -> Any:
     return tirx.max(left, right) if largest else left + right
 
@@ -157,7 +169,7 @@ def schedule_rows(schedule: Any, machine: Machine) -> bool:
     blocks = [block for block in blocks_of(schedule) if schedule.get(block) is not schedule.get(last)]
     ours = [block for block in blocks if annotation(schedule, block, "isthmus.kernel") == KERNEL_NAME]
     depth = _depth(schedule, ours)
-    loops = schedule.get_loops(last)
+    loops = list(schedule.get_loops(last))
     anchor = loops[depth - 1] if depth else None
     for block in reversed(ours):
         if anchor is not None:
@@ -173,6 +185,7 @@ def schedule_rows(schedule: Any, machine: Machine) -> bool:
     for block in ours:
         if schedule.get(block).name_hint.startswith("powers"):
             _vectorize_inner(schedule, block, depth, machine)
+    share_between_cores(schedule, loops[:depth], machine)
     return True
 
 

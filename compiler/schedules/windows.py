@@ -18,6 +18,7 @@ from compiler.schedules.blocks import (
     kernel_block,
     marks,
     output_block,
+    share_between_cores,
 )
 from compiler.schedules.convolution import Window, pad_image
 from compiler.schedules.elementwise import vectorize_last_axis
@@ -91,6 +92,7 @@ def schedule_depthwise(schedule: Any, machine: Machine) -> bool:
             schedule.compute_at(other, c_outer)
             _vectorize_border(schedule, other, lanes)
     schedule.decompose_reduction(block, kh)
+    share_between_cores(schedule, outer[:2], machine)
     return True
 
 
