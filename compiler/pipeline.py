@@ -21,7 +21,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,14 +40,14 @@ from compiler.evaluate import measure as metric_of
 from compiler.heavy import heavy_logits
 from compiler.ladder import Accepted, Candidate, Subject, climb, machine
 from compiler.package import Contents, check_folder, check_output, move_into_place, write_bundle
+from compiler.plan import Plan, make_plan
 from compiler.processes import Advance, Budget, default_budget
-from compiler.recipe import Recipe, VariantSection, load_recipe
+from compiler.recipe import Recipe
 from compiler.report import LeftOut, Report, pareto, recommend
-from compiler.sources import digest
-from compiler.targets import TARGETS, Target, Tuning, load_target
+from compiler.targets import load_target
 from compiler.verify import Materials, golden_rows, prepare
 from compiler.worker import ARTEFACT, RESULT, BuildJob, BuildResult
-from compiler.workshop import CAPTURE_TOOLS, Workshop
+from compiler.workshop import Workshop
 from isthmus.bundle import (
     MANIFEST,
     REPORT,
@@ -60,10 +60,9 @@ from isthmus.bundle import (
     open_bundle,
 )
 from isthmus.digests import sha256_file
-from isthmus.errors import BundleError, InputError, IsthmusError, MissingExtraError, VerificationError
+from isthmus.errors import BundleError, InputError, IsthmusError, VerificationError
 from isthmus.tensors import Array
 
-ALL: Final = "all"  # as a variant's target: every target and precision that is installed here
 _MEASURED: Final = "times and memory are measured, not computed"
 _DONE: Final = "bundle.json"
 
@@ -95,21 +94,10 @@ class GuardError(VerificationError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
-    """What the compilation depends on, known before any work: digests by name."""
-
-    recipe: Recipe
-    recipe_sha256: str
-    sources: Mapping[str, str]
-    previous: tuple[Path, Manifest] | None
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Job:
     """What all stages share."""
 
-    inputs: _Inputs
+    plan: Plan
     light: CapturedModel
     heavy: CapturedModel
     data: LabelledSamples
@@ -118,7 +106,7 @@ class _Job:
 
     @property
     def recipe(self) -> Recipe:
-        return self.inputs.recipe
+        return self.plan.recipe
 
     def advance(self, stage: str) -> Callable[[int, int], None]:
         return partial(self.shop.advance, stage)
@@ -148,35 +136,30 @@ def compile_bundle(
         ConfigError: A tool is not installed, or there is not enough memory.
     """
     # 1
-    recipe, recipe_sha256 = load_recipe(recipe_path)
-    candidates = _candidates(recipe)
-    load_target(recipe.heavy.target, role="heavy")
     check_output(output)
-    previous = _previous(recipe, output)
     folder = output.parent / ".compile-cache" if cache is None else cache
+    budget = budget or default_budget()
+    plan = make_plan(recipe_path, output, cores=budget.cores)
     check_folder(folder, "cache")
-    store, budget = Cache(folder), budget or default_budget()
-    inputs = _digests(recipe, recipe_sha256, previous, candidates, budget)
-    done = _unchanged(store, inputs, output)
+    store = Cache(folder)
+    done = _unchanged(store, plan, output)
     if done is not None:
         return done
     shop = Workshop(store, budget, progress)
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-            outcome = _compile(inputs, candidates, shop, Path(scratch), recipe_path, output)
+            outcome = _compile(plan, shop, Path(scratch), recipe_path, output)
     finally:
         budget.stop()
-    _remember(store, inputs, outcome)
+    _remember(store, plan, outcome)
     store.prune(time.time())
     return outcome
 
 
-def _compile(
-    inputs: _Inputs, candidates: list[Candidate], shop: Workshop, work: Path, recipe_path: Path, output: Path
-) -> Outcome:
+def _compile(plan: Plan, shop: Workshop, work: Path, recipe_path: Path, output: Path) -> Outcome:
     bundle = work / "bundle"
     bundle.mkdir()
-    job = _prepare(inputs, shop, recipe_path)
+    job = _prepare(plan, shop, recipe_path)
     # 4
     note = _build_heavy(job, bundle / "heavy")
     heavy = heavy_logits(
@@ -185,134 +168,23 @@ def _compile(
     # 5
     subject = _subject(job, work)
     # 6
-    results = _climb_all(subject, _with_previous(job, candidates), shop)
+    results = _climb_all(subject, _with_previous(plan), shop)
     accepted = [entry for entry in results if isinstance(entry, Accepted)]
     left_out = [entry for entry in results if isinstance(entry, LeftOut)]
     # 7
     if not accepted or any(entry.required for entry in left_out):
         raise GuardError(Outcome(output, _report(job, subject, accepted, left_out, heavy)))
     # 8
-    if inputs.recipe.measure.enabled:
+    if plan.recipe.measure.enabled:
         accepted = [_measured(job, entry) for entry in accepted]
     report = _report(job, subject, accepted, left_out, heavy)
     # 9
     return _finish(job, accepted, heavy, report, note, bundle, output)
 
 
-def _candidates(recipe: Recipe) -> list[Candidate]:
-    """Return the variants of the recipe, checked before any work is done for them."""
-    found: dict[str, Candidate] = {}
-    for section in recipe.variants:
-        if section.target != ALL:
-            candidate = _candidate(section, load_target(section.target, role="light"))
-            found[candidate.id] = candidate
-            continue
-        for candidate in _everything(recipe, section):
-            found.setdefault(candidate.id, candidate)
-    return list(found.values())
-
-
-def _everything(recipe: Recipe, section: VariantSection) -> Iterable[Candidate]:
-    for name in [name for name, entry in TARGETS.items() if entry.role == "light"]:
-        try:
-            target = load_target(name, role="light")
-        except MissingExtraError:
-            continue
-        for precision in target.precisions:
-            if precision == "int8" and recipe.data.quantization is None:
-                continue
-            update = {"target": name, "precision": precision, "required": False}
-            yield _candidate(section.model_copy(update=update), target)
-
-
-def _candidate(section: VariantSection, target: Target) -> Candidate:
-    if section.precision not in target.precisions:
-        raise InputError(
-            f"target {section.target!r} has no precision {section.precision!r}; it has {', '.join(target.precisions)}",
-            hint="mend the recipe",
-        )
-    if section.platform and section.platform not in target.platforms:
-        raise InputError(
-            f"target {section.target!r} has no platform {section.platform!r}; it has {', '.join(target.platforms)}",
-            hint="mend the recipe",
-        )
-    settings = target.settings(section.precision)
-    if section.setting and section.setting not in settings:
-        raise InputError(
-            f"target {section.target!r} has no setting {section.setting!r} for {section.precision}; "
-            f"it has {', '.join(settings)}",
-            hint="mend the recipe, or leave the setting to the guard",
-        )
-    return Candidate(
-        id=section.id,
-        target_name=section.target,
-        target=target,
-        precision=section.precision,
-        platform=section.platform or target.platforms[0],
-        cpu=section.cpu,
-        setting=section.setting,
-        required=section.required,
-        tuning=Tuning(trials=section.tune_trials, seconds=section.tune_minutes * 60),
-    )
-
-
-def _previous(recipe: Recipe, output: Path) -> tuple[Path, Manifest] | None:
-    folder = recipe.update.delta_from
-    if folder is None:
-        return None
-    if folder.resolve() == output.resolve():
-        raise InputError(f"update.delta_from is the output itself: {output}", hint="give another --output")
-    manifest = open_bundle(folder)
-    if manifest.name != recipe.model.name or manifest.version >= recipe.model.version:
-        raise InputError(
-            f"update.delta_from: expected an older version of {recipe.model.name!r} than {recipe.model.version}, "
-            f"got {manifest.name}@{manifest.version}"
-        )
-    return folder, manifest
-
-
-def _digests(
-    recipe: Recipe,
-    recipe_sha256: str,
-    previous: tuple[Path, Manifest] | None,
-    candidates: list[Candidate],
-    budget: Budget,
-) -> _Inputs:
-    sources = {
-        "light": digest(recipe.light.source, recipe.light.options),
-        "heavy": digest(recipe.heavy.source, recipe.heavy.options),
-        "calibration": _file_digest(recipe.data.calibration),
-    }
-    if recipe.data.quantization is not None:
-        sources["quantization"] = _file_digest(recipe.data.quantization)
-    if previous is not None:
-        sources["delta_from"] = sha256_file(previous[0] / MANIFEST)
-    tools = [tool for candidate in candidates for tool in candidate.target.tools]
-    whole = key(
-        recipe=recipe_sha256,
-        labels=recipe.model.labels,  # they may come from a file of their own
-        sources=sources,
-        variants=[candidate.id for candidate in candidates],
-        tools=tool_versions([*tools, *CAPTURE_TOOLS, "numpy"]),
-        code=code_digest(),
-        cores=budget.cores if recipe.measure.enabled else 0,
-    )
-    return _Inputs(recipe, recipe_sha256, sources, previous, whole)
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        return sha256_file(path)
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}",
-            hint="data.calibration and data.quantization name safetensors files",
-        ) from error
-
-
-def _unchanged(cache: Cache, inputs: _Inputs, output: Path) -> Outcome | None:
+def _unchanged(cache: Cache, plan: Plan, output: Path) -> Outcome | None:
     """Return the outcome again when the bundle at the output is the one that these inputs gave."""
-    entry = cache.find("bundle", inputs.key)
+    entry = cache.find("bundle", plan.key)
     manifest_path = output / MANIFEST
     if entry is None or not manifest_path.is_file():
         return None
@@ -327,27 +199,27 @@ def _unchanged(cache: Cache, inputs: _Inputs, output: Path) -> Outcome | None:
     return Outcome(output, report, manifest, calibration, reused=True)
 
 
-def _remember(cache: Cache, inputs: _Inputs, outcome: Outcome) -> None:
+def _remember(cache: Cache, plan: Plan, outcome: Outcome) -> None:
     digest_of_manifest = sha256_file(outcome.output / MANIFEST)
-    entry = cache.find("bundle", inputs.key)
+    entry = cache.find("bundle", plan.key)
     if entry is not None:
         shutil.rmtree(entry)
-    cache.get("bundle", inputs.key, lambda folder: _write(folder / _DONE, digest_of_manifest))
+    cache.get("bundle", plan.key, lambda folder: _write(folder / _DONE, digest_of_manifest))
 
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def _prepare(inputs: _Inputs, shop: Workshop, recipe_path: Path) -> _Job:
-    recipe = inputs.recipe
+def _prepare(plan: Plan, shop: Workshop, recipe_path: Path) -> _Job:
+    recipe = plan.recipe
     # 2
     with ThreadPoolExecutor(2) as pool:
         light, heavy = pool.map(
             lambda section, what: shop.capture(
                 section.source,
                 section.options,
-                inputs.sources[what],
+                plan.sources[what],
                 what=f"{what} model",
                 path=recipe_path.resolve().parent,
             ),
@@ -366,7 +238,7 @@ def _prepare(inputs: _Inputs, shop: Workshop, recipe_path: Path) -> _Job:
             load_labelled(recipe.data.quantization, light, classes=score.shape[1])
         else:
             load_samples(recipe.data.quantization, light)
-    return _Job(inputs, light, heavy, data, score.name, shop)
+    return _Job(plan, light, heavy, data, score.name, shop)
 
 
 def _score_output(recipe: Recipe, light: CapturedModel) -> TensorSpec:
@@ -386,11 +258,6 @@ def _build_heavy(job: _Job, folder: Path) -> str:
     """Build the heavy model's Triton folder; return why another build may give other bytes, or nothing."""
     section, model, shop = job.recipe.heavy, job.recipe.model, job.shop
     target = load_target(section.target, role="heavy")
-    if section.precision not in target.precisions:
-        raise InputError(
-            f"target {section.target!r} has no precision {section.precision!r}; it has {', '.join(target.precisions)}",
-            hint="mend heavy.precision in the recipe",
-        )
     build = BuildJob(
         target=section.target,
         role="heavy",
@@ -451,15 +318,15 @@ def _quantization(job: _Job, work: Path) -> Path | None:
     return work / "quantization.safetensors"
 
 
-def _with_previous(job: _Job, candidates: list[Candidate]) -> list[Candidate]:
+def _with_previous(plan: Plan) -> list[Candidate]:
     """Return the candidates with the entry of the version before, for those whose grid may be kept."""
-    if job.inputs.previous is None:
-        return candidates
-    folder, manifest = job.inputs.previous
+    if plan.previous is None:
+        return list(plan.candidates)
+    folder, manifest = plan.previous
     entries = {variant.id: folder / variant.entry for variant in manifest.variants}
     return [
         replace(candidate, previous=entries.get(candidate.id)) if candidate.precision == "int8" else candidate
-        for candidate in candidates
+        for candidate in plan.candidates
     ]
 
 
@@ -526,9 +393,9 @@ def _finish(
     )
     contents = Contents(
         recipe=job.recipe,
-        recipe_sha256=job.inputs.recipe_sha256,
+        recipe_sha256=job.plan.recipe_sha256,
         light=job.light,
-        sources=job.inputs.sources,
+        sources=job.plan.sources,
         variants=[_variant(entry) for entry in accepted],
         calibration=calibration,
         report=report,
