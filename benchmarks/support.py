@@ -79,14 +79,9 @@ def entry_of(model: ZooModel, column: Column, *, limit_s: float, run: bool) -> E
         if result is None:
             break
         verdict = judge(result, column.precision, classifies=bool(model.logits))
-        entry = Entry(
-            model.name,
-            column,
-            verdict,
-            setting if place else "",
-            result.get("least_ms", 0.0),
-            result.get("build_s", 0.0),
-        )
+        if entry is None or verdict.covered:
+            times = result.get("least_ms", 0.0), result.get("build_s", 0.0)
+            entry = Entry(model.name, column, verdict, setting if place else "", *times)
         if verdict.state != "inexact":
             break
     refused = entry is not None and not entry.verdict.covered and column.precision == "fp32"

@@ -22,12 +22,14 @@ from compiler.data import request
 from compiler.parity import ParityMeter
 from compiler.processes import serve
 from compiler.sources import SourceOptions
+from compiler.targets import BuildOptions, Labels, load_target
 from compiler.worker import CAPTURE, CAPTURED, MODEL, read_captured
 from isthmus.errors import InputError
 
 CALIBRATION_FILE = "calibration.safetensors"
 EVALUATION_FILE = "evaluation.safetensors"
 REFERENCE_FILE = "reference.safetensors"
+CONTROLLED = "accuracy-control"  # the setting that needs labelled samples
 _TIMED_S = 1.0
 _SEED_OF_EVALUATION = 7
 
@@ -61,18 +63,18 @@ def _capture(folder: Path, cell: Cell) -> dict[str, Any]:
 
 def _build(folder: Path, cell: Cell) -> dict[str, Any]:
     """Build with a target of ours and compare with the source."""
-    from compiler.targets import BuildOptions, load_target
-
     source = capture_of(cell).folder
     model = read_captured(source)
     target = load_target(cell.target, role="light")
     artefact = folder / "artefact"
     artefact.mkdir()
+    samples = load_file(source / CALIBRATION_FILE)
     options = BuildOptions(
         precision=cell.precision,
         setting=cell.setting,
         platform=target.platforms[0],
-        samples=load_file(source / CALIBRATION_FILE),
+        samples=samples,
+        labelled=_labelled(cell.model, model, samples) if cell.setting == CONTROLLED else None,
         name=cell.model,
     )
     begun = time.perf_counter()
@@ -86,6 +88,19 @@ def _build(folder: Path, cell: Cell) -> dict[str, Any]:
     if target.runs_here:
         result |= compare(target.open(artefact / built.entry, threads=1).infer, model, source)
     return result
+
+
+def _labelled(name: str, model: CapturedModel, samples: Mapping[str, Array]) -> Labels | None:
+    """Return the samples with the source's best class as label, for classifiers."""
+    output = MODELS[name].logits
+    if not any(spec.name == output and len(spec.shape) == 2 for spec in model.outputs):
+        return None
+    from benchmarks.peers import open_onnxruntime
+
+    infer = open_onnxruntime(model.path.parent)
+    rows = range(len(next(iter(samples.values()))))
+    best = [int(infer(request(model, samples, row, row + 1))[output].argmax()) for row in rows]
+    return Labels(samples, np.array(best, np.int64), output)
 
 
 def _peer(folder: Path, cell: Cell) -> dict[str, Any]:
