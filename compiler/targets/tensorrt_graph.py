@@ -25,10 +25,10 @@ import onnx
 import onnxruntime
 
 from compiler.capture import CapturedModel
-from compiler.data import is_batchable, request, requests
+from compiler.data import BATCH_AXIS, is_batchable, request, requests
 from compiler.targets import BuildOptions, UnsupportedModelError
 from isthmus.errors import InputError
-from isthmus.tensors import Array
+from isthmus.tensors import DTYPES, Array
 
 _ERRORS_ONLY: Final = 3  # ONNX Runtime's logging severity
 _STANDARD: Final = ("", "ai.onnx")
@@ -41,6 +41,8 @@ _CHANNEL_AXIS: Final = {"Conv": 0, "Gemm": 1, "MatMul": 1}  # of the weights, of
 _AXIS_OPSET: Final = 13  # the first where QuantizeLinear has an axis
 _INT8_MAX: Final = 127
 _HALF_MAX: Final = 32752.0  # half of the largest number in half precision: other inputs than the samples get near it
+_CONTROL_FLOW: Final = ("If", "Loop", "Scan")
+_MOST_SHAPES: Final = 512  # that a graph is asked for, to see what it does
 _CALIBRATION_BATCH: Final = 32
 _CHECKED_ROWS: Final = 8
 _LEAST_COSINE: Final = 0.9  # far below what any usable conversion gives
@@ -53,7 +55,7 @@ def typed_graph(model: CapturedModel, options: BuildOptions, title: str) -> onnx
         InputError: int8 without samples, or samples that the model cannot take.
         UnsupportedModelError: The graph holds operators outside the ONNX standard, or cannot be converted.
     """
-    graph = folded(model)
+    graph = folded(model, options)
     _refuse_foreign(graph, title)
     if options.precision == "fp16":
         graph = _half(graph, model, options.samples, title)
@@ -66,19 +68,28 @@ def typed_graph(model: CapturedModel, options: BuildOptions, title: str) -> onnx
     return graph
 
 
-def folded(model: CapturedModel) -> onnx.ModelProto:
+def folded(model: CapturedModel, options: BuildOptions) -> onnx.ModelProto:
     """Return the model's graph after ONNX Runtime's basic optimizations, or as it is where they leave the standard.
 
-    They fold constants, drop branches of If that are never taken, and fuse batch normalisation into convolutions.
+    They fold constants, drop branches of If that are never taken, and fuse batch normalisation into convolutions. Where
+    an If asks only for shapes, and gets the same answer for every size of every axis, the branch that it takes becomes
+    part of the graph: exporters write such an If for every squeeze.
     """
     original = onnx.load(model.path)
+    graph = _optimized(str(model.path), original)
+    while any(node.op_type == "If" for node in graph.graph.node) and _take_branches(graph, model, options):
+        graph = _optimized(graph.SerializeToString(), graph)
+    return graph
+
+
+def _optimized(source: str | bytes, original: onnx.ModelProto) -> onnx.ModelProto:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = _ERRORS_ONLY
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
         try:
-            onnxruntime.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
             graph = onnx.load(options.optimized_model_filepath)
         except Exception:  # its exceptions share no base class; TensorRT may well take what ONNX Runtime does not
             return original
@@ -90,6 +101,87 @@ def folded(model: CapturedModel) -> onnx.ModelProto:
     del graph.opset_import[:]
     graph.opset_import.extend(used)
     return graph
+
+
+def _take_branches(graph: onnx.ModelProto, model: CapturedModel, options: BuildOptions) -> bool:
+    """Replace each outer If that shapes decide, always alike, by its branch; return whether there was one."""
+    makers = {output: node for node in graph.graph.node for output in node.output}
+    ends = {value.name for value in graph.graph.input}
+    asks = [node for node in graph.graph.node if node.op_type == "If" and _asks_for_shapes(node.input[0], makers, ends)]
+    if not asks:
+        return False
+    asking = onnx.ModelProto()
+    asking.CopyFrom(graph)
+    names = sorted({node.input[0] for node in asks})
+    del asking.graph.output[:]
+    asking.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, None) for name in names)
+    answers = []
+    try:
+        session = _session(asking.SerializeToString())
+        for shapes in _every_shape(model, options):
+            inputs = {spec.name: np.zeros(shapes[spec.name], DTYPES[spec.datatype]) for spec in model.inputs}
+            answers.append([bool(np.all(answer)) for answer in session.run(names, inputs)])
+    except Exception:  # its exceptions share no base class; zeros may be no input for this model
+        return False
+    certain = {
+        name: found[0] for name, found in zip(names, zip(*answers, strict=True), strict=False) if len({*found}) == 1
+    }
+    taken = [node for node in asks if node.input[0] in certain]
+    for node in taken:
+        _inline(graph.graph, node, "then_branch" if certain[node.input[0]] else "else_branch")
+    return bool(taken)
+
+
+def _every_shape(model: CapturedModel, options: BuildOptions) -> list[dict[str, list[int]]]:
+    """Return the inputs' shapes with each axis in all its sizes, others at their shortest; nothing when too many."""
+    ranges = dict(model.lengths) | {BATCH_AXIS: (1, options.max_batch)}
+    axes = {spec.name: model.axes.get(spec.name, ()) for spec in model.inputs}
+    varying = sorted({axis for names in axes.values() for axis in names if axis})
+    if not all(axis in ranges for axis in varying) or any(len(axes[s.name]) != len(s.shape) for s in model.inputs):
+        return []
+    shortest = {axis: ranges[axis][0] for axis in varying}
+    sizes = [shortest | {axis: size} for axis in varying for size in range(ranges[axis][0], ranges[axis][1] + 1)]
+    sizes.append({axis: ranges[axis][1] for axis in varying})
+    if len(sizes) > _MOST_SHAPES:
+        return []
+    return [
+        {
+            spec.name: [size[name] if name else axis for name, axis in zip(axes[spec.name], spec.shape, strict=True)]
+            for spec in model.inputs
+        }
+        for size in sizes
+    ]
+
+
+def _asks_for_shapes(condition: str, makers: Mapping[str, onnx.NodeProto], ends: set[str]) -> bool:
+    """Return whether a value depends on the inputs, `ends`, through their shapes only."""
+    waiting, seen = {condition}, set[str]()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        if name in ends or (name in makers and makers[name].op_type in _CONTROL_FLOW):
+            return False
+        if name in makers and makers[name].op_type not in ("Shape", "Size"):
+            waiting.update(set(makers[name].input) - seen)
+    return True
+
+
+def _inline(graph: onnx.GraphProto, choice: onnx.NodeProto, branch: str) -> None:
+    nested = next(attribute.g for attribute in choice.attribute if attribute.name == branch)
+    nodes = []
+    for node in graph.node:
+        if node.output[:] != choice.output[:]:
+            nodes.append(node)
+            continue
+        nodes.extend(nested.node)
+        nodes.extend(
+            onnx.helper.make_node("Identity", [inner.name], [outer], name=f"{choice.name}.{outer}")
+            for inner, outer in zip(nested.output, choice.output, strict=True)
+        )
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    graph.initializer.extend(nested.initializer)
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

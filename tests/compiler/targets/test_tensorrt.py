@@ -136,7 +136,7 @@ def test_two_builds_give_the_same_bytes(cnn: CapturedModel, tmp_path: Path, prec
 
 @pytest.mark.slow
 def test_an_int8_engine_admits_that_its_bytes_may_differ(cnn: CapturedModel, tmp_path: Path) -> None:
-    """ResNet-18's did in two of two builds."""
+    """Those of ResNet-18 and NudeNet do: the order of threads decides over names inside."""
     built = TensorRtRtxTarget().build(cnn, tmp_path, options("int8", {"image": images(40)}, cpu="sm86"))
 
     assert built.not_reproducible
@@ -280,6 +280,60 @@ def test_an_operator_outside_the_standard_is_named_with_its_node(encoder: Captur
 
     with pytest.raises(UnsupportedModelError, match=r"operator com\.microsoft\.FastGather \(node 'embed'\)"):
         typed_graph(replace(encoder, path=tmp_path / "m.onnx"), options("fp32"), "TensorRT")
+
+
+def write_choice(path: Path, condition: list[onnx.NodeProto]) -> Path:
+    """Write a model that doubles x where "chosen" says so, and else negates it."""
+    branches: dict[str, Any] = {
+        name: helper.make_graph([node], name, [], [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)])
+        for name, output, node in (
+            ("then_branch", "doubled", helper.make_node("Add", ["x", "x"], ["doubled"])),
+            ("else_branch", "negated", helper.make_node("Neg", ["x"], ["negated"])),
+        )
+    }
+    nodes = [*condition, helper.make_node("If", ["chosen"], ["y"], name="choose", **branches)]
+    weights: dict[str, Array] = {"three": np.array([3]), "last": np.array([1]), "zero": np.zeros((), np.float32)}
+    return write_graph(path, nodes, {"x": (TensorProto.FLOAT, ["batch", 3])}, {"y": ["batch", 3]}, weights)
+
+
+def asks_for_axis(axis: int) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Shape", ["x"], ["shape"], start=axis, end=axis + 1),
+        helper.make_node("Equal", ["shape", "three"], ["chosen"]),
+    ]
+
+
+def test_a_branch_that_all_shapes_take_becomes_part_of_the_graph(tmp_path: Path) -> None:
+    """The axis is taken out of the whole shape, as exporters write it, so that folding alone leaves the If."""
+    condition = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "last"], ["size"]),
+        helper.make_node("Equal", ["size", "three"], ["chosen"]),
+    ]
+    model = capture(write_choice(tmp_path / "m.onnx", condition), tmp_path / "c.onnx")
+
+    graph = typed_graph(model, BuildOptions(max_batch=4), "TensorRT")
+
+    assert "If" in {node.op_type for node in onnx.load(model.path).graph.node}
+    assert not {"If", "Neg"} & {node.op_type for node in graph.graph.node}
+    x = np.ones((4, 3), np.float32)
+    np.testing.assert_array_equal(run(graph, {"x": x}), 2 * x)
+
+
+@pytest.mark.parametrize("question", ["batch", "values"])
+def test_a_branch_that_depends_on_the_request_stays(tmp_path: Path, question: str) -> None:
+    values = [
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Greater", ["sum", "zero"], ["chosen"]),
+    ]
+    condition = asks_for_axis(0) if question == "batch" else values
+    model = capture(write_choice(tmp_path / "m.onnx", condition), tmp_path / "c.onnx")
+
+    graph = typed_graph(model, BuildOptions(max_batch=4), "TensorRT")
+
+    assert "If" in {node.op_type for node in graph.graph.node}
+    for x in (np.ones((3, 3), np.float32), -np.ones((2, 3), np.float32)):
+        np.testing.assert_array_equal(run(graph, {"x": x}), run(str(model.path), {"x": x}))
 
 
 @pytest.mark.slow
