@@ -219,10 +219,10 @@ def _answers(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
     import numpy as np
     from safetensors.numpy import load_file
 
-    from compiler.ladder import machine
     from compiler.targets import load_target
     from isthmus.bundle import GOLDEN
     from isthmus.errors import InputError, MissingExtraError
+    from isthmus.machine import machine
 
     tensors = load_file(bundle / GOLDEN)
     inputs = {spec.name: tensors[f"input.{spec.name}"] for spec in manifest.inputs}

@@ -6,11 +6,9 @@ and why it was refused, goes into the report.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
 
 from safetensors.numpy import load_file
 
@@ -24,14 +22,8 @@ from compiler.verify import Materials, Proof, tolerance, verdict
 from compiler.worker import ARTEFACT, GOLDEN, LOGITS, RESULT, BuildJob, BuildResult
 from compiler.workshop import Workshop
 from isthmus.errors import ConfigError, InputError, IsthmusError
+from isthmus.machine import machine
 from isthmus.tensors import Array
-
-_MACHINES: Final[Mapping[str, str]] = {"AMD64": "x86_64", "arm64": "aarch64", "ARM64": "aarch64"}
-
-
-def machine() -> str:
-    """Return this machine's platform as variants name it."""
-    return _MACHINES.get(platform.machine(), platform.machine())
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +148,7 @@ def _build(subject: Subject, candidate: Candidate, rung: _Rung, shop: Workshop) 
         name=subject.name,
         max_batch=subject.max_batch,
         max_accuracy_drop=subject.guard.max_accuracy_drop,
-        tuning=candidate.tuning,
+        tuning=replace(candidate.tuning, database=shop.cache.folder / "tuning"),
         materials=subject.materials.folder if candidate.runs_here else None,
         threads=shop.budget.threads,
     )

@@ -2,12 +2,14 @@
 
 Half precision makes the file smaller and nothing faster: ONNX Runtime turns the weights into float32 when it loads the
 model, and computes as before. Blocks of 8 or 4 bits stay packed in memory and are multiplied as they are, by ONNX
-Runtime's MatMulNBits; embeddings stay packed too.
+Runtime's MatMulNBits. Embeddings get 8 bits, with a scale for each column, and are unpacked row by row as they are
+looked up.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any, Final
 
 import numpy as np
@@ -50,7 +52,7 @@ def pack(model: Any, precision: str, *, fine: bool = False) -> Any:
 
     Args:
         model: An ONNX model.
-        precision: "int8w", or "int4w": 4 bits for products, 8 for nothing.
+        precision: "int8w", or "int4w": 4 bits for products.
         fine: int4w: smaller blocks, each with a zero point.
 
     Raises:
@@ -72,9 +74,43 @@ def pack(model: Any, precision: str, *, fine: bool = False) -> Any:
         is_symmetric=not fine,
         accuracy_level=_INTEGER_PRODUCTS,
         bits=8 if precision == "int8w" else 4,
-        op_types_to_quantize=("MatMul", "Gather"),
-        quant_axes=(("MatMul", 0), ("Gather", 1)),
+        op_types_to_quantize=("MatMul",),
     )
     quantizer = MatMulNBitsQuantizer(model, algo_config=config)
     quantizer.process()
-    return quantizer.model.model
+    packed = quantizer.model.model
+    _pack_embeddings(packed.graph)
+    return packed
+
+
+def _pack_embeddings(graph: Any) -> None:
+    """Store tables of float32 rows that are looked up, and used for nothing else, in 8 bits."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    outputs = {value.name for value in graph.output}
+    uses = Counter(name for node in graph.node for name in node.input)
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        table = tensors.get(node.input[0]) if node.op_type == "Gather" else None
+        by_row = all(attribute.i == 0 for attribute in node.attribute if attribute.name == "axis")
+        if table is None or not by_row or len(table.dims) != 2 or uses[table.name] > 1 or node.output[0] in outputs:
+            continue
+        array = numpy_helper.to_array(table)
+        if array.size < _LEAST_SIZE or not np.isfinite(array).all():
+            continue
+        scale = np.maximum(np.abs(array).max(axis=0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+        name, looked_up = table.name, node.output[0]
+        table.CopyFrom(numpy_helper.from_array(np.rint(array / scale).astype(np.int8), name))
+        graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
+        node.output[0] = f"{looked_up}.packed"
+        nodes.append(
+            helper.make_node(
+                "DequantizeLinear", [node.output[0], f"{name}.scale"], [looked_up], name=f"{name}.unpack", axis=-1
+            )
+        )
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]  # it says that what is looked up is float32

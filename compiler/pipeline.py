@@ -38,7 +38,7 @@ from compiler.data import LABELS, LabelledSamples, has_labels, load_labelled, lo
 from compiler.evaluate import Logits
 from compiler.evaluate import measure as metric_of
 from compiler.heavy import heavy_logits
-from compiler.ladder import Accepted, Candidate, Subject, climb, machine
+from compiler.ladder import Accepted, Candidate, Subject, climb
 from compiler.package import Contents, check_folder, check_output, move_into_place, write_bundle
 from compiler.plan import Plan, make_plan
 from compiler.processes import Advance, Budget, default_budget
@@ -61,6 +61,7 @@ from isthmus.bundle import (
 )
 from isthmus.digests import sha256_file
 from isthmus.errors import BundleError, InputError, IsthmusError, VerificationError
+from isthmus.machine import machine
 from isthmus.tensors import Array
 
 _MEASURED: Final = "times and memory are measured, not computed"

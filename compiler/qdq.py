@@ -102,11 +102,11 @@ def _prepared(model: CapturedModel) -> Any:
     return graph
 
 
-class _Reader(quantization.CalibrationDataReader):
+class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # its library has no types
     def __init__(self, requests: list[dict[str, Array]]) -> None:
         self._requests = iter(requests)
 
-    def get_next(self) -> dict[str, Array] | None:  # type: ignore[override]  # None is how it ends
+    def get_next(self) -> dict[str, Array] | None:  # None is how it ends
         return next(self._requests, None)
 
 

@@ -109,7 +109,7 @@ def control(
         InputError: NNCF cannot quantize it.
     """
     rows = spread(len(labelled.labels), MAX_VALIDATED)
-    validation = [(request(model, labelled.inputs, row, row + 1), int(labelled.labels[row])) for row in rows]
+    validation = [(_request(model, labelled.inputs, row), int(labelled.labels[row])) for row in rows]
 
     def right(compiled: Any, items: Iterable[tuple[Mapping[str, Array], int]]) -> tuple[float, list[float]]:
         hits = [float(int(compiled(inputs)[labelled.output].argmax()) == label) for inputs, label in items]
@@ -203,7 +203,12 @@ def weighted_operators(graph: Any) -> list[Weighted]:
 def as_requests(model: CapturedModel, samples: Mapping[str, Array], limit: int = MAX_SAMPLES) -> list[dict[str, Array]]:
     """Return up to `limit` of the samples, evenly spread, as one request each."""
     rows = spread(len(next(iter(samples.values()))), limit)
-    return [request(model, samples, row, row + 1) for row in rows]
+    return [_request(model, samples, row) for row in rows]
+
+
+def _request(model: CapturedModel, samples: Mapping[str, Array], row: int) -> dict[str, Array]:
+    # A sample of a tensor without axes is a number, and the libraries want arrays.
+    return {name: np.asarray(array) for name, array in request(model, samples, row, row + 1).items()}
 
 
 def spread(count: int, limit: int = MAX_SAMPLES) -> list[int]:

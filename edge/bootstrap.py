@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import platform
 from collections.abc import Mapping
 from functools import partial
-from typing import Final
 
 import grpc
 
@@ -27,12 +25,11 @@ from edge.updater import Updater
 from edge.uplink import Uplink, open_channel
 from isthmus.bundle import check_name
 from isthmus.errors import ConfigError
+from isthmus.machine import machine
 from isthmus.tensors import Array
 from security.interceptors import AuthInterceptor, current_claims
 from security.tls import server_credentials
 from security.tokens import TokenVerifier
-
-_MACHINES: Final[Mapping[str, str]] = {"AMD64": "x86_64", "arm64": "aarch64", "ARM64": "aarch64"}
 
 
 def build_agent(settings: EdgeSettings) -> Agent:
@@ -129,7 +126,6 @@ def _updaters(
 ) -> dict[str, Updater]:
     fetcher = RegistryFetcher(channel, token.wait)
     manifests = SignedManifests(home.path / "tuf", home.root.read_bytes(), fetcher, asyncio.get_running_loop())
-    machine = _MACHINES.get(platform.machine(), platform.machine())
     return {
         name: Updater(
             name,
@@ -137,7 +133,7 @@ def _updaters(
             models,
             manifests=manifests,
             fetcher=fetcher,
-            choose=partial(choose_variant, configured=settings.variant, machine=machine, installed=is_installed),
+            choose=partial(choose_variant, configured=settings.variant, machine=machine(), installed=is_installed),
             open_slot=partial(open_model, threads=settings.threads, queue=settings.queue),
             report=fleet.report,
         )

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from compiler.capture import CapturedModel
 from compiler.targets import BuildOptions, Built, UnsupportedModelError
 from isthmus.errors import InputError, IsthmusError, MissingExtraError
+from isthmus.machine import machine
 from isthmus.tensors import Array, datatype_of
 from isthmus.tvm_artifact import ENTRY, LIBRARY, WEIGHTS, Artifact, Tensor, release_of
 from isthmus.tvm_module import TvmModule, runtime_version
@@ -32,6 +33,7 @@ from isthmus.tvm_module import TvmModule, runtime_version
 if importlib.util.find_spec("tvm") is None:  # imported for good by `build` only: it takes seconds and 300 MB
     raise ModuleNotFoundError("No module named 'tvm'", name="tvm")
 
+_SEARCHED: Final = "a search measured code and kept what was fastest; from the same database it finds the same"
 _TRIPLES: Final[Mapping[str, str]] = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
 _DEFAULT_CPU: Final[Mapping[str, str]] = {"x86_64": "x86-64-v3", "aarch64": "generic"}
 _ATTRIBUTES: Final[Mapping[str, list[str]]] = {"x86_64": [], "aarch64": ["+neon"]}
@@ -80,7 +82,15 @@ class TvmTarget:
         from compiler.targets.tvm_import import import_model
 
         imported = import_model(model)
-        lowered = lower(imported.module, target)
+        note = ""
+        if options.tuning.trials or options.tuning.seconds:
+            from compiler.tuning import lower_tuned
+
+            _check_tunable(options.platform)
+            tuned = lower_tuned(imported.module, target, options.tuning, options.advance)
+            lowered, note = tuned.module, tuned.note
+        else:
+            lowered = lower(imported.module, target)
         for name, kernel in imported.kernels.items():
             lowered[name] = kernel
         lifted, weights = lift_weights(lowered)
@@ -101,7 +111,7 @@ class TvmTarget:
         )
         save_file(weights, folder / WEIGHTS)
         (folder / ENTRY).write_bytes(artifact.to_json())
-        return Built(ENTRY)
+        return Built(ENTRY, note=note, not_reproducible=_SEARCHED if note else "")
 
     def open(self, entry: Path, *, threads: int) -> TvmModule:
         """Load the library."""
@@ -113,10 +123,20 @@ class TvmTarget:
             raise InputError(f"TVM {error.message}", hint=error.hint) from error
 
 
+def _check_tunable(platform: str) -> None:
+    """Refuse to search for another machine: candidates are run here."""
+    if platform != machine():
+        raise InputError(
+            f"TVM cannot search for faster code for {platform} on {machine()}",
+            hint="leave out tune_trials and tune_minutes, or compile on such a machine",
+        )
+
+
 def lift_weights(module: Any) -> tuple[Any, dict[str, Array]]:
     """Return the module with its constants as one more parameter of `main`, a tuple, and their values by name.
 
-    Names follow the order in which `main` uses them first, so that they are the same for every version of a model. Numbers that are no arrays stay.
+    Names follow the order in which `main` uses them first, so that they are the same for every version of a model.
+    Numbers that are no arrays stay.
     """
     from tvm import IRModule, relax
     from tvm.ir import GenericConst

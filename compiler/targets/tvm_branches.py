@@ -78,7 +78,8 @@ def _condition(model: Any, node: Any) -> bool | None:
     if not needed:
         return bool(numpy_helper.to_array(used[node.input[0]]).item())
     alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    return bool(np.asarray(ReferenceEvaluator(alone).run(None, {})[0]).item())
+    answers: Any = ReferenceEvaluator(alone).run(None, {})
+    return bool(np.asarray(answers[0]).item())
 
 
 def _branch(model: Any, node: Any, *, taken: bool) -> list[Any]:

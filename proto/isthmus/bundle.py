@@ -9,8 +9,8 @@ A folder with these entries, and no pickle. TVM variants are machine code: signe
     golden.safetensors       inputs ("input.<name>") and each variant's outputs ("output.<variant id>.<name>")
     report.json              what the compiler measured (parity, accuracy, latency, size for each variant)
 
-Same source, recipe and tool versions give the same bytes, but for the files listed under `varies` in the manifest (times
-that were measured, tools that do not allow it): there is no time stamp and JSON is canonical (`to_json`).
+Same source, recipe and tool versions give the same bytes, but for the files listed under `varies` in the manifest
+(times that were measured, tools that do not allow it): there is no time stamp and JSON is canonical (`to_json`).
 Trust comes from outside: signed metadata vouches for manifest.json, and manifest.json for everything else.
 """
 

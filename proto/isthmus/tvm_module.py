@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import math
 import os
-import platform
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from isthmus.errors import BundleError, ConfigError, InputError, MissingExtraError
+from isthmus.machine import machine
 from isthmus.tensors import DTYPES, Array, datatype_of
 from isthmus.tvm_artifact import (
     ENTRY,
@@ -78,7 +78,7 @@ class TvmModule:
 
     def __init__(self, path: Path, *, threads: int) -> None:
         artifact = read_artifact(path)
-        check_machine(artifact, machine=platform.machine(), features=processor_features())
+        check_machine(artifact, machine=machine(), features=processor_features())
         installed = runtime_version()
         if release_of(installed) != artifact.tvm:
             raise BundleError(

@@ -181,7 +181,7 @@ def test_an_index_that_the_model_computes_stays_inside_its_table(tmp_path: Path)
         node("Gather", ["table", "rows"], ["y"]),
     ]
     table = random(6, 4)
-    weights = {"table": table, "large": np.float32(1e9)}
+    weights = {"table": table, "large": np.array(1e9, np.float32)}
     model = write(tmp_path / "model", nodes, {"x": ["batch"]}, {"y": ["batch", 4]}, weights)
     runner = TvmTarget().open(build(model, tmp_path / "out"), threads=1)
 
