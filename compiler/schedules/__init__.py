@@ -16,7 +16,7 @@ from typing import Any
 
 from compiler.schedules.rules import LoweringReport
 
-__all__ = ["LoweringReport", "lower", "lower_with_report"]
+__all__ = ["LoweringReport", "fuse", "lower", "lower_with_report"]
 
 
 def lower(module: Any, target: Any) -> Any:
@@ -31,16 +31,26 @@ def lower(module: Any, target: Any) -> Any:
 
 def lower_with_report(module: Any, target: Any) -> tuple[Any, LoweringReport]:
     """Do what `lower` does, and say which rule scheduled each function."""
+    from compiler.schedules.machine import Machine
+    from compiler.schedules.rules import apply_rules
+
+    report = LoweringReport()
+    fused = fuse(module, target)
+    with target:
+        # (5)
+        return apply_rules(fused, Machine.of(target), report), report
+
+
+def fuse(module: Any, target: Any) -> Any:
+    """Return the module with its functions fused and not scheduled yet: steps (1) to (4)."""
     from tvm import ir, relax
 
     from compiler.schedules.canonical import canonicalize
     from compiler.schedules.layout import channels_last
     from compiler.schedules.legalize import mathematics, use_kernels
     from compiler.schedules.machine import Machine
-    from compiler.schedules.rules import apply_rules
 
     machine = Machine.of(target)
-    report = LoweringReport()
     with target:
         # (1)
         module = relax.transform.DecomposeOpsForInference()(module)
@@ -60,7 +70,4 @@ def lower_with_report(module: Any, target: Any) -> tuple[Any, LoweringReport]:
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(),
         ]
-        module = ir.transform.Sequential(fusion)(module)
-        # (5)
-        module = apply_rules(module, machine, report)
-    return module, report
+        return ir.transform.Sequential(fusion)(module)

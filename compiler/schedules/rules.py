@@ -42,15 +42,15 @@ class LoweringReport:
 
 def apply_rules(module: Any, machine: Machine, report: LoweringReport) -> Any:
     """Return the module with every PrimFunc scheduled by the first rule that takes it."""
-    from tvm import tirx
+    from tvm import IRModule, tirx
 
-    scheduled = {}
-    for variable, function in module.functions_items():
-        if isinstance(function, tirx.PrimFunc):
-            scheduled[variable] = _schedule(variable.name_hint, function, machine, report)
-    for variable, function in scheduled.items():
-        module[variable] = function
-    return module
+    scheduled = {
+        variable: _schedule(variable.name_hint, function, machine, report)
+        if isinstance(function, tirx.PrimFunc)
+        else function
+        for variable, function in module.functions_items()
+    }
+    return IRModule(scheduled, attrs=module.attrs)
 
 
 def _schedule(name: str, function: Any, machine: Machine, report: LoweringReport) -> Any:

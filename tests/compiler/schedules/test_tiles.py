@@ -40,3 +40,10 @@ def test_vectors_divide_the_channels() -> None:
     assert vector_lanes(40, MACHINES["avx512"]) == 8
     assert vector_lanes(12, MACHINES["avx512"]) == 4
     assert vector_lanes(7, MACHINES["avx512"]) == 1
+
+
+def test_inputs_a_cache_way_apart_get_fewer_positions_at_once() -> None:
+    crowded = choose_tile(14, 14, 256, MACHINES["avx512"], stride=1024)
+    spread = choose_tile(14, 14, 256, MACHINES["avx512"], stride=1000)
+
+    assert crowded.rows * crowded.columns < 8 <= spread.rows * spread.columns
