@@ -77,10 +77,16 @@ def lower_tuned(module: Any, target: Any, tuning: Tuning, advance: Advance) -> T
     Raises:
         InputError: The database cannot be read.
     """
+    from compiler.schedules import LoweringReport, fuse
+    from compiler.schedules.machine import Machine
+    from compiler.schedules.rules import apply_rules
+
     with tempfile.TemporaryDirectory(prefix="isthmus-tuning-") as scratch, _quiet():
         folder = (tuning.database or Path(scratch)) / _fingerprint(str(target))
         folder.mkdir(parents=True, exist_ok=True)
-        plain, ruled = _lower_both(module, target)
+        plain = fuse(module, target)
+        with target:
+            ruled = apply_rules(plain, Machine.of(target), LoweringReport())
         search = _Search(folder, target, tuning, advance)
         tasks = _tasks(plain, ruled)
         search.run(tasks)
@@ -91,33 +97,6 @@ def lower_tuned(module: Any, target: Any, tuning: Tuning, advance: Advance) -> T
                 ruled[task.name] = better.with_attr("global_symbol", task.name).with_attr("tirx.is_scheduled", True)
                 replaced += 1
         return Tuned(ruled, search.trials, replaced)
-
-
-def _lower_both(module: Any, target: Any) -> tuple[Any, Any]:
-    """Return the module before and after the rules: the same functions under the same names.
-
-    The rules come after the last pass over the whole module, so what that pass made is what the rules were given.
-    """
-    from tvm import IRModule, relax
-    from tvm.ir.instrument import pass_instrument
-    from tvm.ir.transform import PassContext
-
-    from compiler.schedules import lower
-
-    @pass_instrument
-    class KeepLast:
-        """Keeps a copy of the last whole module that a pass made."""
-
-        def run_after_pass(self, made: Any, info: Any) -> None:
-            del info
-            functions = dict(made.functions_items())
-            if any(isinstance(function, relax.Function) for function in functions.values()):
-                kept[:] = [IRModule(functions, attrs=made.attrs)]
-
-    kept: list[Any] = []
-    with PassContext(instruments=[KeepLast()]):
-        ruled = lower(module, target)
-    return kept[0], ruled
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ DISTRIBUTION = {
     "triton_python_backend_utils": "",  # provided by Triton to the models that it runs
     "mlflow": "mlflow-skinny",
     "tvm": "apache-tvm",
-    "tvm_ffi": "apache-tvm",  # which brings it
+    "tvm_ffi": "apache-tvm-ffi",
     "yaml": "pyyaml",
 }
 

@@ -26,7 +26,7 @@ FOLDER: Final = Path("build/cells")
 CALIBRATION: Final = 96  # samples that quantization sees
 EVALUATION: Final = 64  # at most; fewer where outputs are large
 EVALUATION_BYTES: Final = 64 << 20  # of the reference outputs
-MEMORY: Final = 12 << 30  # bytes that one cell may write to
+MEMORY: Final = 20 << 30  # bytes that one cell may write to
 OUTCOME: Final = "outcome.json"  # what the worker writes
 RESULT: Final = "result.json"  # the same with the cell and its key, or why there is none
 

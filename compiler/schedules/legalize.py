@@ -107,7 +107,8 @@ def _convolution(rewriter: Any, call: Any, _original: Any) -> Any | None:
         packed = relax.const(np.ascontiguousarray(weights[..., 0].transpose(1, 2, 0)), "float32")
         return _call(rewriter, "depthwise", partial(depthwise, window=window), data, packed)
     out_h, out_w = window.output(int(sizes[0]), int(sizes[1]))
-    tile = choose_tile(out_h, out_w, outputs // groups, rewriter.machine)
+    stride = int(sizes[2]) * window.strides[1]
+    tile = choose_tile(out_h, out_w, outputs // groups, rewriter.machine, stride=stride)
     packed = relax.const(pack_weights(weights, groups, tile), "float32")
     kernel_of = partial(convolution, window=window, channels=outputs, tile=tile)
     return _call(rewriter, "convolution", kernel_of, data, packed)
@@ -190,7 +191,9 @@ def _matmul(rewriter: Any, call: Any, _original: Any) -> Any | None:
     rows = getattr(left.ty.shape.values[-2], "value", None)
     if weights is not None and weights.ndim == 2:
         channels = weights.shape[1]
-        tile = choose_tile(1, int(rows) if rows is not None else _SYMBOLIC_ROWS, channels, rewriter.machine)
+        tile = choose_tile(
+            1, int(rows) if rows is not None else _SYMBOLIC_ROWS, channels, rewriter.machine, stride=weights.shape[0]
+        )
         packed = relax.const(pack_matrix(weights, tile), "float32")
         return _call(rewriter, "dense", partial(packed_matmul, channels=channels, tile=tile), left, packed)
     shape = static_shape(call)

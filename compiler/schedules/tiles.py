@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, gcd
 
 from compiler.schedules.machine import Machine
 
 _MOST_POSITIONS = 28
 _MOST_VECTORS = 8
+_L1_WAYS = 8
+_L1_WAY_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,17 @@ class Tile:
         return self.vectors * self.lanes
 
 
-def choose_tile(rows: int, columns: int, channels: int, machine: Machine) -> Tile:
-    """Return the cheapest tile for an output of `rows` x `columns` positions and `channels` channels."""
-    return min(
-        _candidates(rows, columns, channels, machine),
-        key=lambda tile: (_cost(tile, rows, columns, channels, machine), -tile.channels, -tile.columns),
-    )
+def choose_tile(rows: int, columns: int, channels: int, machine: Machine, *, stride: int = 1) -> Tile:
+    """Return the cheapest tile for an output of `rows` x `columns` positions and `channels` channels.
+
+    `stride` is how many float32 values lie between what two neighbouring positions read.
+    """
+
+    def rank(tile: Tile) -> tuple[float, int, int]:
+        cost = _cost(tile, rows, columns, channels, machine) * _crowding(tile, stride)
+        return cost, -tile.channels, -tile.columns
+
+    return min(_candidates(rows, columns, channels, machine), key=rank)
 
 
 def vector_lanes(channels: int, machine: Machine) -> int:
@@ -66,6 +73,12 @@ def _shapes(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield 1, wide
     for high in range(2, min(rows, _MOST_POSITIONS // columns) + 1):  # whole rows only: narrow images
         yield high, columns
+
+
+def _crowding(tile: Tile, stride: int) -> float:
+    """Return how much slower the tile gets when its inputs fall into the same few sets of the first-level cache."""
+    addresses = _L1_WAY_BYTES // gcd(4 * stride, _L1_WAY_BYTES)
+    return 1.0 if tile.rows * tile.columns <= addresses * (_L1_WAYS - 1) else 1.3
 
 
 def _cost(tile: Tile, rows: int, columns: int, channels: int, machine: Machine) -> float:

@@ -64,7 +64,7 @@ class TvmTarget:
     role: ClassVar[Literal["light", "heavy"]] = "light"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     platforms: ClassVar[tuple[str, ...]] = ("x86_64", "aarch64")
-    tools: ClassVar[tuple[str, ...]] = ("apache-tvm",)
+    tools: ClassVar[tuple[str, ...]] = ("apache-tvm", "apache-tvm-ffi")
     runs_here: ClassVar[bool] = True
 
     def settings(self, precision: str) -> tuple[str, ...]:
