@@ -86,16 +86,19 @@ class OpenVinoRunner:
             properties.inference_num_threads(): threads,
             properties.num_streams(): 1,
         }
+        graph = read_ir(path)
+        inputs, outputs = ([port.get_any_name() for port in ports] for ports in (graph.inputs, graph.outputs))
         try:
-            compiled = openvino.Core().compile_model(read_ir(path), "CPU", config)
+            compiled = openvino.Core().compile_model(graph, "CPU", config)
         except RuntimeError as error:
             raise InputError(f"OpenVINO cannot load {path.name}: {str(error)[:300]}") from error
         self._request: Any = compiled.create_infer_request()
+        # The names are those of the graph: what is compiled may have others besides.
         self._inputs = {
-            port.get_any_name(): (port.get_element_type().to_dtype(), port.get_partial_shape())
-            for port in compiled.inputs
+            name: (port.get_element_type().to_dtype(), port.get_partial_shape())
+            for name, port in zip(inputs, compiled.inputs, strict=True)
         }
-        self._names = [output.get_any_name() for output in compiled.outputs]
+        self._names = outputs
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name.
