@@ -173,7 +173,9 @@ def _spec(value: Any, datatype: str, what: str) -> TensorSpec:
 
 def _has_attention(graph: Any) -> bool:
     products = {name for node in graph.node if node.op_type == "MatMul" for name in node.input}
-    through = {name: node.output for node in graph.node if node.op_type in {"Cast", "Dropout"} for name in node.input}
+    through = {
+        name: node.output for node in graph.node if node.op_type in {"Cast", "Dropout", "Where"} for name in node.input
+    }
     for node in graph.node:
         if node.op_type == "Attention":
             return True

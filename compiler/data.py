@@ -99,7 +99,10 @@ def request(model: CapturedModel, inputs: Mapping[str, Array], start: int, stop:
     if stop - start != 1:
         raise ValueError(f"a model that cannot be batched takes one sample at a time, not {stop - start}")
     return {
-        spec.name: inputs[spec.name][start:stop] if _counts_samples(spec, model) else inputs[spec.name][start]
+        # An input without axes is an array too: libraries refuse numbers.
+        spec.name: inputs[spec.name][start:stop]
+        if _counts_samples(spec, model)
+        else np.asarray(inputs[spec.name][start])
         for spec in model.inputs
     }
 

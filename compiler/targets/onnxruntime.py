@@ -1,7 +1,7 @@
-"""ONNX Runtime on the device: the ONNX file itself.
+"""ONNX Runtime on the device: an ONNX file, optimized ahead as far as every processor can take it.
 
-It is shipped as it is: ONNX Runtime optimises for the processor it finds when it loads, and a graph that is optimised
-ahead of time would be tied to the processor and the version of the compiling machine.
+Fusions of the extended level (GELU, layer norms, attention) are made here; layouts that suit one processor are left to
+the device. A symbolic batch stays symbolic.
 """
 
 from __future__ import annotations
