@@ -376,6 +376,7 @@ def test_a_variant_that_is_not_required_is_left_out_with_the_reason(recipe: Writ
     assert not (tmp_path / "out" / "variants" / "openvino-fp32").exists()
 
 
+@pytest.mark.timeout(400)
 def test_all_takes_every_target_that_is_installed(recipe: WriteRecipe, tmp_path: Path) -> None:
     outcome = compile_bundle(recipe(variants='[[variants]]\ntarget = "all"\n'), tmp_path / "out")
 
