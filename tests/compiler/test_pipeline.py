@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -394,8 +395,9 @@ def test_an_interrupted_compilation_leaves_nothing_half_done(recipe: WriteRecipe
     before = set(tmp_path.iterdir())
     command = [sys.executable, "-m", "isthmus", "compile", str(path), "--output", str(tmp_path / "out")]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env={"PYTHONPATH": ":".join(sys.path)}
-    )
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env={"PYTHONPATH": ":".join(sys.path)},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )  # fmt: skip
     while not list(tmp_path.glob(".compile-cache/.new-*/entry/artefact")):
         assert process.poll() is None
         time.sleep(0.005)
