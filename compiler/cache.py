@@ -22,6 +22,8 @@ from isthmus.digests import sha256_bytes, sha256_file, tree_digest
 
 SEAL: Final = "seal.json"
 LIMIT_BYTES: Final = 20 << 30
+_UNFINISHED: Final = ".new-"
+_ABANDONED_S: Final = 86_400.0  # no build takes so long
 _KEEP_S: Final = 3600.0  # an entry that was used within the last hour stays, whatever the size
 
 
@@ -57,7 +59,7 @@ class Cache:
         if found is not None:
             return found
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".new-") as scratch:
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=_UNFINISHED) as scratch:
             work = Path(scratch) / "entry"
             work.mkdir()
             make(work)
@@ -65,10 +67,11 @@ class Cache:
 
     def _keep(self, stage: str, key: str, work: Path) -> Path:
         (work / SEAL).write_text(json.dumps(_seal(work)))
+        found = self.find(stage, key)  # another compilation was faster, and may be reading it
+        if found is not None:
+            return found
         entry = self._entry(stage, key)
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        if entry.exists():  # another compilation was faster, or a damaged one is left
-            shutil.rmtree(entry)
+        shutil.rmtree(entry, ignore_errors=True)
         work.rename(entry)
         return entry
 
@@ -76,7 +79,10 @@ class Cache:
         return self.folder / f"{stage}-{key[:40]}"
 
     def prune(self, now: float) -> None:
-        """Remove the entries that were not used for longest until the rest fits the limit."""
+        """Remove what killed compilations left, and the entries unused for longest until the rest fits the limit."""
+        for left in self.folder.glob(f"{_UNFINISHED}*"):
+            if now - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
         entries = [path for path in self.folder.iterdir() if (path / SEAL).is_file()]
         used = {entry: (entry / SEAL).stat().st_mtime for entry in entries}
         sizes = {entry: sum(file.stat().st_size for file in entry.rglob("*") if file.is_file()) for entry in entries}

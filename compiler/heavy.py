@@ -19,6 +19,7 @@ from compiler.data import LabelledSamples, run_over
 from compiler.evaluate import Logits
 from compiler.targets.onnxruntime import OnnxRunner
 from compiler.verify import check_source
+from isthmus.digests import sha256_file
 
 BATCH: Final = 64
 _FILE: Final = "logits.safetensors"
@@ -46,7 +47,7 @@ def heavy_logits(
         check_source(outputs, model, len(data), what="heavy")
         save_file({"logits": np.ascontiguousarray(outputs[output])}, folder / _FILE)
 
-    parts = key(model=model.sha256, data=data.sha256, output=output, tools=tool_versions(["onnxruntime"]))
+    parts = key(model=sha256_file(model.path), data=data.sha256, output=output, tools=tool_versions(["onnxruntime"]))
     folder = cache.get("heavy", parts, run)
     advance(len(data), len(data))
     return load_file(folder / _FILE)["logits"]

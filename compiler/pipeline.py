@@ -22,7 +22,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -169,7 +168,7 @@ def _compile(plan: Plan, shop: Workshop, work: Path, recipe_path: Path, output: 
     # 5
     subject = _subject(job, work)
     # 6
-    results = _climb_all(subject, _with_previous(plan), shop)
+    results = shop.side_by_side([partial(climb, subject, candidate, shop) for candidate in _with_previous(plan)])
     accepted = [entry for entry in results if isinstance(entry, Accepted)]
     left_out = [entry for entry in results if isinstance(entry, LeftOut)]
     # 7
@@ -215,18 +214,15 @@ def _write(path: Path, text: str) -> None:
 def _prepare(plan: Plan, shop: Workshop, recipe_path: Path) -> _Job:
     recipe = plan.recipe
     # 2
-    with ThreadPoolExecutor(2) as pool:
-        light, heavy = pool.map(
-            lambda section, what: shop.capture(
-                section.source,
-                section.options,
-                plan.sources[what],
-                what=f"{what} model",
-                path=recipe_path.resolve().parent,
-            ),
-            (recipe.light, recipe.heavy),
-            ("light", "heavy"),
-        )
+    folder = recipe_path.resolve().parent
+    light, heavy = shop.side_by_side(
+        [
+            partial(
+                shop.capture, section.source, section.options, plan.sources[what], what=f"{what} model", path=folder
+            )
+            for what, section in (("light", recipe.light), ("heavy", recipe.heavy))
+        ]
+    )
     check_same_interface(light, heavy)
     score = _score_output(recipe, light)
     labels = recipe.model.labels
@@ -329,19 +325,6 @@ def _with_previous(plan: Plan) -> list[Candidate]:
         replace(candidate, previous=entries.get(candidate.id)) if candidate.precision == "int8" else candidate
         for candidate in plan.candidates
     ]
-
-
-def _climb_all(subject: Subject, candidates: list[Candidate], shop: Workshop) -> list[Accepted | LeftOut]:
-    """Build all variants, as many at a time as the budget allows; the first error ends the others."""
-    with ThreadPoolExecutor(shop.budget.jobs) as pool:
-        futures = [pool.submit(climb, subject, candidate, shop) for candidate in candidates]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            shop.budget.stop()
-            for future in futures:
-                future.cancel()
-            raise
 
 
 def _measured(job: _Job, entry: Accepted) -> Accepted:

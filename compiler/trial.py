@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -112,8 +111,7 @@ def try_targets(
         model = shop.capture(str(source), options, digest(source, options), path=Path.cwd())
         inputs, labels = _samples(model, samples)
         subject = _subject(model, inputs, labels, work, max_batch, shop)
-        with ThreadPoolExecutor(budget.jobs) as pool:
-            results = list(pool.map(lambda candidate: climb(subject, candidate, shop), wanted))
+        results = shop.side_by_side([partial(climb, subject, candidate, shop) for candidate in wanted])
         accepted = [
             _measured(entry, model, inputs, seconds, max_batch, shop)
             for entry in results

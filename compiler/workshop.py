@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from compiler.cache import Cache, code_digest, key, tool_versions
 from compiler.capture import CapturedModel
@@ -22,6 +23,7 @@ from isthmus.tensors import Array
 CAPTURE_TOOLS: Final = ("onnx", "onnxruntime", "onnxscript", "torch", "transformers", "peft", "timm", "torchvision")
 _SCRATCH: Final = (JOB, "log.txt")  # what a process leaves besides its result
 _TIMING: Final = "timing.json"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,18 @@ class Workshop:
     cache: Cache
     budget: Budget
     advance: Advance
+
+    def side_by_side(self, calls: Sequence[Callable[[], _T]]) -> list[_T]:
+        """Return what the calls return, made at the same time; the first error, or Ctrl-C, ends the others."""
+        with ThreadPoolExecutor(max(self.budget.jobs, 1)) as pool:
+            futures = [pool.submit(call) for call in calls]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                self.budget.stop()
+                for future in futures:
+                    future.cancel()
+                raise
 
     def capture(
         self, source: str, options: SourceOptions, sha256: str, *, what: str = "model", path: Path | None = None

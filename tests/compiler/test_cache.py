@@ -74,6 +74,27 @@ def test_what_was_just_used_stays_whatever_the_limit(tmp_path: Path) -> None:
     assert cache.find("stage", key(n=1)) is not None
 
 
+def test_what_a_killed_compilation_left_goes_in_time(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    (tmp_path / ".new-abandoned" / "entry").mkdir(parents=True)
+    made = (tmp_path / ".new-abandoned").stat().st_mtime
+
+    cache.prune(now=made + 3600)
+    assert (tmp_path / ".new-abandoned").exists()
+    cache.prune(now=made + 2 * 86_400)
+    assert not (tmp_path / ".new-abandoned").exists()
+
+
+def test_a_faster_compilations_entry_stays(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+
+    def slow(folder: Path) -> None:
+        cache.get("stage", key(a=1), write("by the faster one"))  # type: ignore[arg-type]
+        (folder / "file").write_text("by the slower one")
+
+    assert (cache.get("stage", key(a=1), slow) / "file").read_text() == "by the faster one"
+
+
 def test_versions_and_code_are_part_of_keys() -> None:
     assert tool_versions(["numpy", "no-such-tool", "numpy"]) == {"no-such-tool": "absent", "numpy": "1.26.4"}
     assert len(code_digest()) == 64
