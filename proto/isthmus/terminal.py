@@ -6,14 +6,16 @@ Standard output carries results only, so that `isthmus ... --json | jq` always w
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+_WIDEST: Final = 200  # columns of text, where nothing else bounds a table
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -37,7 +39,11 @@ def show_table(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool =
         )
     for row in rows:
         table.add_row(*(escape(_cell(value)) for value in row.values()))  # a device may report "[/x]"
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:  # a file or a pipe has no width to keep to
+        unbounded = console.options.update(max_width=_WIDEST)
+        console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table)
 
 
 def show_record(title: str, record: Mapping[str, Any], *, as_json: bool = False) -> None:

@@ -27,3 +27,15 @@ def test_json_holds_the_values_themselves(capsys: pytest.CaptureFixture[str]) ->
 def test_an_empty_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     show_table("things", [])
     assert "nothing yet" in capsys.readouterr().out
+
+
+def test_a_pipe_gets_rows_whole_and_a_chosen_width_is_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{f"the column number {place}": "a value of " + "twenty " * 3 for place in range(5)}]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    show_table("wide", rows)
+    assert capsys.readouterr().out.count("a value of twenty twenty twenty") == len(rows[0])
+    monkeypatch.setenv("COLUMNS", "60")
+    show_table("wide", rows)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
