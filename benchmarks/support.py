@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.cells import Cell, build_of, result_of, work_on
-from benchmarks.cells.verdicts import Verdict, judge
+from benchmarks.cells.verdicts import LEAST_AGREEMENT, Verdict, judge
 from benchmarks.result import commit, machine
 from benchmarks.zoo import MODELS, ZooModel
 from compiler.targets import load_target
+from compiler.verify import LEAST_COSINE
 from isthmus.terminal import show_table
 
 TARGETS: Final = ("openvino", "onnxruntime", "tvm", "tensorrt-rtx")
 ORDER: Final = ("fp32", "int8", "bf16", "fp16", "int8w", "int4w")  # the most asked for first
+PRECISIONS: Final = ("fp16", "int8", "int8w", "int4w")
 TRIED_BY_HAND: Final = ("openvino", "onnxruntime")
 OTHERS: Final = frozenset({  # beyond the models that the table must have
     "silero-vad-ifless", "silero-vad-openvino", "rapidocr-orientation", "segformer-b0", "whisper-tiny-encoder",
@@ -118,7 +120,10 @@ def coverage(entries: Sequence[Entry], column: Column, models: Sequence[str]) ->
 def markdown(entries: Sequence[Entry], columns: Sequence[Column], models: Sequence[str]) -> str:
     """Return the page."""
     places = {(entry.model, entry.column): entry for entry in entries}
-    lines = [_INTRODUCTION.format(machine=machine(), commit=commit())]
+    cosines = ", ".join(f"{name} {least:g}" for name, least in LEAST_COSINE.items() if name in PRECISIONS)
+    lines = [
+        _INTRODUCTION.format(machine=machine(), commit=commit(), cosines=cosines, agreement=LEAST_AGREEMENT)
+    ]
     lines += ["| model | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for model in models:
         star = "\\*" if MODELS[model].random_weights else ""
@@ -176,9 +181,9 @@ Every model of `benchmarks/zoo` was captured and built for every target and prec
 typical inputs compared with those of the source in ONNX Runtime.
 
 - **✓** within the tolerance: fp32 differs by at most 1e-3 of the output's range (the figure shown); other precisions
-  have a cosine of at least 0.99, and classifiers the same best class for 97 % of the inputs. The time is the least of
-  about a second of single requests on one thread, beside other work: for comparisons see
-  [benchmarks.md](benchmarks.md).
+  have the least cosine with the source that `isthmus compile` asks for ({cosines}), and classifiers the same
+  best class for {agreement:.0%} of the inputs. The time is the least of about a second of single requests on one
+  thread, beside other work: for comparisons see [benchmarks.md](benchmarks.md).
 - **built**: an artefact was made that needs a device this machine lacks (a GPU); its size is shown.
 - **✗** it was built but is outside the tolerance, or the build failed; **–** the target cannot take the model. Reasons
   and what to use instead are below the table. `isthmus compile` says the same, and ships nothing outside its guard.

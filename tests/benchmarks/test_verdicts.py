@@ -18,7 +18,9 @@ def test_fp32_is_held_to_the_difference() -> None:
 
 def test_int8_is_held_to_the_direction_and_for_classifiers_to_the_best_class() -> None:
     assert judge(_result(difference=0.5, cosine=0.995), "int8", classifies=True).state == "green"
-    assert judge(_result(cosine=0.98), "int8", classifies=False).state == "inexact"
+    assert judge(_result(cosine=0.94), "int8", classifies=False).state == "inexact"
+    assert judge(_result(cosine=0.94), "int4w", classifies=False).state == "green"
+    assert judge(_result(cosine=0.98), "bf16", classifies=False).state == "inexact"
     assert judge(_result(agreement=0.9), "int8", classifies=True).state == "inexact"
     assert judge(_result(agreement=0.9), "int8", classifies=False).state == "green"
 
