@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
@@ -24,6 +24,7 @@ from benchmarks.peers import PEERS
 from benchmarks.result import Goal, publish
 from benchmarks.zoo import MODELS, ZooModel
 from compiler.targets import load_target
+from isthmus.bundle import INT8
 
 BASE: Final = "ort-fp32"
 TARGETS: Final = ("openvino", "onnxruntime", "tvm")
@@ -47,12 +48,12 @@ class Field:
     times: Mapping[str, Sequence[float]]
     dropped: Mapping[str, str]  # name -> why
 
-    def best(self, *, ours: bool, precision: str = "") -> str:
+    def best(self, *, ours: bool, precisions: Collection[str] = ()) -> str:
         """Return the name of the fastest, or nothing when there is none."""
         names = [
             name
             for name, contestant in self.contestants.items()
-            if contestant.ours == ours and precision in {"", self.precisions[name]}
+            if contestant.ours == ours and (not precisions or self.precisions[name] in precisions)
         ]
         return min(names, key=lambda name: median(self.times[name]), default="")
 
@@ -108,7 +109,7 @@ def _add_ours(
 def row_of(field: Field) -> dict[str, Any]:
     """Return the table's row of one model; times in milliseconds, medians over the rounds."""
     ours, peer = field.best(ours=True), field.best(ours=False)
-    int8, tvm = field.best(ours=True, precision="int8"), "tvm-fp32"
+    int8, tvm = field.best(ours=True, precisions=INT8), "tvm-fp32"
     return {
         "model": field.model,
         "ORT fp32 ms": _milliseconds(field, BASE),

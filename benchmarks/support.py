@@ -26,8 +26,8 @@ from compiler.verify import LEAST_COSINE
 from isthmus.terminal import show_table
 
 TARGETS: Final = ("openvino", "onnxruntime", "tvm", "tensorrt-rtx")
-ORDER: Final = ("fp32", "int8", "bf16", "fp16", "int8w", "int4w")  # the most asked for first
-PRECISIONS: Final = ("fp16", "int8", "int8w", "int4w")
+ORDER: Final = ("fp32", "int8", "int8-bf16", "bf16", "fp16", "int8w", "int4w")  # the most asked for first
+PRECISIONS: Final = ("bf16", "fp16", "int8", "int8-bf16", "int8w", "int4w")
 TRIED_BY_HAND: Final = ("openvino", "onnxruntime")
 OTHERS: Final = frozenset({  # beyond the models that the table must have
     "silero-vad-ifless", "silero-vad-openvino", "rapidocr-orientation", "segformer-b0", "whisper-tiny-encoder",
@@ -121,9 +121,7 @@ def markdown(entries: Sequence[Entry], columns: Sequence[Column], models: Sequen
     """Return the page."""
     places = {(entry.model, entry.column): entry for entry in entries}
     cosines = ", ".join(f"{name} {least:g}" for name, least in LEAST_COSINE.items() if name in PRECISIONS)
-    lines = [
-        _INTRODUCTION.format(machine=machine(), commit=commit(), cosines=cosines, agreement=LEAST_AGREEMENT)
-    ]
+    lines = [_INTRODUCTION.format(machine=machine(), commit=commit(), cosines=cosines, agreement=LEAST_AGREEMENT)]
     lines += ["| model | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for model in models:
         star = "\\*" if MODELS[model].random_weights else ""

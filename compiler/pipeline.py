@@ -48,6 +48,7 @@ from compiler.verify import Materials, golden_rows, prepare
 from compiler.worker import ARTEFACT, RESULT, BuildJob, BuildResult
 from compiler.workshop import Workshop
 from isthmus.bundle import (
+    INT8,
     MANIFEST,
     REPORT,
     Calibration,
@@ -322,7 +323,7 @@ def _with_previous(plan: Plan) -> list[Candidate]:
     folder, manifest = plan.previous
     entries = {variant.id: folder / variant.entry for variant in manifest.variants}
     return [
-        replace(candidate, previous=entries.get(candidate.id)) if candidate.precision == "int8" else candidate
+        replace(candidate, previous=entries.get(candidate.id)) if candidate.precision in INT8 else candidate
         for candidate in plan.candidates
     ]
 
@@ -407,6 +408,7 @@ def _variant(entry: Accepted) -> Variant:
         runtime=candidate.target_name,
         precision=candidate.precision,
         platform=candidate.platform,
+        inference_precision=entry.result.inference_precision,
         entry=f"variants/{candidate.id}/{entry.result.entry}",
         tolerance=report.tolerance,
         verified=report.verified,

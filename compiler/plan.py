@@ -13,7 +13,7 @@ from compiler.recipe import Recipe, VariantSection, load_recipe
 from compiler.sources import digest
 from compiler.targets import TARGETS, Target, Tuning, load_target
 from compiler.workshop import CAPTURE_TOOLS
-from isthmus.bundle import MANIFEST, Manifest, open_bundle
+from isthmus.bundle import INT8, MANIFEST, Manifest, open_bundle
 from isthmus.digests import sha256_file
 from isthmus.errors import InputError, MissingExtraError
 
@@ -88,7 +88,7 @@ def _everything(recipe: Recipe, section: VariantSection) -> Iterator[Candidate]:
         except MissingExtraError:
             continue
         for precision in target.precisions:
-            if precision == "int8" and recipe.data.quantization is None:
+            if precision in INT8 and recipe.data.quantization is None:
                 continue
             update = {"target": name, "precision": precision, "required": False}
             yield _candidate(section.model_copy(update=update), target)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compiler.evaluate import METRICS
 from compiler.sources import SourceOptions, resolve
 from compiler.targets import TARGETS, Serving
-from isthmus.bundle import Name, Precision, Version
+from isthmus.bundle import INT8, Name, Precision, Version
 from isthmus.digests import sha256_bytes
 from isthmus.errors import InputError
 
@@ -178,9 +178,9 @@ class Recipe(_Section):
         ids = [variant.id for variant in self.variants]
         if len(set(ids)) != len(ids):
             raise ValueError(f"variants must differ, got {', '.join(ids)}")
-        if any(variant.precision == "int8" for variant in self.variants) and self.data.quantization is None:
+        if any(variant.precision in INT8 for variant in self.variants) and self.data.quantization is None:
             raise ValueError("data.quantization is needed, for a variant has precision int8")
-        if self.heavy.precision == "int8" and self.data.quantization is None:
+        if self.heavy.precision in INT8 and self.data.quantization is None:
             raise ValueError("data.quantization is needed, for heavy.precision is int8")
         roles = {name: entry.role for name, entry in TARGETS.items()}
         heavy = [variant.target for variant in self.variants if roles.get(variant.target) == "heavy"]

@@ -35,14 +35,21 @@ BATCH: Final = 64
 # Share of the golden outputs' range within which another machine's answers count as the same. Measured on the
 # encoder of the news story: fp32 differs by 1e-7 of the range between AVX-512 and AVX2, INT8 by 6e-3 (processors
 # without VNNI add up in another way, and single roundings flip). fp16: a device may compute in it as well.
-_TOLERANCE: Final = {"fp32": 1e-3, "fp16": 1e-2, "int8w": 5e-2, "int8": 5e-2, "int4w": 5e-2, "int4": 5e-2}
+_TOLERANCE: Final = {
+    "fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2, "int8w": 5e-2, "int8": 5e-2, "int8-bf16": 5e-2, "int4w": 5e-2,
+    "int4": 5e-2,
+}  # fmt: skip
 # What could not run where it was built is compared with the source's answers, not with its own.
-_UNSEEN: Final = {"fp32": 1e-2, "fp16": 5e-2, "int8w": 1e-1, "int8": 2e-1, "int4w": 2e-1, "int4": 2e-1}
+_UNSEEN: Final = {
+    "fp32": 1e-2, "bf16": 1e-1, "fp16": 5e-2, "int8w": 1e-1, "int8": 2e-1, "int8-bf16": 2e-1, "int4w": 2e-1,
+    "int4": 2e-1,
+}  # fmt: skip
 _LEAST_TOLERANCE: Final = 1e-3
 _ROUNDING: Final = 1e-9  # 0.9 - 0.88 is more than 0.02 in floating point; one row of data is far more than this
 # The least cosine between a variant's outputs and the source's: far below what any usable variant has.
 LEAST_COSINE: Final[Mapping[str, float]] = {
-    "fp32": 0.99999, "fp16": 0.9999, "int8w": 0.99, "int8": 0.95, "int4w": 0.9, "int4": 0.9,
+    "fp32": 0.99999, "bf16": 0.99, "fp16": 0.9999, "int8w": 0.99, "int8": 0.95, "int8-bf16": 0.95, "int4w": 0.9,
+    "int4": 0.9,
 }  # fmt: skip
 
 

@@ -78,6 +78,7 @@ class BuildResult(_Job):
     note: str
     clipped: float
     not_reproducible: str
+    inference_precision: Literal["f32", "bf16"]
     bytes: int
     build_s: float
     prove_s: float = 0.0
@@ -119,6 +120,7 @@ def _build(folder: Path, job: BuildJob) -> None:
         note=built.note,
         clipped=built.clipped,
         not_reproducible=built.not_reproducible,
+        inference_precision=built.inference_precision,
         bytes=sum(path.stat().st_size for path in artefact.rglob("*") if path.is_file()),
         build_s=build_s,
         prove_s=time.perf_counter() - begun,

@@ -25,7 +25,7 @@ from edge.updater import Updater
 from edge.uplink import Uplink, open_channel
 from isthmus.bundle import check_name
 from isthmus.errors import ConfigError
-from isthmus.machine import machine
+from isthmus.machine import computes_bfloat16, machine
 from isthmus.tensors import Array
 from security.interceptors import AuthInterceptor, current_claims
 from security.tls import server_credentials
@@ -133,7 +133,13 @@ def _updaters(
             models,
             manifests=manifests,
             fetcher=fetcher,
-            choose=partial(choose_variant, configured=settings.variant, machine=machine(), installed=is_installed),
+            choose=partial(
+                choose_variant,
+                configured=settings.variant,
+                machine=machine(),
+                bfloat16=computes_bfloat16(),
+                installed=is_installed,
+            ),
             open_slot=partial(open_model, threads=settings.threads, queue=settings.queue),
             report=fleet.report,
         )

@@ -25,7 +25,12 @@ def plan_files(wanted: Mapping[str, FileEntry], installed: Mapping[str, FileEntr
 
 
 def choose_variant(
-    manifest: Manifest, configured: str | None, *, machine: str, installed: Callable[[str], bool]
+    manifest: Manifest,
+    configured: str | None,
+    *,
+    machine: str,
+    bfloat16: bool,
+    installed: Callable[[str], bool],
 ) -> Variant:
     """Return the variant to install: the configured one, else the first whose runtime and platform fit.
 
@@ -33,19 +38,27 @@ def choose_variant(
         manifest: Offers the variants, best first.
         configured: Id of the only acceptable variant, or None.
         machine: This machine's platform, for example "x86_64".
+        bfloat16: Whether its processor computes in bfloat16.
         installed: Returns whether a runtime can be used here.
 
     Raises:
         BundleError: There is none.
     """
-    fitting = [v for v in manifest.variants if installed(v.runtime) and v.platform in ("any", machine)]
+    fitting = [
+        variant
+        for variant in manifest.variants
+        if installed(variant.runtime)
+        and variant.platform in ("any", machine)
+        and (bfloat16 or variant.inference_precision != "bf16")
+    ]
     if configured is not None:
         fitting = [variant for variant in fitting if variant.id == configured]
     if not fitting:
         asked = f"variant {configured}" if configured else "a variant"
         offered = ", ".join(f"{v.id} ({v.runtime}, {v.platform})" for v in manifest.variants)
+        processor = machine if bfloat16 else f"{machine} without bfloat16"
         raise BundleError(
-            f"expected {asked} for {machine} and the installed runtimes, the bundle has {offered}",
+            f"expected {asked} for {processor} and the installed runtimes, the bundle has {offered}",
             reason="no-fitting-variant",
         )
     return fitting[0]

@@ -13,7 +13,6 @@ from typing import Any, Final, Literal
 from compiler.verify import LEAST_COSINE
 
 LEAST_AGREEMENT: Final = 0.97  # of the best class, where that means something: what a guard of 0.03 asks for
-LEAST_COSINE_OF_BF16: Final = 0.99  # only peers compute in it
 MOST_RELATIVE: Final = 1e-3  # fp32: the largest difference, as a share of the output's range
 
 State = Literal["green", "built", "inexact", "refused", "failed"]
@@ -50,7 +49,6 @@ def judge(result: Mapping[str, Any], precision: str, *, classifies: bool) -> Ver
     if precision == "fp32":
         right = parity["difference"] <= MOST_RELATIVE
         return Verdict("green" if right else "inexact", f"{parity['difference']:.0e}")
-    least = LEAST_COSINE.get(precision, LEAST_COSINE_OF_BF16)
-    right = parity["cosine"] >= least and (not classifies or parity["agreement"] >= LEAST_AGREEMENT)
+    right = parity["cosine"] >= LEAST_COSINE[precision] and (not classifies or parity["agreement"] >= LEAST_AGREEMENT)
     detail = f"cos {parity['cosine']:.4f}" + (f", top-1 {parity['agreement']:.0%}" if classifies else "")
     return Verdict("green" if right else "inexact", detail)

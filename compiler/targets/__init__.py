@@ -103,6 +103,7 @@ class Built:
     grid: Literal["", "kept", "new"] = ""  # int8: whether scales come from the version before
     note: str = ""  # why the grid is new although there is a version before, or what else people should know
     clipped: float = 0.0  # kept grid: largest share of one tensor's weights that had to be clipped
+    inference_precision: Literal["f32", "bf16"] = "f32"  # of what is not quantized, for runtimes that can be told
     not_reproducible: str = ""  # why two builds of the same may differ in their bytes; empty: they do not
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isthmus.errors import BundleError, InputError
+from isthmus.errors import BundleError, ConfigError, InputError
+from isthmus.machine import computes_bfloat16
 from isthmus.privacy import forbid_usage_reports
 from isthmus.tensors import Array
 
@@ -23,6 +24,8 @@ class OpenVinoRuntime:
     """One compiled model with one inference request."""
 
     def __init__(self, path: Path, *, threads: int, inference_precision: str) -> None:
+        if inference_precision == "bf16" and not computes_bfloat16():
+            raise ConfigError("the variant was verified in bfloat16, which this processor does not compute in")
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",

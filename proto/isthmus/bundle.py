@@ -66,8 +66,10 @@ Datatype = Literal[
     "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"
 ]
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
-# Of weights and activations; a "w" at the end: of the weights only, computed in float.
-Precision = Literal["fp32", "fp16", "int8", "int4", "int8w", "int4w"]
+# Of weights and activations; a "w" at the end: of the weights only, computed in float; "-bf16": what is not quantized
+# computes in bfloat16.
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int8-bf16", "int4", "int8w", "int4w"]
+INT8: Final = frozenset({"int8", "int8-bf16"})  # whose activations are quantized, with ranges from samples
 _T = TypeVar("_T", bound=BaseModel)
 
 

@@ -146,16 +146,3 @@ def check_machine(artifact: Artifact, *, machine: str, features: frozenset[str])
             hint="compile it for an older processor (cpu in the recipe), or use another variant",
             reason="processor-lacks-features",
         )
-
-
-def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Return what the first processor of /proc/cpuinfo says that it can do; empty when it says nothing."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in {"flags", "Features"}:
-            return frozenset(value.split())
-    return frozenset()

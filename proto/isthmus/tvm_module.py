@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from isthmus.errors import BundleError, ConfigError, InputError, MissingExtraError
-from isthmus.machine import machine
+from isthmus.machine import machine, processor_features
 from isthmus.tensors import DTYPES, Array, datatype_of
 from isthmus.tvm_artifact import (
     ENTRY,
@@ -31,7 +31,6 @@ from isthmus.tvm_artifact import (
     WEIGHTS,
     Port,
     check_machine,
-    processor_features,
     read_artifact,
     release_of,
 )

@@ -387,6 +387,8 @@ def test_all_takes_every_target_that_is_installed(recipe: WriteRecipe, tmp_path:
     expected = {f"{name}-{kind}" for name in light for kind in load_target(name, role="light").precisions}
     assert found == expected
     assert {"openvino-fp32", "onnxruntime-fp32", "tvm-fp32"} <= {variant.id for variant in outcome.manifest.variants}
+    for variant in outcome.manifest.variants:
+        assert variant.inference_precision == ("bf16" if variant.precision.endswith("bf16") else "f32")
     open_bundle(tmp_path / "out")
 
 

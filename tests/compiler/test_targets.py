@@ -15,6 +15,7 @@ from compiler.capture import CapturedModel, capture
 from compiler.targets import TARGETS, BuildOptions, Target, load_target
 from isthmus.digests import sha256_file
 from isthmus.errors import InputError, MissingExtraError
+from isthmus.machine import computes_bfloat16
 from tests.compiler import models
 
 
@@ -28,10 +29,15 @@ def installed() -> dict[str, Target]:
 
 
 INSTALLED = installed()
-BUILDS = [(name, precision) for name, target in INSTALLED.items() for precision in target.precisions]
+BUILDS = [
+    (name, precision)
+    for name, target in INSTALLED.items()
+    for precision in target.precisions
+    if computes_bfloat16() or "bf16" not in precision
+]
 RUNS = [(name, precision) for name, precision in BUILDS if INSTALLED[name].runs_here]
 # How far a variant may be from the source: the mean difference, as a share of the outputs' range.
-MEAN = {"fp32": 1e-5, "fp16": 1e-3, "int8w": 0.02, "int8": 0.03, "int4w": 0.08}
+MEAN = {"fp32": 1e-5, "bf16": 0.01, "fp16": 1e-3, "int8w": 0.02, "int8": 0.03, "int8-bf16": 0.03, "int4w": 0.08}
 
 
 @pytest.fixture(scope="module")

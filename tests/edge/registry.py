@@ -103,7 +103,9 @@ def make_updater(
         models,
         manifests=registry,
         fetcher=registry,
-        choose=partial(choose_variant, configured=variant, machine="x86_64", installed=lambda name: True),
+        choose=partial(
+            choose_variant, configured=variant, machine="x86_64", bfloat16=True, installed=lambda name: True
+        ),
         open_slot=open_model,
         report=report,
     )

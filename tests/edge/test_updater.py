@@ -441,7 +441,9 @@ def test_variant_is_the_first_that_fits(tmp_path: Path) -> None:
     manifest = parse_manifest((tmp_path / "b" / "manifest.json").read_bytes())
 
     def choose(configured: str | None, *runtimes: str) -> str:
-        return choose_variant(manifest, configured, machine="x86_64", installed=lambda name: name in runtimes).id
+        return choose_variant(
+            manifest, configured, machine="x86_64", bfloat16=False, installed=runtimes.__contains__
+        ).id
 
     assert choose(None, "openvino", "onnxruntime") == "onnxruntime-fp32"
     assert choose(None, "openvino") == "openvino-fp32"
@@ -450,6 +452,21 @@ def test_variant_is_the_first_that_fits(tmp_path: Path) -> None:
         with pytest.raises(BundleError, match=r"the bundle has onnxruntime-fp32 \(onnxruntime, any\)") as caught:
             choose(configured, *runtimes)
         assert caught.value.reason == "no-fitting-variant"
+
+
+def test_a_variant_in_bfloat16_needs_a_processor_for_it(tmp_path: Path) -> None:
+    bundles.build_bundle(tmp_path / "b")
+    manifest = parse_manifest((tmp_path / "b" / "manifest.json").read_bytes())
+    first, *others = manifest.variants
+    manifest = manifest.model_copy(
+        update={"variants": (first.model_copy(update={"inference_precision": "bf16"}), *others)}
+    )
+
+    def choose(*, bfloat16: bool) -> str:
+        return choose_variant(manifest, None, machine="x86_64", bfloat16=bfloat16, installed=lambda _: True).id
+
+    assert choose(bfloat16=True) == first.id
+    assert choose(bfloat16=False) == others[0].id
 
 
 def test_delta_that_cannot_be_applied_is_not_used(tmp_path: Path) -> None:

@@ -13,13 +13,9 @@ from isthmus.tvm_artifact import (
     Port,
     Tensor,
     check_machine,
-    processor_features,
     read_artifact,
     release_of,
 )
-
-X86_CPUINFO = "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 fma\n\nprocessor\t: 1\nflags\t\t: fpu\n"
-ARM_CPUINFO = "processor\t: 0\nBogoMIPS\t: 100.00\nFeatures\t: fp asimd crc32\n"
 
 
 def artifact(**changes: Any) -> Artifact:
@@ -99,21 +95,6 @@ def test_another_platform_is_refused() -> None:
         check_machine(artifact(), machine="aarch64", features=frozenset({"avx2", "fma"}))
 
     assert caught.value.reason == "wrong-platform"
-
-
-@pytest.mark.parametrize(
-    ("text", "features"),
-    [(X86_CPUINFO, {"fpu", "avx2", "fma"}), (ARM_CPUINFO, {"fp", "asimd", "crc32"}), ("processor\t: 0\n", set())],
-)
-def test_features_are_those_of_the_first_processor(tmp_path: Path, text: str, features: set[str]) -> None:
-    path = tmp_path / "cpuinfo"
-    path.write_text(text)
-
-    assert processor_features(path) == features
-
-
-def test_a_machine_that_does_not_tell_has_no_features(tmp_path: Path) -> None:
-    assert processor_features(tmp_path / "cpuinfo") == frozenset()
 
 
 @pytest.mark.parametrize(("version", "release"), [("0.27.0.post1", "0.27.0"), ("1.2.3", "1.2.3"), ("4.0", "")])

@@ -15,9 +15,12 @@ from compiler.capture import CapturedModel, capture
 from compiler.targets import BuildOptions, UnsupportedModelError
 from compiler.targets.openvino import OpenVinoTarget
 from edge.runtimes import open_runtime
-from isthmus.errors import InputError
+from isthmus.errors import ConfigError, InputError
+from isthmus.machine import computes_bfloat16
 from tests.compiler import models
 from tests.compiler.targets import nets
+
+BFLOAT16 = pytest.mark.skipif(not computes_bfloat16(), reason="this processor does not compute in bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,9 @@ def weight_types(entry: Path) -> set[str]:
     [
         ("fp32", "", {"f32"}),
         ("fp16", "", {"f16"}),
+        pytest.param("bf16", "", {"f32"}, marks=BFLOAT16),
         ("int8", "", {"i8"}),
+        pytest.param("int8-bf16", "", {"i8"}, marks=BFLOAT16),
         ("int8w", "", {"u8"}),
         ("int4w", "", {"u8"}),  # its axes are too short for groups
     ],
@@ -76,11 +81,15 @@ def test_wide_products_get_four_bits_all_or_half_of_them(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", OpenVinoTarget.precisions)
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(name, marks=BFLOAT16 if "bf16" in name else ()) for name in OpenVinoTarget.precisions],
+)
 def test_a_device_computes_what_the_compiler_verified(encoder: CapturedModel, tmp_path: Path, precision: str) -> None:
     entry = build(encoder, tmp_path / "out", precision)
     inputs = {"tokens": models.tokens(7, seed=5)}
-    device = open_runtime("openvino", entry)
+    hint = "bf16" if "bf16" in precision else "f32"
+    device = open_runtime("openvino", entry, inference_precision=hint)
 
     np.testing.assert_allclose(
         device.infer(inputs)["logits"],
@@ -88,6 +97,34 @@ def test_a_device_computes_what_the_compiler_verified(encoder: CapturedModel, tm
         atol=1e-6,
     )
     device.close()
+
+
+@pytest.mark.slow
+@BFLOAT16
+def test_bfloat16_is_another_answer_and_only_where_it_was_asked_for(encoder: CapturedModel, tmp_path: Path) -> None:
+    inputs = {"tokens": models.tokens(7, seed=5)}
+    answers = {
+        precision: OpenVinoTarget()
+        .open(build(encoder, tmp_path / precision, precision), threads=1)
+        .infer(inputs)["logits"]
+        for precision in ("fp32", "bf16")
+    }
+
+    far = np.abs(answers["bf16"] - answers["fp32"]).max() / np.ptp(answers["fp32"])
+    assert 1e-4 < far < 0.05  # fp32 is within 1e-5 of the source (tests/compiler/test_targets.py)
+
+
+def test_a_processor_without_bfloat16_neither_builds_nor_opens_it(
+    encoder: CapturedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compiler.targets.openvino.computes_bfloat16", lambda: False)
+    monkeypatch.setattr("edge.runtimes.openvino.computes_bfloat16", lambda: False)
+
+    with pytest.raises(InputError, match="does not compute in bfloat16") as caught:
+        build(encoder, tmp_path / "out", "int8-bf16")
+    assert "leave the variant out" in caught.value.hint
+    with pytest.raises(ConfigError, match="verified in bfloat16"):
+        open_runtime("openvino", build(encoder, tmp_path / "fp32", "fp32"), inference_precision="bf16")
 
 
 @pytest.mark.slow
