@@ -18,6 +18,7 @@ from compiler.targets.triton_config import VERSION, configuration, on_cpu, write
 from isthmus.errors import InputError
 
 NAME: Final = "triton-openvino"
+# It has no parameter for the hint.
 _NOTE: Final = "Triton's OpenVINO backend computes in bfloat16 where the processor can; it was verified in float32"
 
 
@@ -55,8 +56,8 @@ class TritonOpenVinoTarget:
         version.mkdir()
         built = OpenVinoTarget().build(model, version, options)
         write_configuration(config, folder)
-        note = f"{built.note}; {_NOTE}" if built.note else _NOTE
-        return replace(built, entry=f"{VERSION}/{built.entry}", note=note)
+        notes = [built.note, "" if built.inference_precision == "bf16" else _NOTE]
+        return replace(built, entry=f"{VERSION}/{built.entry}", note="; ".join(note for note in notes if note))
 
     def open(self, entry: Path, *, threads: int) -> Runner:
         """Load the IR on this machine's processor."""
