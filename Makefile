@@ -57,7 +57,7 @@ proto: setup  ## Generate the code for proto/isthmus/v1/*.proto.
 proto-check: proto  ## Check that the committed generated code is up to date.
 	@git diff --exit-code --stat -- proto/isthmus/v1 || { echo "error: run 'make proto' and commit the result" >&2; exit 1; }
 
-bench: setup  ## Run all benchmarks.
+bench: setup  ## Run all benchmarks (hours; minutes with .venv/bin/python -m benchmarks --quick).
 	@$(BIN)/python -m benchmarks
 
 targets: setup  ## Try every target on every model of the zoo, and write docs/targets.md (hours).

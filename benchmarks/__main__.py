@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run every benchmark and keep the results in build/benchmarks."""
+"""`python -m benchmarks [--quick]`: run every benchmark and keep the results in build/benchmarks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-NAMES: Final = ("agent", "delta")
+NAMES: Final = ("agent", "delta", "overhead", "compile", "tuning")
 
 folder = Path("build/benchmarks")
 folder.mkdir(parents=True, exist_ok=True)
