@@ -101,8 +101,9 @@ def pareto(variants: tuple[VariantReport, ...]) -> tuple[str, ...]:
 def recommend(variants: tuple[VariantReport, ...], machine: str) -> dict[str, str]:
     """Return the variant that each class of devices should take, by what was measured on this machine.
 
-    The classes: `<machine>` and `<machine>, all cores` (fastest, one sample), `little memory`, `little storage`, other
-    processors (the fastest here that runs on any), and `nvidia gpu` for engines that could not be measured.
+    The classes: `<machine>` and `<machine>, all cores` (fastest, one sample), `little memory`, `little storage`, `other
+    processors` (the fastest here that runs on any), and `nvidia gpu` for engines that could not be measured; `<machine>
+    without bfloat16` where the fastest needs that.
     """
     measured = [(entry, entry.timing) for entry in variants if entry.timing is not None]
     found: dict[str, str] = {}
@@ -111,7 +112,10 @@ def recommend(variants: tuple[VariantReport, ...], machine: str) -> dict[str, st
         found[f"{machine}, all cores"] = min(measured, key=lambda pair: pair[1].p50_threads_ms)[0].id
         found["little memory"] = min(measured, key=lambda pair: pair[1].peak_rss_mib)[0].id
         found["little storage"] = min(measured, key=lambda pair: (pair[0].bytes, pair[1].p50_ms))[0].id
-        portable = [pair for pair in measured if pair[0].platform == "any"]
+        plain = [pair for pair in measured if not pair[0].precision.endswith("bf16")]
+        if plain and found[machine] not in {entry.id for entry, _ in plain}:
+            found[f"{machine} without bfloat16"] = min(plain, key=lambda pair: pair[1].p50_ms)[0].id
+        portable = [pair for pair in plain if pair[0].platform == "any"]
         if portable:
             found["other processors"] = min(portable, key=lambda pair: pair[1].p50_ms)[0].id
     engines = [entry.id for entry in variants if entry.target == "tensorrt-rtx"]

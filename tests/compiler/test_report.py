@@ -49,6 +49,16 @@ def test_each_class_of_devices_gets_what_suits_it() -> None:
     assert recommend((), "x86_64") == {}
 
 
+def test_a_device_without_bfloat16_gets_the_fastest_of_the_others() -> None:
+    quickest = variant("quickest", 0.5, 50, 0.7).model_copy(update={"precision": "int8-bf16"})
+    found = recommend((*EVERY, quickest), "x86_64")
+    assert (found["x86_64"], found["x86_64 without bfloat16"], found["other processors"]) == (
+        "quickest",
+        "fast",
+        "fast",
+    )
+
+
 @pytest.mark.slow
 def test_the_picture_is_one(tmp_path: Path) -> None:
     draw(EVERY, pareto(EVERY), "five variants", tmp_path / "p.png")
