@@ -103,7 +103,7 @@ def _add_ours(
             dropped.pop(name, None)
             return
         dropped[name] = f"{setting}: {verdict.detail}"
-        if verdict.state != "inexact":
+        if verdict.state == "refused":
             return
 
 

@@ -84,7 +84,7 @@ def entry_of(model: ZooModel, column: Column, *, limit_s: float, run: bool) -> E
         if entry is None or verdict.covered:
             times = result.get("least_ms", 0.0), result.get("build_s", 0.0)
             entry = Entry(model.name, column, verdict, setting if place else "", *times)
-        if verdict.state != "inexact":
+        if verdict.covered or verdict.state == "refused":
             break
     refused = entry is not None and not entry.verdict.covered and column.precision == "fp32"
     if entry is not None and refused and column.target in TRIED_BY_HAND:
