@@ -2,7 +2,8 @@
 
 `python -m benchmarks.tuning [--models NAME...] [--minutes M...] [--json FILE]`. Each model is built by the rules alone
 and then with one budget after the other, from one database, so that a larger budget goes on where the one before
-stopped. All of these and ONNX Runtime are then timed in turn in one process on one core.
+stopped; what was built is kept between runs, as in benchmarks.cells. All of these and ONNX Runtime are then timed in
+turn in one process on one core.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,11 +20,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from benchmarks.cells import FOLDER, Cell, build_of, capture_of, work_on
+from benchmarks.cells import FOLDER, Cell, build_of, capture_of, key_of, work_on
 from benchmarks.cells.contest import Contestant, contest, ratio
 from benchmarks.compile import BASE
 from benchmarks.result import Goal, publish
 from benchmarks.zoo import MODELS
+from compiler.targets import BuildOptions, Tuning, load_target
 
 DEFAULT_MODELS: Final = ("efficientnet-lite0", "whisper-tiny-encoder")
 DEFAULT_MINUTES: Final = (1.0, 5.0, 15.0, 30.0)
@@ -33,31 +36,49 @@ _ROUNDS: Final = 21
 
 
 def build(name: str, minutes: float, core: int) -> tuple[Contestant, dict[str, Any]]:
-    """Build the model with the budget in a process of its own; return it and what the build said."""
-    folder = FOLDER / name / "tuning"
-    artefact = folder / f"artefact-{minutes:g}"
-    artefact.mkdir(parents=True, exist_ok=True)
-    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TVM_NUM_THREADS"), "1")
-    command = ["taskset", "-c", str(core), sys.executable, "-m", "benchmarks.tuning", "--build", name, str(minutes)]
-    with (folder / f"log-{minutes:g}.txt").open("wb") as log:
-        subprocess.run(command, stdout=log, stderr=log, env=os.environ | one, check=True)
-    said: dict[str, Any] = json.loads((artefact.with_suffix(".json")).read_text())
+    """Build the model with the budget in a process of its own, if it was not before; return it and what it said."""
+    artefact = _folder(name) / f"artefact-{minutes:g}"
+    if not _said(artefact).exists():
+        shutil.rmtree(artefact, ignore_errors=True)
+        artefact.mkdir(parents=True)
+        _run(name, minutes, core)
+    said: dict[str, Any] = json.loads(_said(artefact).read_text())
     return Contestant(f"tvm-{minutes:g}", ours=True, opener="tvm", entry=said["entry"]), said
 
 
+def _folder(name: str) -> Path:
+    """Return where what was found lies: elsewhere when anything that it depends on has changed."""
+    return FOLDER / name / "tuning" / key_of(_plain(name))
+
+
+def _said(artefact: Path) -> Path:
+    """Return the file that is there once the artefact is whole: what its build said."""
+    return artefact.parent / f"{artefact.name}.json"
+
+
+def _plain(name: str) -> Cell:
+    return build_of(name, "tvm", "fp32", load_target("tvm", role="light").settings("fp32")[0])
+
+
+def _run(name: str, minutes: float, core: int) -> None:
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TVM_NUM_THREADS"), "1")
+    command = ["taskset", "-c", str(core), sys.executable, "-m", "benchmarks.tuning", "--build", name, str(minutes)]
+    with (_folder(name) / f"log-{minutes:g}.txt").open("wb") as log:
+        subprocess.run(command, stdout=log, stderr=log, env=os.environ | one, check=True)
+
+
 def _build(name: str, minutes: float) -> None:
-    from compiler.targets import BuildOptions, Tuning, load_target
     from compiler.worker import read_captured
 
-    artefact = FOLDER / name / "tuning" / f"artefact-{minutes:g}"
+    artefact = _folder(name) / f"artefact-{minutes:g}"
     options = BuildOptions(
-        platform="x86_64", name=name, tuning=Tuning(seconds=60 * minutes, database=FOLDER / name / "tuning" / "found")
+        platform="x86_64", name=name, tuning=Tuning(seconds=60 * minutes, database=_folder(name) / "found")
     )
-    captured = read_captured(capture_of(build_of(name, "tvm", "fp32", _first_setting())).folder)
+    captured = read_captured(capture_of(_plain(name)).folder)
     begun = time.perf_counter()
     built = load_target("tvm", role="light").build(captured, artefact, options)
     said = {"entry": str(artefact / built.entry), "note": built.note, "build_s": time.perf_counter() - begun}
-    artefact.with_suffix(".json").write_text(json.dumps(said))
+    _said(artefact).write_text(json.dumps(said))
 
 
 def rows_of(name: str, minutes: Sequence[float], *, core: int, rounds: int, limit_s: float) -> list[dict[str, Any]]:
@@ -66,8 +87,7 @@ def rows_of(name: str, minutes: Sequence[float], *, core: int, rounds: int, limi
     Raises:
         SystemExit: The model cannot be built by the rules or in ONNX Runtime, so that there is nothing to compare.
     """
-    plain = build_of(name, "tvm", "fp32", _first_setting())
-    results = {cell.name: work_on(cell, limit_s=limit_s) for cell in (Cell(name, "peer", BASE), plain)}
+    results = {cell.name: work_on(cell, limit_s=limit_s) for cell in (Cell(name, "peer", BASE), _plain(name))}
     for cell, result in results.items():
         if "entry" not in result:
             raise SystemExit(f"{name}, {cell}: {result['error']}")
@@ -80,7 +100,7 @@ def rows_of(name: str, minutes: Sequence[float], *, core: int, rounds: int, limi
         contestants.append(contestant)
         notes[contestant.name] = said["note"]
         print(f"{name}, {budget:g} minutes: {said['note']}", flush=True)
-    times = contest(name, contestants, FOLDER / name / "tuning", rounds=rounds, core=core, limit_s=limit_s)
+    times = contest(name, contestants, _folder(name) / "contest", rounds=rounds, core=core, limit_s=limit_s)
     return [
         {
             "model": name,
@@ -92,13 +112,6 @@ def rows_of(name: str, minutes: Sequence[float], *, core: int, rounds: int, limi
         }
         for budget, key in ((budget, f"tvm-{budget:g}") for budget in (0.0, *sorted(minutes)))
     ]
-
-
-def _first_setting() -> str:
-    """Return the one setting of TVM in single precision."""
-    from compiler.targets import load_target
-
-    return load_target("tvm", role="light").settings("fp32")[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
