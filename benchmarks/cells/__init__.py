@@ -35,7 +35,7 @@ ONE_LENGTH: Final = frozenset({"tvm"})
 # The files of the compiler that a target's result depends on, below compiler/.
 SOURCES: Final[Mapping[str, Sequence[str]]] = {
     "openvino": ("targets/openvino*.py", "quantize.py"),
-    "onnxruntime": ("targets/onnxruntime*.py", "quantize.py"),
+    "onnxruntime": ("targets/onnxruntime*.py", "quantize.py", "qdq.py", "onnx_weights.py"),
     "tvm": ("targets/tvm*.py", "schedules/*.py"),
     "tensorrt-rtx": ("targets/tensorrt*.py",),
 }
