@@ -185,6 +185,7 @@ typical inputs compared with those of the source in ONNX Runtime.
 - **built**: an artefact was made that needs a device this machine lacks (a GPU); its size is shown.
 - **✗** it was built but is outside the tolerance, or the build failed; **–** the target cannot take the model. Reasons
   and what to use instead are below the table. `isthmus compile` says the same, and ships nothing outside its guard.
+- A blank place was not tried yet.
 
 For tvm, which compiles for one length, lengths that may vary were fixed at the longest. A cell had a few minutes.
 A setting in brackets is a gentler one that the guard had to go down to.
