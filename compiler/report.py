@@ -13,6 +13,7 @@ from compiler.measure import Timing
 from compiler.parity import Parity
 from compiler.recipe import GuardSection
 from compiler.verify import EdgeResult
+from isthmus.bundle import BFLOAT16
 
 
 class _Part(BaseModel):
@@ -112,7 +113,7 @@ def recommend(variants: tuple[VariantReport, ...], machine: str) -> dict[str, st
         found[f"{machine}, all cores"] = min(measured, key=lambda pair: pair[1].p50_threads_ms)[0].id
         found["little memory"] = min(measured, key=lambda pair: pair[1].peak_rss_mib)[0].id
         found["little storage"] = min(measured, key=lambda pair: (pair[0].bytes, pair[1].p50_ms))[0].id
-        plain = [pair for pair in measured if not pair[0].precision.endswith("bf16")]
+        plain = [pair for pair in measured if pair[0].precision not in BFLOAT16]
         if plain and found[machine] not in {entry.id for entry, _ in plain}:
             found[f"{machine} without bfloat16"] = min(plain, key=lambda pair: pair[1].p50_ms)[0].id
         portable = [pair for pair in plain if pair[0].platform == "any"]

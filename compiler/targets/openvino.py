@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from compiler.capture import CapturedModel
 from compiler.targets import BuildOptions, Built, UnsupportedModelError
-from isthmus.bundle import INT8, TensorSpec
+from isthmus.bundle import BFLOAT16, INT8, TensorSpec
 from isthmus.errors import InputError
 from isthmus.machine import computes_bfloat16
 from isthmus.privacy import forbid_usage_reports
@@ -42,7 +42,6 @@ _SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 _NAMED: Final = 3  # operators that an error names
 _MADE_UP: Final = re.compile(r"(?P<stem>[A-Z][A-Za-z0-9]*)_\d+(?P<rest>/.*)?")
-_BFLOAT16: Final = frozenset({"bf16", "int8-bf16"})
 _HINT: Final = ["isthmus", "inference_precision"]  # where the IR notes it down
 _NOTED: Final = ("conversion_parameters", "nncf", "Runtime_version")
 
@@ -67,7 +66,7 @@ class OpenVinoTarget:
             InputError: int8 has no samples, "accuracy-control" no labelled ones, or the processor no bfloat16.
             UnsupportedModelError: OpenVINO cannot convert the model.
         """
-        hint: Literal["f32", "bf16"] = "bf16" if options.precision in _BFLOAT16 else "f32"
+        hint: Literal["f32", "bf16"] = "bf16" if options.precision in BFLOAT16 else "f32"
         if hint == "bf16" and not computes_bfloat16():
             raise InputError(
                 "this processor does not compute in bfloat16, so the variant could not be verified",

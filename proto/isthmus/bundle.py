@@ -70,6 +70,7 @@ Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 # computes in bfloat16.
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int8-bf16", "int4", "int8w", "int4w"]
 INT8: Final = frozenset({"int8", "int8-bf16"})  # whose activations are quantized, with ranges from samples
+BFLOAT16: Final = frozenset({"bf16", "int8-bf16"})  # which need a processor that computes in it
 _T = TypeVar("_T", bound=BaseModel)
 
 

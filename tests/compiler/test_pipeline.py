@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from compiler.pipeline import GuardError, Outcome, compile_bundle
 from compiler.report import Report
 from compiler.targets import TARGETS, load_target
-from isthmus.bundle import open_bundle, parse_calibration
+from isthmus.bundle import BFLOAT16, open_bundle, parse_calibration
 from isthmus.digests import sha256_file
 from isthmus.errors import ConflictError, InputError, VerificationError
 from tests.compiler import models
@@ -388,7 +388,7 @@ def test_all_takes_every_target_that_is_installed(recipe: WriteRecipe, tmp_path:
     assert found == expected
     assert {"openvino-fp32", "onnxruntime-fp32", "tvm-fp32"} <= {variant.id for variant in outcome.manifest.variants}
     for variant in outcome.manifest.variants:
-        assert variant.inference_precision == ("bf16" if variant.precision.endswith("bf16") else "f32")
+        assert variant.inference_precision == ("bf16" if variant.precision in BFLOAT16 else "f32")
     open_bundle(tmp_path / "out")
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from compiler.capture import CapturedModel, capture
 from compiler.targets import TARGETS, BuildOptions, Target, load_target
+from isthmus.bundle import BFLOAT16
 from isthmus.digests import sha256_file
 from isthmus.errors import InputError, MissingExtraError
 from isthmus.machine import computes_bfloat16
@@ -33,7 +34,7 @@ BUILDS = [
     (name, precision)
     for name, target in INSTALLED.items()
     for precision in target.precisions
-    if computes_bfloat16() or "bf16" not in precision
+    if computes_bfloat16() or precision not in BFLOAT16
 ]
 RUNS = [(name, precision) for name, precision in BUILDS if INSTALLED[name].runs_here]
 # How far a variant may be from the source: the mean difference, as a share of the outputs' range.

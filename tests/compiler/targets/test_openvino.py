@@ -15,12 +15,13 @@ from compiler.capture import CapturedModel, capture
 from compiler.targets import BuildOptions, UnsupportedModelError
 from compiler.targets.openvino import OpenVinoTarget
 from edge.runtimes import open_runtime
+from isthmus.bundle import BFLOAT16
 from isthmus.errors import ConfigError, InputError
 from isthmus.machine import computes_bfloat16
 from tests.compiler import models
 from tests.compiler.targets import nets
 
-BFLOAT16 = pytest.mark.skipif(not computes_bfloat16(), reason="this processor does not compute in bfloat16")
+NEEDS_BFLOAT16 = pytest.mark.skipif(not computes_bfloat16(), reason="this processor does not compute in bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,9 @@ def weight_types(entry: Path) -> set[str]:
     [
         ("fp32", "", {"f32"}),
         ("fp16", "", {"f16"}),
-        pytest.param("bf16", "", {"f32"}, marks=BFLOAT16),
+        pytest.param("bf16", "", {"f32"}, marks=NEEDS_BFLOAT16),
         ("int8", "", {"i8"}),
-        pytest.param("int8-bf16", "", {"i8"}, marks=BFLOAT16),
+        pytest.param("int8-bf16", "", {"i8"}, marks=NEEDS_BFLOAT16),
         ("int8w", "", {"u8"}),
         ("int4w", "", {"u8"}),  # its axes are too short for groups
     ],
@@ -83,12 +84,12 @@ def test_wide_products_get_four_bits_all_or_half_of_them(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "precision",
-    [pytest.param(name, marks=BFLOAT16 if "bf16" in name else ()) for name in OpenVinoTarget.precisions],
+    [pytest.param(name, marks=NEEDS_BFLOAT16 if name in BFLOAT16 else ()) for name in OpenVinoTarget.precisions],
 )
 def test_a_device_computes_what_the_compiler_verified(encoder: CapturedModel, tmp_path: Path, precision: str) -> None:
     entry = build(encoder, tmp_path / "out", precision)
     inputs = {"tokens": models.tokens(7, seed=5)}
-    hint = "bf16" if "bf16" in precision else "f32"
+    hint = "bf16" if precision in BFLOAT16 else "f32"
     device = open_runtime("openvino", entry, inference_precision=hint)
 
     np.testing.assert_allclose(
@@ -100,7 +101,7 @@ def test_a_device_computes_what_the_compiler_verified(encoder: CapturedModel, tm
 
 
 @pytest.mark.slow
-@BFLOAT16
+@NEEDS_BFLOAT16
 def test_bfloat16_is_another_answer_and_only_where_it_was_asked_for(encoder: CapturedModel, tmp_path: Path) -> None:
     inputs = {"tokens": models.tokens(7, seed=5)}
     answers = {
