@@ -36,9 +36,15 @@ _ROUNDS: Final = 21
 
 
 def build(name: str, minutes: float, core: int) -> tuple[Contestant, dict[str, Any]]:
-    """Build the model with the budget in a process of its own, if it was not before; return it and what it said."""
+    """Build the model with the budget in a process of its own, if it was not before; return it and what it said.
+
+    Raises:
+        SystemExit: A longer search has filled the database already, whose schedules this build would take.
+    """
     artefact = _folder(name) / f"artefact-{minutes:g}"
     if not _said(artefact).exists():
+        if any(_minutes(path) > minutes for path in _folder(name).glob("artefact-*.json")):
+            raise SystemExit(f"{name}: a longer search was done before; remove {_folder(name)} to search anew")
         shutil.rmtree(artefact, ignore_errors=True)
         artefact.mkdir(parents=True)
         _run(name, minutes, core)
@@ -54,6 +60,10 @@ def _folder(name: str) -> Path:
 def _said(artefact: Path) -> Path:
     """Return the file that is there once the artefact is whole: what its build said."""
     return artefact.parent / f"{artefact.name}.json"
+
+
+def _minutes(said: Path) -> float:
+    return float(said.name.removeprefix("artefact-").removesuffix(".json"))
 
 
 def _plain(name: str) -> Cell:
@@ -117,7 +127,7 @@ def rows_of(name: str, minutes: Sequence[float], *, core: int, rounds: int, limi
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build with every budget, time, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small model and seconds")
+    parser.add_argument("--quick", action="store_true", help="a small model and a minute")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), metavar="NAME")
     parser.add_argument("--minutes", nargs="+", type=float, metavar="M", help=f"default: {DEFAULT_MINUTES}")
     parser.add_argument("--core", type=int, default=0, help="the core that is used (%(default)s)")

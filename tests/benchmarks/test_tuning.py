@@ -24,3 +24,5 @@ def test_what_was_built_before_is_not_built_again(monkeypatch: pytest.MonkeyPatc
     assert runs == [0.5, 5.0]
     assert first == again
     assert (first.name, first.entry, other.name) == ("tvm-0.5", "e0.5", "tvm-5")
+    with pytest.raises(SystemExit, match="a longer search was done before"):
+        tuning.build("model", 2.5, 0)
