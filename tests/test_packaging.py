@@ -137,3 +137,13 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(tmp_path: Path) -> N
     assert "isthmus/v1/fleet.proto" in names
     assert "compiler/targets/triton_python_model.py" in names
     assert "edge/py.typed" in names
+
+
+def test_an_error_names_no_extra_that_there_is_not() -> None:
+    named = set()
+    for folder in ("proto", "compiler", "edge", "cloud", "security"):
+        for path in (ROOT / folder).rglob("*.py"):
+            named |= set(re.findall(r'MissingExtraError\([^()]*(?:\([^()]*\)[^()]*)*"([a-z-]+)"\)', path.read_text()))
+            named |= set(re.findall(r"isthmus\[([a-z-]+)\]", path.read_text()))
+    assert named
+    assert named <= set(PROJECT["optional-dependencies"])

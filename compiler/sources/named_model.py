@@ -14,10 +14,19 @@ from compiler.sources import Exported, SourceOptions
 from compiler.sources.axes import BATCH
 from compiler.sources.onnx_file import refuse
 from isthmus.digests import sha256_bytes
-from isthmus.errors import InputError
+from isthmus.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     import torch
+
+
+def cannot_import(library: str, error: Exception) -> ConfigError:
+    """Return the error for a library that is missing or made for another torch; no extra can bring the right one."""
+    return ConfigError(
+        f"{library} cannot be imported: {' '.join(str(error).split())[:100]}",
+        hint="install timm and torchvision from where torch came from: they must be made for its release",
+        reason="missing-extra",
+    )
 
 
 def files(source: str, options: SourceOptions) -> Mapping[str, Path]:

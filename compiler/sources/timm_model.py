@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compiler.sources import Exported, SourceOptions, named_model
-from isthmus.errors import InputError, MissingExtraError
+from isthmus.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ def _make(name: str, classes: int | None) -> torch.nn.Module:
     try:
         import timm
     except Exception as error:  # a torchvision of another torch fails with whatever it likes
-        raise MissingExtraError(f"timm, made for this torch ({str(error)[:100]}),", "timm") from error
+        raise named_model.cannot_import("timm", error) from error
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5])
         raise InputError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compiler.sources import Exported, SourceOptions, named_model
-from isthmus.errors import InputError, MissingExtraError
+from isthmus.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ def _make(name: str, classes: int | None) -> torch.nn.Module:
     try:
         from torchvision import models
     except Exception as error:  # a torchvision of another torch fails with whatever it likes
-        raise MissingExtraError(f"torchvision, made for this torch ({str(error)[:100]}),", "timm") from error
+        raise named_model.cannot_import("torchvision", error) from error
     known = models.list_models(module=models)
     if name not in known:
         near = ", ".join([one for one in known if one.startswith(name[:6])][:5])
