@@ -1,86 +1,134 @@
-"""From scores to routes: temperature, threshold and what they do, for one variant together with the heavy model.
+"""The calibration record of one variant together with the heavy model: from answers to a threshold and its promise.
 
-The promise: with confidence 1 - delta over the drawing of the calibration data, at most `max_escalation` of requests
-like these go up. Rules that keep it:
-* The threshold is an order statistic chosen by the exact binomial bound: when k of n calibration scores lie below it,
-  P(Binomial(n, max_escalation) <= k) <= delta. No assumption is made on how scores are distributed.
-* A score equal to the threshold stays on the edge. So a plateau of equal scores can only lower the rate, never raise it
-  above the bound.
-* The temperature is fitted, and accepted or not, on rows that have no say in the threshold.
-* Data that could use less than half of the allowed rate under this bound are refused, with the number that would do.
+Rows are dealt out once: the temperature, the order of the tests and the weight of fusion come from rows that have no
+say in the threshold; the threshold comes from the others, and so does everything that is promised of it. What describes
+the data (curves, rates, agreement) is measured on all rows.
+
+What is promised, and how, is compiler.operating_point's business.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compiler.evaluate import (
+    Flags,
     Floats,
     Labels,
     Logits,
     accuracy,
     agreement,
+    area_under_risk,
+    correct,
     expected_calibration_error,
-    max_probability,
     negative_log_likelihood,
     route,
-    routed_accuracy,
 )
-from isthmus.bundle import CurvePoint, OperatingPoint, VariantCalibration
-from isthmus.errors import VerificationError
+from compiler.fusion import choose_fusion
+from compiler.operating_point import ALWAYS, Evidence, choose
+from isthmus.bundle import CurvePoint, Fusion, GainStep, OperatingPoint, VariantCalibration
+from isthmus.fusion import fuse
+from isthmus.scores import ScoreOptions, open_score
+from isthmus.scores.costs import class_thresholds
+from isthmus.tensors import Array
 
 CURVE_POINTS: Final = 101
-ALWAYS: Final = math.nextafter(1.0, 2.0)  # above every score
-NEVER: Final = 0.0  # a score is positive
-_LEAST_USE: Final = 0.5  # of the allowed rate
 _TEMPERATURES: Final = (0.05, 20.0)
 _FIT_SHARE: Final = 4  # one row in so many goes to the temperature ...
 _FIT_ROWS: Final = 1000  # ... but no more than these
-
-
-class TooFewSamplesError(VerificationError):
-    """The calibration data cannot support the operating point."""
-
-    reason = "too-few-samples"
+_GAIN_STEPS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Threshold:
-    """A threshold and the number of samples that it was chosen from."""
+class Answers:
+    """What both models said to the calibration data; the first axis of every array counts samples."""
 
-    value: float
-    samples: int
+    light: Mapping[str, Array]  # the compiled variant's outputs, at least those that the score reads
+    heavy: Logits
+    labels: Labels
+    output: str = "logits"  # the light output with one logit per class
+
+    @property
+    def logits(self) -> Logits:
+        """Return the light model's logits."""
+        return self.light[self.output]
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
-def calibrate(light_logits: Logits, heavy_logits: Logits, labels: Labels, point: OperatingPoint) -> VariantCalibration:
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the operator asked for."""
+
+    point: OperatingPoint
+    score: str = "max_probability"
+    costs: tuple[float, ...] = ()
+    fusion: Literal["auto", "off"] = "auto"
+    features: str = ""
+    head: Path | None = None  # the learned score's weights
+
+
+def calibrate(answers: Answers, wish: Wish) -> VariantCalibration:
     """Return the calibration record of one variant.
 
     Raises:
         TooFewSamplesError: The data cannot support the operating point.
     """
-    fit, rest = divide(len(labels))
-    temperature = choose_temperature(light_logits[fit], labels[fit])
-    scores = max_probability(light_logits, temperature)
-    threshold = choose_threshold(scores[rest], point).value
-    escalated = route(scores, threshold)
+    fit, rest = divide(len(answers))
+    logits, heavy, labels = answers.logits, answers.heavy, answers.labels
+    temperature = choose_temperature(logits[fit], labels[fit])
+    scores = score_rows(answers.light, answers.output, temperature, wish)
+    fusion = choose_fusion(logits, heavy, labels, temperature, fit, rest) if wish.fusion == "auto" else None
+    evidence = Evidence(scores, correct(logits, labels), correct(cloud_answers(answers, temperature, fusion), labels))
+    # The target of accuracy is tested on rows that decided about fusion: one of two, so each may fail half as often.
+    halved = wish.point.kind == "target_accuracy" and wish.fusion == "auto"
+    point = wish.point.model_copy(update={"delta": wish.point.delta / 2}) if halved else wish.point
+    threshold = choose(point, evidence.take(fit), evidence.take(rest), samples=len(answers))
+    escalated = route(scores, threshold.value)
+    same = np.argmax(logits, axis=1) == np.argmax(heavy, axis=1)
     return VariantCalibration(
         temperature=temperature,
-        threshold=threshold,
+        threshold=threshold.value,
+        class_thresholds=class_thresholds(threshold.value, wish.costs) if wish.costs else (),
+        bound=threshold.bound,
+        samples=threshold.samples,
         escalation_rate=float(escalated.mean()),
-        accuracy=routed_accuracy(light_logits, heavy_logits, labels, escalated),
-        edge_accuracy=accuracy(light_logits, labels),
-        agreement=agreement(light_logits, heavy_logits),
-        ece_before=expected_calibration_error(light_logits, labels),
-        ece_after=expected_calibration_error(light_logits, labels, temperature),
-        curve=threshold_curve(light_logits, heavy_logits, labels, scores),
+        accuracy=float(np.where(escalated, evidence.cloud_right, evidence.light_right).mean()),
+        edge_accuracy=accuracy(logits, labels),
+        agreement=agreement(logits, heavy),
+        edge_agreement=None if escalated.all() else float(same[~escalated].mean()),
+        ece_before=expected_calibration_error(logits, labels),
+        ece_after=expected_calibration_error(logits, labels, temperature),
+        aurc=area_under_risk(scores, evidence.light_right),
+        scores=tuple(float(value) for value in np.quantile(scores, np.linspace(0.0, 1.0, 101))),
+        gains=gain_steps(evidence),
+        fusion=fusion,
+        curve=threshold_curve(evidence),
     )
 
 
-def divide(count: int) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], np.ndarray[tuple[int], np.dtype[np.int64]]]:
+def cloud_answers(answers: Answers, temperature: float, fusion: Fusion | None) -> Logits:
+    """Return what escalated requests are answered with."""
+    if fusion is None:
+        return answers.heavy
+    return fuse(answers.logits, answers.heavy, temperature=temperature, light_weight=fusion.light_weight)
+
+
+def score_rows(light: Mapping[str, Array], output: str, temperature: float, wish: Wish) -> Floats:
+    """Return the score of each row, as the device will compute it."""
+    options = ScoreOptions(output, temperature, features=wish.features, head=wish.head, costs=wish.costs)
+    return open_score(wish.score, options)(light)
+
+
+def divide(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows for the temperature, spread evenly, and the rows for the threshold."""
     every = max(_FIT_SHARE, -(-count // _FIT_ROWS))
     rows = np.arange(count, dtype=np.int64)
@@ -119,66 +167,37 @@ def fit_temperature(logits: Logits, labels: Labels) -> float:
     return round(math.exp((low + high) / 2.0), 4)
 
 
-def choose_threshold(scores: Floats, point: OperatingPoint) -> Threshold:
-    """Return the largest threshold whose escalation rate is at most `point.value` with confidence 1 - `point.delta`.
-
-    Raises:
-        TooFewSamplesError: There are too few scores for it; the message says how many are needed.
-    """
-    count = len(scores)
-    if point.value >= 1.0 or point.value <= 0.0:
-        return Threshold(ALWAYS if point.value >= 1.0 else NEVER, count)
-    allowed = largest_count(count, point.value, point.delta)
-    if allowed < _LEAST_USE * point.value * count:
-        needed = samples_needed(point.value, point.delta)
-        raise TooFewSamplesError(
-            f"{count} calibration samples cannot support 'escalate at most {point.value:g} with confidence "
-            f"{1 - point.delta:g}': {needed} are needed for the threshold",
-            hint=f"give at least {math.ceil(needed * _FIT_SHARE / (_FIT_SHARE - 1)) + 1} labelled samples "
-            "(some go to the temperature), or ask for less confidence",
-        )
-    return Threshold(float(np.sort(scores)[allowed]), count)
-
-
-def largest_count(count: int, rate: float, delta: float) -> int:
-    """Return the largest k with P(Binomial(count, rate) <= k) <= delta, or -1 when there is none."""
-    step, total, best = count * math.log1p(-rate), 0.0, -1
-    odds = math.log(rate) - math.log1p(-rate)
-    for successes in range(count + 1):
-        total += math.exp(step)
-        if total > delta:
-            break
-        best = successes
-        if successes < count:
-            step += math.log(count - successes) - math.log(successes + 1) + odds
-    return best
-
-
-def samples_needed(rate: float, delta: float) -> int:
-    """Return the number of samples from which on the bound leaves at least half of the allowed rate in use."""
-    high = 8
-    while largest_count(high, rate, delta) < _LEAST_USE * rate * high:
-        high *= 2
-    enough = high
-    while enough > 1 and largest_count(enough - 1, rate, delta) >= _LEAST_USE * rate * (enough - 1):
-        enough -= 1
-    return enough
-
-
-def threshold_curve(
-    light_logits: Logits, heavy_logits: Logits, labels: Labels, scores: Floats
-) -> tuple[CurvePoint, ...]:
+def threshold_curve(rows: Evidence) -> tuple[CurvePoint, ...]:
     """Return what thresholds from "never" to "always" do to these samples."""
-    ordered = np.append(np.sort(scores), ALWAYS)
-    places = np.rint(np.linspace(0, len(scores), CURVE_POINTS)).astype(np.int64)
-    points = []
-    for threshold in np.unique(ordered[places]).tolist():
-        escalated = route(scores, threshold)
-        points.append(
-            CurvePoint(
-                threshold=threshold,
-                escalation_rate=float(escalated.mean()),
-                accuracy=routed_accuracy(light_logits, heavy_logits, labels, escalated),
-            )
-        )
-    return tuple(points)
+    ordered = np.append(np.sort(rows.scores), ALWAYS)
+    places = np.rint(np.linspace(0, len(rows), CURVE_POINTS)).astype(np.int64)
+    return tuple(_curve_point(rows, threshold) for threshold in np.unique(ordered[places]).tolist())
+
+
+def _curve_point(rows: Evidence, threshold: float) -> CurvePoint:
+    escalated = route(rows.scores, threshold)
+    return CurvePoint(
+        threshold=threshold,
+        escalation_rate=float(escalated.mean()),
+        accuracy=float(np.where(escalated, rows.cloud_right, rows.light_right).mean()),
+        risk=None if escalated.all() else float((~rows.light_right)[~escalated].mean()),
+    )
+
+
+def gain_steps(rows: Evidence) -> tuple[GainStep, ...]:
+    """Return the expected gain of escalating by score: isotonic regression that falls (pool adjacent violators)."""
+    order = np.argsort(rows.scores, kind="stable")
+    gain = _signed(rows.cloud_right, rows.light_right)[order]
+    scores = rows.scores[order]
+    blocks: list[list[float]] = []  # first score, sum, count
+    for chunk in np.array_split(np.arange(len(order)), min(_GAIN_STEPS, len(order))):
+        blocks.append([float(scores[chunk[0]]), float(gain[chunk].sum()), float(len(chunk))])
+        while len(blocks) > 1 and blocks[-1][1] / blocks[-1][2] >= blocks[-2][1] / blocks[-2][2]:
+            _, total, count = blocks.pop()
+            blocks[-1][1] += total
+            blocks[-1][2] += count
+    return tuple(GainStep(score=score, gain=total / count) for score, total, count in blocks)
+
+
+def _signed(better: Flags, worse: Flags) -> Floats:
+    return better.astype(np.float64) - worse.astype(np.float64)

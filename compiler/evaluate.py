@@ -12,6 +12,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.scores import ScoreOptions, open_score
+
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Labels = NDArray[np.int64]
@@ -30,16 +32,9 @@ class Curve:
     accuracy: Floats
 
 
-def softmax(logits: Logits, temperature: float = 1.0) -> Floats:
-    """Return probabilities, row by row, in double precision."""
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
-
-
 def max_probability(logits: Logits, temperature: float = 1.0) -> Floats:
-    """Return the score of each row: the largest probability after dividing the logits by `temperature`."""
-    return np.asarray(softmax(logits, temperature).max(axis=1))
+    """Return the largest probability of each row after dividing the logits by `temperature`."""
+    return open_score("max_probability", ScoreOptions("logits", temperature))({"logits": logits})
 
 
 def route(scores: Floats, threshold: float) -> Flags:
@@ -157,6 +152,12 @@ def random_curve(light_logits: Logits, heavy_logits: Logits, labels: Labels, poi
     shares = np.linspace(0.0, 1.0, points)
     light, heavy = accuracy(light_logits, labels), accuracy(heavy_logits, labels)
     return Curve(shares, light + shares * (heavy - light))
+
+
+def area_under_risk(scores: Floats, right: Flags) -> float:
+    """Return the mean selective risk over all coverages, the surest rows first (AURC; Geifman et al., ICLR 2019)."""
+    wrong = ~right[np.argsort(-scores, kind="stable")]
+    return float((np.cumsum(wrong) / np.arange(1, len(wrong) + 1)).mean())
 
 
 def expected_calibration_error(logits: Logits, labels: Labels, temperature: float = 1.0) -> float:

@@ -67,13 +67,14 @@ def write_bundle(folder: Path, contents: Contents) -> Manifest:
     (folder / GOLDEN).write_bytes(save(tensors))
     files = index_files(folder)
     heavy = {path: entry.sha256 for path, entry in files.items() if path.startswith("heavy/")}
-    model = contents.recipe.model
+    model, features = contents.recipe.model, contents.recipe.calibration.features
     manifest = Manifest(
         name=model.name,
         version=model.version,
         labels=model.labels,
         inputs=contents.light.inputs,
-        outputs=contents.light.outputs,
+        outputs=tuple(spec for spec in contents.light.outputs if spec.name != features),
+        features=tuple(spec for spec in contents.light.outputs if spec.name == features),
         max_batch=model.max_batch if is_batchable(contents.light) else 1,
         max_length=max(
             (longest for axis, (_, longest) in contents.light.lengths.items() if axis != BATCH_AXIS), default=65_536

@@ -31,7 +31,6 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from compiler.cache import Cache, code_digest, key, tool_versions
-from compiler.calibrate import calibrate
 from compiler.capture import CapturedModel, check_same_interface
 from compiler.data import LABELS, LabelledSamples, has_labels, load_labelled, load_samples
 from compiler.evaluate import Logits
@@ -42,6 +41,7 @@ from compiler.package import Contents, check_folder, check_output, move_into_pla
 from compiler.plan import Plan, make_plan
 from compiler.processes import Advance, Budget, default_budget
 from compiler.recipe import Recipe
+from compiler.record import Stage, calibration_record
 from compiler.report import LeftOut, Report, pareto, recommend
 from compiler.targets import load_target
 from compiler.verify import Materials, golden_rows, prepare
@@ -52,15 +52,13 @@ from isthmus.bundle import (
     MANIFEST,
     REPORT,
     Calibration,
-    CalibrationData,
     Manifest,
-    OperatingPoint,
     TensorSpec,
     Variant,
     open_bundle,
 )
 from isthmus.digests import sha256_file
-from isthmus.errors import BundleError, InputError, IsthmusError, VerificationError
+from isthmus.errors import InputError, IsthmusError, VerificationError
 from isthmus.machine import machine
 from isthmus.tensors import Array
 
@@ -224,7 +222,7 @@ def _prepare(plan: Plan, shop: Workshop, recipe_path: Path) -> _Job:
             for what, section in (("light", recipe.light), ("heavy", recipe.heavy))
         ]
     )
-    check_same_interface(light, heavy)
+    check_same_interface(light, heavy, features=_features(recipe, light))
     score = _score_output(recipe, light)
     labels = recipe.model.labels
     if labels and len(labels) != score.shape[1]:
@@ -239,8 +237,21 @@ def _prepare(plan: Plan, shop: Workshop, recipe_path: Path) -> _Job:
     return _Job(plan, light, heavy, data, score.name, shop)
 
 
+def _features(recipe: Recipe, light: CapturedModel) -> str:
+    """Return the name of the output with features, after checking that there is one."""
+    name = recipe.calibration.features
+    spec = next((spec for spec in light.outputs if spec.name == name), None)
+    if name and (spec is None or spec.datatype != "FP32" or len(spec.shape) < 2 or -1 in spec.shape[1:]):
+        raise InputError(
+            f"calibration.features: expected an FP32 output of the light model with fixed axes, got {name!r}; it has "
+            + ", ".join(f"{s.name} {s.datatype}{list(s.shape)}" for s in light.outputs),
+            hint="name an output with shape [batch, features], or leave it out",
+        )
+    return name
+
+
 def _score_output(recipe: Recipe, light: CapturedModel) -> TensorSpec:
-    by_name = {spec.name: spec for spec in light.outputs}
+    by_name = {spec.name: spec for spec in light.outputs if spec.name != recipe.calibration.features}
     name = recipe.calibration.output or ("logits" if "logits" in by_name or len(by_name) > 1 else next(iter(by_name)))
     spec = by_name.get(name)
     if spec is None or spec.datatype != "FP32" or len(spec.shape) != 2 or spec.shape[1] < 2:
@@ -363,19 +374,10 @@ def _report(job: _Job, subject: Subject, accepted: list[Accepted], left_out: lis
 def _finish(
     job: _Job, accepted: list[Accepted], heavy: Logits, report: Report, heavy_varies: str, bundle: Path, output: Path
 ) -> Outcome:
-    section, model, data = job.recipe.calibration, job.recipe.model, job.data
-    point = OperatingPoint(value=section.max_escalation, delta=section.delta)
     for entry in accepted:
         shutil.copytree(entry.artefact, bundle / "variants" / entry.candidate.id)
-    calibration = Calibration(
-        model=model.name,
-        version=model.version,
-        output=job.score_output,
-        operating_point=point,
-        data=CalibrationData(sha256=data.sha256, samples=len(data)),
-        heavy_accuracy=metric_of("accuracy", heavy, data.labels),
-        variants={entry.candidate.id: calibrate(_logits(entry), heavy, data.labels, point) for entry in accepted},
-    )
+    stage = Stage(job.recipe, job.light, job.heavy, job.score_output, job.data, heavy, job.shop)
+    calibration = calibration_record(stage, accepted, bundle)
     contents = Contents(
         recipe=job.recipe,
         recipe_sha256=job.plan.recipe_sha256,
@@ -393,12 +395,6 @@ def _finish(
     move_into_place(bundle, output)
     job.shop.advance("package", 1, 1)
     return Outcome(output, report, manifest, calibration)
-
-
-def _logits(entry: Accepted) -> Logits:
-    if entry.logits is None:
-        raise BundleError(f"{entry.candidate.id}: no logits to calibrate with")
-    return entry.logits
 
 
 def _variant(entry: Accepted) -> Variant:

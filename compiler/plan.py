@@ -148,6 +148,8 @@ def _digests(recipe: Recipe, previous: tuple[Path, Manifest] | None) -> dict[str
     }
     if recipe.data.quantization is not None:
         sources["quantization"] = _file_digest(recipe.data.quantization)
+    if recipe.data.deferral is not None:
+        sources["deferral"] = _file_digest(recipe.data.deferral)
     if previous is not None:
         sources["delta_from"] = sha256_file(previous[0] / MANIFEST)
     return sources
@@ -159,5 +161,5 @@ def _file_digest(path: Path) -> str:
     except OSError as error:
         raise InputError(
             f"cannot read {path}: {error.strerror}",
-            hint="data.calibration and data.quantization name safetensors files",
+            hint="the paths under [data] name safetensors files",
         ) from error

@@ -17,14 +17,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compiler.evaluate import METRICS
 from compiler.sources import SourceOptions, resolve
 from compiler.targets import TARGETS, Serving
-from isthmus.bundle import INT8, Name, Precision, Version
+from isthmus.bundle import INT8, Name, OperatingPoint, Precision, Version
 from isthmus.digests import sha256_bytes
 from isthmus.errors import InputError
 
 MAX_RECIPE_BYTES: Final = 1 << 20
 MAX_LABELS: Final = 65_536
 
+_POINTS: Final[tuple[Literal["max_escalation", "max_risk", "target_accuracy"], ...]] = (
+    "max_escalation", "max_risk", "target_accuracy"
+)  # fmt: skip
+_DEFAULT_ESCALATION: Final = 0.3
+
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Cost = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -123,6 +129,7 @@ class DataSection(_Section):
 
     calibration: Path  # and the tensor "labels", int64
     quantization: Path | None = None  # needed for int8; with "labels" too, a target may control accuracy itself
+    deferral: Path | None = None  # with "labels"; needed for the learned score: rows that no model was trained on
 
 
 class GuardSection(_Section):
@@ -140,11 +147,35 @@ class GuardSection(_Section):
 
 
 class CalibrationSection(_Section):
-    """The operating point: at most `max_escalation` of all requests go up, with confidence 1 - `delta`."""
+    """The operating point, one of three, with confidence 1 - `delta`, and the score that it is about."""
 
-    max_escalation: Share = 0.3
+    max_escalation: Share | None = None  # at most this share of all requests goes up; 0.3 when nothing is asked for
+    max_risk: Share | None = None  # at most this share of the edge's own answers is wrong
+    target_accuracy: Share | None = None  # at least this share of all answers is right
     delta: float = Field(default=0.1, gt=0, lt=1, allow_inf_nan=False)
     output: str = ""  # the output with one logit per class; empty: "logits", or the only one there is
+    score: Literal["max_probability", "margin", "entropy", "energy", "learned"] = "max_probability"
+    features: str = ""  # a further output of the light model, for the learned score
+    class_costs: dict[str, Cost] = {}  # of a wrong answer, by label; 1 for all others
+    fusion: bool = True  # let both models answer escalated requests, where that wins on the calibration data
+
+    @model_validator(mode="after")
+    def _one_point(self) -> CalibrationSection:
+        asked = [name for name in _POINTS if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise ValueError(f"give one of {', '.join(_POINTS)}, not {' and '.join(asked)}")
+        if self.features and self.score != "learned":
+            raise ValueError(f"features are read by the learned score only, and score is {self.score!r}")
+        return self
+
+    @property
+    def point(self) -> OperatingPoint:
+        """Return what is asked for."""
+        for name in _POINTS:
+            value = getattr(self, name)
+            if value is not None:
+                return OperatingPoint(kind=name, value=value, delta=self.delta)
+        return OperatingPoint(value=_DEFAULT_ESCALATION, delta=self.delta)
 
 
 class MeasureSection(_Section):
@@ -182,6 +213,8 @@ class Recipe(_Section):
             raise ValueError("data.quantization is needed, for a variant has precision int8")
         if self.heavy.precision in INT8 and self.data.quantization is None:
             raise ValueError("data.quantization is needed, for heavy.precision is int8")
+        if self.calibration.score == "learned" and self.data.deferral is None:
+            raise ValueError("data.deferral is needed, for calibration.score is learned")
         roles = {name: entry.role for name, entry in TARGETS.items()}
         heavy = [variant.target for variant in self.variants if roles.get(variant.target) == "heavy"]
         if heavy:
@@ -259,11 +292,9 @@ def _fields_of(where: Sequence[int | str]) -> list[str]:
 
 
 def _resolve(recipe: Recipe, folder: Path) -> Recipe:
-    quantization, delta_from = recipe.data.quantization, recipe.update.delta_from
-    data = DataSection(
-        calibration=folder / recipe.data.calibration,
-        quantization=None if quantization is None else folder / quantization,
-    )
+    delta_from = recipe.update.delta_from
+    paths = {name: folder / path for name, path in recipe.data if path is not None}
+    data = recipe.data.model_copy(update=paths)
     return recipe.model_copy(
         update={
             "model": _with_labels(recipe.model, folder),

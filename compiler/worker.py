@@ -1,7 +1,8 @@
 """The processes that capture and build: `python -m compiler.worker FOLDER` does the job in FOLDER/job.json.
 
 What each leaves in its folder: a capture, `model.onnx` and `capture.json`; a build, `artefact/`, `result.json`,
-`logits.safetensors` (the score output for all samples) and `golden.safetensors` (all outputs for the golden rows).
+`logits.safetensors` (the score output for all samples) and `golden.safetensors` (all outputs for the golden rows);
+answers, `outputs.safetensors` (all outputs for all samples).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from safetensors.numpy import load_file, save_file
 
 from compiler.capture import CapturedModel, capture
-from compiler.data import LABELS
+from compiler.data import LABELS, run_over
 from compiler.processes import say, serve
 from compiler.sources import SourceOptions
 from compiler.targets import BuildOptions, Labels, Serving, Target, Tuning, load_target
@@ -32,6 +33,7 @@ ARTEFACT: Final = "artefact"
 RESULT: Final = "result.json"
 LOGITS: Final = "logits.safetensors"
 GOLDEN: Final = "golden.safetensors"
+OUTPUTS: Final = "outputs.safetensors"
 CAPTURED: Final = TypeAdapter(CapturedModel)
 
 
@@ -70,6 +72,18 @@ class BuildJob(_Job):
     threads: int = 1
 
 
+class AnswersJob(_Job):
+    """Run an artefact over samples."""
+
+    kind: Literal["answers"] = "answers"
+    target: str
+    entry: Path
+    model: CapturedModel
+    samples: Path
+    batch: int
+    threads: int = 1
+
+
 class BuildResult(_Job):
     """What came of a build."""
 
@@ -85,7 +99,7 @@ class BuildResult(_Job):
     proof: Proof | None = None  # None: it cannot run here
 
 
-_JOBS: Final[TypeAdapter[CaptureJob | BuildJob]] = TypeAdapter(CaptureJob | BuildJob)
+_JOBS: Final[TypeAdapter[CaptureJob | BuildJob | AnswersJob]] = TypeAdapter(CaptureJob | BuildJob | AnswersJob)
 
 
 def read_captured(folder: Path) -> CapturedModel:
@@ -170,10 +184,20 @@ def _options(job: BuildJob) -> BuildOptions:
     )
 
 
+def _answer(folder: Path, job: AnswersJob) -> None:
+    runner = load_target(job.target, role="light").open(job.entry, threads=job.threads)
+    samples = load_file(job.samples)
+    inputs = {spec.name: samples[spec.name] for spec in job.model.inputs}
+    outputs = run_over(runner.infer, job.model, inputs, batch=job.batch, advance=partial(say, "answers"))
+    _save(outputs, folder / OUTPUTS)
+
+
 def _work(folder: Path) -> None:
     job = _JOBS.validate_json((folder / JOB).read_bytes())
     if isinstance(job, CaptureJob):
         _capture(folder, job)
+    elif isinstance(job, AnswersJob):
+        _answer(folder, job)
     else:
         _build(folder, job)
 

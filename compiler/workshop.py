@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
 from compiler.cache import Cache, code_digest, key, tool_versions
 from compiler.capture import CapturedModel
-from compiler.data import is_batchable, request
+from compiler.data import Samples, is_batchable, request
 from compiler.measure import Timing, measure
 from compiler.processes import Advance, Budget, run_process
 from compiler.sources import SourceOptions
 from compiler.verify import BATCH
-from compiler.worker import JOB, BuildJob, CaptureJob, read_captured
+from compiler.worker import JOB, OUTPUTS, AnswersJob, BuildJob, CaptureJob, read_captured
 from isthmus.bundle import index_files
 from isthmus.digests import sha256_bytes, sha256_file, tree_digest
 from isthmus.tensors import Array
@@ -96,11 +100,52 @@ class Workshop:
         self.advance(f"build {name}", 1, 1)
         return folder
 
-    def _run(self, place: Path, job: CaptureJob | BuildJob, what: str, name: str, path: Path | None) -> None:
+    def answers(
+        self,
+        target: str,
+        entry: Path,
+        model: CapturedModel,
+        samples: Samples,
+        *,
+        tools: tuple[str, ...],
+        name: str,
+        batch: int,
+    ) -> dict[str, Array]:
+        """Return all outputs of an artefact for all samples.
+
+        Args:
+            target: A key of `compiler.targets.TARGETS`.
+            entry: What it built.
+            model: The captured model.
+            samples: What to answer.
+            tools: Distributions that run it.
+            name: What it is, for people.
+            batch: Samples in one request, where the model can take several.
+        """
+        parts = key(
+            artefact=_tree(entry.parent), target=target, samples=samples.sha256, batch=batch,
+            tools=tool_versions((*tools, "numpy")), code=code_digest(),
+        )  # fmt: skip
+
+        def run(place: Path) -> None:
+            with tempfile.TemporaryDirectory() as scratch:
+                path = Path(scratch) / "samples.safetensors"
+                save_file({key: np.ascontiguousarray(array) for key, array in samples.inputs.items()}, path)
+                job = AnswersJob(
+                    target=target, entry=entry.resolve(), model=model, samples=path, batch=batch,
+                    threads=self.budget.threads,
+                )  # fmt: skip
+                self._run(place, job, f"running {name}", name, None)
+
+        return load_file(self.cache.get("answers", parts, run) / OUTPUTS)
+
+    def _run(
+        self, place: Path, job: CaptureJob | BuildJob | AnswersJob, what: str, name: str, path: Path | None
+    ) -> None:
         (place / JOB).write_text(job.model_dump_json())
 
         def advance(stage: str, done: int, total: int) -> None:
-            self.advance(f"{stage} {name}" if isinstance(job, BuildJob) else name, done, total)
+            self.advance(name if isinstance(job, CaptureJob) else f"{stage} {name}", done, total)
 
         run_process("compiler.worker", place, what=what, budget=self.budget, advance=advance, path=path)
         for scratch in _SCRATCH:

@@ -6,6 +6,7 @@ of a retired version closes when the last of them is done: no request is lost, a
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,18 +27,30 @@ from isthmus.bundle import (
     parse_manifest,
 )
 from isthmus.errors import NotFoundError, UnavailableError
+from isthmus.policies import Policy, make_policy
+from isthmus.scores import HEAD, Score, ScoreOptions, open_score
 from isthmus.tensors import Array
 
 
 class LiveModel:
     """One version, opened and self-tested. Used from the event loop only."""
 
-    def __init__(self, manifest: Manifest, variant: Variant, calibration: Calibration, worker: Worker) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        variant: Variant,
+        calibration: Calibration,
+        worker: Worker,
+        score: Score,
+        policy: Policy,
+    ) -> None:
         self.manifest = manifest
         self.variant = variant
         self.calibration = calibration
         self.calibration_id = calibration.id
+        self.policy = policy
         self._worker = worker
+        self._score = score
         self._requests = 0
         self._retired = False
 
@@ -64,6 +77,10 @@ class LiveModel:
         """
         return await self._worker.infer(inputs)
 
+    def score(self, outputs: Mapping[str, Array]) -> float:
+        """Return how sure the light answer is: the score of its least certain row, NaN when a row is not finite."""
+        return float(self._score(outputs).min())
+
     def retire(self) -> None:
         """Close the runtime once the requests in progress are done."""
         self._retired = True
@@ -74,18 +91,29 @@ class LiveModel:
             self._worker.close()
 
 
-def open_model(slot: Path, variant_id: str, *, threads: int = 1, queue: int = 64) -> LiveModel:
+def open_model(
+    slot: Path, variant_id: str, *, threads: int = 1, queue: int = 64, policy: str = "threshold"
+) -> LiveModel:
     """Open the installed version in `slot` and run its self-test, which also warms the runtime up (blocks).
+
+    Args:
+        slot: The installed version.
+        variant_id: The variant in it.
+        threads: Threads that one light inference may use.
+        queue: Light inferences that may wait.
+        policy: What decides which requests escalate, see `isthmus.policies.make_policy`.
 
     Raises:
         BundleError: The manifest, the calibration record or the model file is malformed.
         VerificationError: The self-test failed.
-        ConfigError: The runtime is not installed or cannot compute as the variant asks.
+        ConfigError: The runtime is not installed or cannot compute as the variant asks, or the policy cannot be.
     """
     manifest = parse_manifest((slot / MANIFEST).read_bytes())
     variant = manifest.variant(variant_id)
     calibration = parse_calibration((slot / CALIBRATION).read_bytes())
     check_calibration(manifest, variant, calibration)
+    point = calibration.variants[variant.id]
+    decider = make_policy(policy, point, chance=random.SystemRandom())
     runtime = open_runtime(
         variant.runtime,
         slot / variant.entry,
@@ -93,11 +121,24 @@ def open_model(slot: Path, variant_id: str, *, threads: int = 1, queue: int = 64
         inference_precision=variant.inference_precision,
     )
     try:
-        run_selftest(runtime, manifest, variant, slot / GOLDEN)
+        score = _open_score(slot, variant, calibration)
+        outputs = run_selftest(runtime, manifest, variant, slot / GOLDEN)
+        score(outputs)  # an output or a feature that is missing shows here, not in the first request
     except BaseException:
         runtime.close()
         raise
-    return LiveModel(manifest, variant, calibration, Worker(runtime, queue=queue))
+    return LiveModel(manifest, variant, calibration, Worker(runtime, queue=queue), score, decider)
+
+
+def _open_score(slot: Path, variant: Variant, calibration: Calibration) -> Score:
+    options = ScoreOptions(
+        calibration.output,
+        calibration.variants[variant.id].temperature,
+        features=calibration.features,
+        head=slot / "variants" / variant.id / HEAD,
+        costs=calibration.costs,
+    )
+    return open_score(calibration.score, options)
 
 
 @dataclass(slots=True)

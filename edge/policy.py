@@ -1,24 +1,21 @@
-"""Light answer to route: how sure the light model is, and whether that is sure enough.
+"""Light answer to route: whether the light model is sure enough.
 
-Pure functions of plain data: no clock, no I/O. The rules:
+Pure functions of plain data: no clock, no I/O. The rules, in order:
 
-1. A row's score is its largest softmax probability at the calibration record's temperature; a request's score
-   is that of its least certain row.
-2. A request whose score is below the calibration record's threshold escalates.
-3. A light answer that is not finite has no score and always escalates.
-4. A caller may force a route with the request parameter `isthmus.route`.
+1. A caller may force a route with the request parameter `isthmus.route`.
+2. A light answer that is not finite has no score and always escalates.
+3. Otherwise the policy decides (isthmus.policies): by default, what scores below the calibration record's threshold
+   escalates. Requests of the first two kinds are not shown to the policy: it did not decide about them.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final, Literal
 
 from isthmus.errors import InputError
+from isthmus.policies import Case, Policy
 
 Route = Literal["edge", "cloud", "fallback"]
 ROUTES: Final[tuple[Route, ...]] = ("edge", "cloud", "fallback")
@@ -33,28 +30,12 @@ class Decision:
     reason: Literal["confident", "uncertain", "not-finite", "requested"]
 
 
-def score_rows(logits: NDArray[np.floating[Any]], temperature: float) -> NDArray[np.float64]:
-    """Return each row's largest softmax probability at this temperature; NaN where the row is not finite."""
-    rows = np.asarray(logits, dtype=np.float64)
-    finite = np.isfinite(rows).all(axis=-1)
-    if not finite.all():
-        rows = np.where(finite[..., np.newaxis], rows, 0.0)
-    # max(softmax(z)) = 1 / sum(exp(z - max(z))): no overflow, one pass.
-    scores = 1.0 / np.exp((rows - rows.max(axis=-1, keepdims=True)) / temperature).sum(axis=-1)
-    return np.where(finite, scores, np.nan)
-
-
-def score_request(logits: NDArray[np.floating[Any]], temperature: float) -> float:
-    """Return the score of the least certain row; NaN when any row is not finite."""
-    return float(score_rows(logits, temperature).min())
-
-
-def decide(score: float, threshold: float, wanted: str | None = None) -> Decision:
-    """Return whether a request with this score escalates.
+def decide(case: Case, policy: Policy, wanted: str | None = None) -> Decision:
+    """Return whether a request escalates.
 
     Args:
-        score: From `score_request`.
-        threshold: From the calibration record of the version that made the score.
+        case: The request; its score comes from the version that the policy was made for.
+        policy: Decides where nothing else does.
         wanted: The caller's `isthmus.route`, None when absent.
 
     Raises:
@@ -62,9 +43,9 @@ def decide(score: float, threshold: float, wanted: str | None = None) -> Decisio
     """
     if wanted is not None:
         return Decision(escalate=check_wanted(wanted) == "cloud", reason="requested")
-    if math.isnan(score):
+    if math.isnan(case.score):
         return Decision(escalate=True, reason="not-finite")
-    if score < threshold:
+    if policy.escalates(case):
         return Decision(escalate=True, reason="uncertain")
     return Decision(escalate=False, reason="confident")
 

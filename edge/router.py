@@ -21,10 +21,11 @@ import numpy as np
 import structlog
 
 from edge.model import LiveModel, ServedModels
-from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide, score_request
+from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide
 from edge.uplink import Answer, Failure
 from isthmus.errors import InputError
 from isthmus.oip import override_fields, read_parameters, service_pb2, set_parameter
+from isthmus.policies import Case
 from isthmus.tensors import Array, decode_inputs, decode_outputs, encode_outputs
 
 log = structlog.get_logger(__name__)
@@ -109,15 +110,14 @@ class Router:
 
     async def _route(self, question: _Question, live: LiveModel) -> tuple[Any, Route]:
         light = await self._light(question, live)
-        point = live.operating_point
-        score = score_request(light[live.calibration.output], point.temperature)
-        decision = decide(score, point.threshold, question.route)
+        score = live.score(light)
+        decision = decide(Case(score, len(question.raw)), live.policy, question.route)
         if not decision.escalate:
-            response = _light_response(question, light)
+            response = _light_response(_wanted(question, light, live))
             return _explained(response, question, live, "edge", decision.reason, score), "edge"
         outcome = await self._escalate(question, light, live)
         if isinstance(outcome, Failure):
-            response = _light_response(question, light)
+            response = _light_response(_wanted(question, light, live))
             return _explained(response, question, live, "fallback", outcome.reason, score), "fallback"
         return _explained(outcome.response, question, live, "cloud", decision.reason, score), "cloud"
 
@@ -131,10 +131,10 @@ class Router:
         counters = self._models.counters[live.manifest.name]
         counters.light_inferences += 1
         counters.light_ns += int((self._clock() - started) * 1e9)
-        return {spec.name: outputs[spec.name] for spec in live.manifest.outputs}
+        return outputs
 
     async def _escalate(self, question: _Question, light: Mapping[str, Array], live: LiveModel) -> Answer | Failure:
-        expected = {name: array for name, array in light.items() if name in question.wanted}
+        expected = _wanted(question, light, live)
         checked: dict[str, Array] = {}
 
         def check(response: Any) -> None:
@@ -144,7 +144,7 @@ class Router:
         version = str(manifest.version)
         request = override_fields(question.raw, model_name=manifest.name, model_version=version, request_id=question.id)
         outcome = await self._uplink.escalate(request, remaining_s=question.deadline - self._clock(), check=check)
-        if self._capture is not None and isinstance(outcome, Answer) and len(checked) == len(light):
+        if self._capture is not None and isinstance(outcome, Answer) and len(checked) == len(live.manifest.outputs):
             self._capture(manifest.name, question.inputs, checked)
         return outcome
 
@@ -195,9 +195,14 @@ def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Questi
     )
 
 
-def _light_response(question: _Question, light: Mapping[str, Array]) -> Any:
+def _wanted(question: _Question, light: Mapping[str, Array], live: LiveModel) -> dict[str, Array]:
+    """Return the outputs that the caller gets; features are no outputs of the model that is served."""
+    return {spec.name: light[spec.name] for spec in live.manifest.outputs if spec.name in question.wanted}
+
+
+def _light_response(outputs: Mapping[str, Array]) -> Any:
     response = service_pb2.ModelInferResponse()
-    encode_outputs(response, {name: array for name, array in light.items() if name in question.wanted})
+    encode_outputs(response, outputs)
     return response
 
 
@@ -211,7 +216,7 @@ def _explained(response: Any, question: _Question, live: LiveModel, route: Route
         ROUTE_PARAMETER: route,
         "isthmus.reason": reason,
         "isthmus.score": score,
-        "isthmus.threshold": live.operating_point.threshold,
+        "isthmus.threshold": live.policy.threshold,
         "isthmus.calibration": live.calibration_id,
         "isthmus.edge_version": live.manifest.version,
         "isthmus.cloud_version": cloud_version if route == "cloud" else None,

@@ -43,8 +43,8 @@ def check_calibration(manifest: Manifest, variant: Variant, calibration: Calibra
         )
 
 
-def run_selftest(runtime: Runtime, manifest: Manifest, variant: Variant, golden: Path) -> float:
-    """Return the largest absolute difference from the golden outputs.
+def run_selftest(runtime: Runtime, manifest: Manifest, variant: Variant, golden: Path) -> Mapping[str, Array]:
+    """Return the outputs for the golden inputs, features too, after comparing them with the golden outputs.
 
     Raises:
         VerificationError: The runtime's answers are not those that the variant was accepted with.
@@ -64,7 +64,11 @@ def run_selftest(runtime: Runtime, manifest: Manifest, variant: Variant, golden:
             f"golden outputs of {variant.id}: expected to be within {variant.tolerance:g}, got {worst:.3g}",
             reason="golden-mismatch",
         )
-    return worst
+    for spec in manifest.features:
+        features = actual.get(spec.name)
+        if features is None or DATATYPE_OF.get(features.dtype) != spec.datatype or not np.isfinite(features).all():
+            raise VerificationError(f"features {spec.name!r}: expected finite {spec.datatype}", reason="golden-shape")
+    return actual
 
 
 def _load(golden: Path) -> Mapping[str, Array]:

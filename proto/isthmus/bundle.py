@@ -144,6 +144,7 @@ class Manifest(_Strict):
     labels: tuple[str, ...] = ()
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    features: tuple[TensorSpec, ...] = ()  # further outputs of the light model, which only the score reads
     max_batch: int = Field(default=64, ge=1, le=65536)
     max_length: int = Field(default=65536, ge=1, le=1 << 24)  # of every other axis that may vary
     variants: tuple[Variant, ...] = Field(min_length=1)
@@ -198,11 +199,26 @@ class Manifest(_Strict):
 
 
 class CurvePoint(_Strict):
-    """What one threshold does to the calibration data."""
+    """What one threshold does to the calibration data; 1 - `escalation_rate` is the coverage of its risk."""
 
     threshold: float
     escalation_rate: Rate
-    accuracy: Rate
+    accuracy: Rate  # of the routed whole
+    risk: Rate | None = None  # share of errors among the answers that stay on the edge; None when none stays
+
+
+class GainStep(_Strict):
+    """From this score on, what escalating adds to the chance of being right (it falls as the score rises)."""
+
+    score: float
+    gain: float
+
+
+class Fusion(_Strict):
+    """An escalated request is answered by both models: a weighted mean of their log-probabilities."""
+
+    light_weight: float = Field(gt=0.0, lt=1.0)  # the rest is the heavy model's
+    gain: float  # what it added to the accuracy of all rows of the calibration data, were they all escalated
 
 
 class VariantCalibration(_Strict):
@@ -210,21 +226,33 @@ class VariantCalibration(_Strict):
 
     temperature: float = Field(gt=0)  # divides the logits before the softmax
     threshold: float  # a score below it escalates
+    class_thresholds: tuple[float, ...] = ()  # what it amounts to for each class, where errors have costs
+    bound: Rate | None = None  # what holds with confidence 1 - delta: the rate, the risk or the accuracy asked for
+    samples: int = Field(default=0, ge=0)  # that had a say in the threshold
     escalation_rate: Rate
     accuracy: Rate  # of the routed whole
     edge_accuracy: Rate
     agreement: Rate  # light and heavy give the same label
+    edge_agreement: Rate | None = None  # the same among the answers that stay on the edge
     ece_before: Rate  # expected calibration error, 15 bins, at temperature 1
     ece_after: Rate
+    aurc: float | None = Field(default=None, ge=0)  # area under the risk-coverage curve; less is better
+    scores: tuple[float, ...] = Field(default=(), max_length=101)  # quantiles 0, 1, ... 100 %
+    gains: tuple[GainStep, ...] = Field(default=(), max_length=256)
+    fusion: Fusion | None = None
     curve: tuple[CurvePoint, ...] = Field(min_length=1)
 
 
 class OperatingPoint(_Strict):
-    """What the operator asked for."""
+    """What the operator asked for.
 
-    kind: Literal["max_escalation"] = "max_escalation"
+    `max_escalation`: at most this share of requests goes up. `max_risk`: at most this share of the answers that stay on
+    the edge is wrong. `target_accuracy`: at least this share of all answers is right.
+    """
+
+    kind: Literal["max_escalation", "max_risk", "target_accuracy"] = "max_escalation"
     value: Rate
-    delta: float = Field(gt=0, lt=1)  # chance that the true rate lies above `value`
+    delta: float = Field(gt=0, lt=1)  # chance, over the drawing of the data, that it does not hold
 
 
 class CalibrationData(_Strict):
@@ -232,6 +260,7 @@ class CalibrationData(_Strict):
 
     sha256: Sha256
     samples: int = Field(ge=1)
+    fitted: int = Field(default=0, ge=0)  # of them, those for the temperature; the others choose the threshold
 
 
 class Calibration(_Strict):
@@ -240,8 +269,13 @@ class Calibration(_Strict):
     schema_version: Literal[1] = 1
     model: Name
     version: Version
-    score: Literal["max_probability"] = "max_probability"
+    score: Literal["max_probability", "margin", "entropy", "energy", "learned", "sequence", "detection"] = (
+        "max_probability"  # a key of isthmus.scores.SCORES
+    )
     output: str = "logits"  # the output that the score is taken from
+    features: str = ""  # the output with features for the learned score
+    costs: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of a wrong answer, by class; empty: all alike
+    seed: int = 0  # of everything that was drawn
     operating_point: OperatingPoint
     data: CalibrationData
     heavy_accuracy: Rate

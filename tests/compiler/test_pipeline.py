@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from safetensors.numpy import load_file
@@ -19,6 +21,7 @@ from safetensors.numpy import load_file
 from compiler.pipeline import GuardError, Outcome, compile_bundle
 from compiler.report import Report
 from compiler.targets import TARGETS, load_target
+from edge.model import open_model
 from isthmus.bundle import BFLOAT16, open_bundle, parse_calibration
 from isthmus.digests import sha256_file
 from isthmus.errors import ConflictError, InputError, VerificationError
@@ -411,3 +414,43 @@ def test_an_interrupted_compilation_leaves_nothing_half_done(recipe: WriteRecipe
     assert set(tmp_path.iterdir()) - before == {tmp_path / ".compile-cache"}
     assert not list(tmp_path.glob(".compile-cache/.new-*"))
     assert compile_bundle(path, tmp_path / "out").manifest is not None
+
+
+LEARNED = """[calibration]
+max_risk = 0.5
+delta = 0.2
+score = "learned"
+features = "pooled"
+class_costs = { b = 3.0 }
+"""
+
+
+def test_a_learned_score_is_trained_and_goes_with_each_variant(tmp_path: Path) -> None:
+    fill_workspace(tmp_path)
+    light = onnx.load(tmp_path / "light-v1.onnx")
+    light.graph.output.append(
+        onnx.helper.make_tensor_value_info("pooled", onnx.TensorProto.FLOAT, ["batch", models.WIDTH])
+    )
+    onnx.save(light, tmp_path / "light-v1.onnx")
+    inputs = models.tokens(300, seed=21)
+    heavy = onnxruntime.InferenceSession(str(tmp_path / "heavy.onnx"))
+    labels = heavy.run(None, {"tokens": inputs})[0].argmax(axis=1).astype(np.int64)
+    models.write_samples(tmp_path / "deferral.safetensors", {"tokens": inputs, "labels": labels})
+    recipe = write_recipe(tmp_path, rest=LEARNED)
+    recipe.write_text(recipe.read_text().replace("[data]", '[data]\ndeferral = "deferral.safetensors"'))
+
+    outcome = compile_bundle(recipe, tmp_path / "bundle")
+
+    manifest = open_bundle(tmp_path / "bundle")
+    calibration = parse_calibration((tmp_path / "bundle" / "calibration.json").read_bytes())
+    assert outcome.calibration == calibration
+    assert [spec.name for spec in manifest.outputs] == ["logits"]
+    assert [spec.name for spec in manifest.features] == ["pooled"]
+    assert (calibration.score, calibration.features, calibration.costs) == ("learned", "pooled", (1.0, 3.0, 1.0))
+    assert "deferral" in manifest.provenance.sources
+    for variant in manifest.variants:
+        assert f"variants/{variant.id}/deferral.safetensors" in manifest.device_files(variant.id)
+    live = open_model(tmp_path / "bundle", "openvino-fp32")
+    answer = asyncio.run(live.infer({"tokens": inputs[:4]}))
+    assert 0 <= live.score(answer) <= 1
+    live.retire()

@@ -1,78 +1,70 @@
-"""Score and decision: properties that hold for all logits and thresholds."""
+"""Decisions: properties that hold for all scores and thresholds."""
 
 from __future__ import annotations
 
 import math
+import random
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from edge.policy import decide, score_request, score_rows
+from edge.policy import Decision, decide
 from isthmus.errors import InputError
-from isthmus.tensors import Array
+from isthmus.policies import Case
+from isthmus.policies.threshold import Threshold
+from tests.edge.bundles import calibration
 
-FINITE = st.floats(-1e4, 1e4, width=32)
-LOGITS = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 6)), elements=FINITE)
-TEMPERATURE = st.floats(0.05, 20)
-THRESHOLD = st.floats(-1, 2)
-
-
-@given(LOGITS, TEMPERATURE)
-def test_scores_are_the_largest_softmax_probabilities(logits: Array, temperature: float) -> None:
-    rows = logits.astype(np.float64) / temperature
-    exponentials = np.exp(rows - rows.max(axis=1, keepdims=True))
-    softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(score_rows(logits, temperature), softmax.max(axis=1), rtol=1e-9)
+POINT = calibration(1).variants["onnxruntime-fp32"]
+THRESHOLD = st.floats(0, 2)
 
 
-@given(LOGITS, TEMPERATURE)
-def test_request_is_as_sure_as_its_least_sure_row(logits: Array, temperature: float) -> None:
-    score = score_request(logits, temperature)
-    assert score == score_rows(logits, temperature).min()
-    assert 1 / logits.shape[1] - 1e-9 <= score <= 1
-
-
-@given(LOGITS, TEMPERATURE, FINITE)
-def test_shifting_all_logits_changes_nothing(logits: Array, temperature: float, shift: float) -> None:
-    wide = logits.astype(np.float64)
-    np.testing.assert_allclose(
-        score_rows(wide, temperature), score_rows(wide + shift, temperature), rtol=1e-6, atol=1e-9
-    )
+def decided(score: float, threshold: float, wanted: str | None = None) -> Decision:
+    return decide(Case(score), Threshold(point=POINT, chance=random.Random(0), at=threshold), wanted)
 
 
 @given(st.floats(0, 1), THRESHOLD, THRESHOLD)
 def test_a_higher_threshold_never_escalates_less(score: float, one: float, other: float) -> None:
     low, high = sorted((one, other))
-    assert decide(score, low).escalate <= decide(score, high).escalate
+    assert decided(score, low).escalate <= decided(score, high).escalate
 
 
 @given(st.floats(0, 1), st.floats(0, 1), THRESHOLD)
 def test_a_higher_score_never_escalates_more(one: float, other: float, threshold: float) -> None:
     low, high = sorted((one, other))
-    assert decide(low, threshold).escalate >= decide(high, threshold).escalate
+    assert decided(low, threshold).escalate >= decided(high, threshold).escalate
 
 
 @given(st.floats(0, 1), THRESHOLD)
 def test_reason_says_what_decided(score: float, threshold: float) -> None:
-    decision = decide(score, threshold)
+    decision = decided(score, threshold)
     assert decision.reason == ("uncertain" if decision.escalate else "confident")
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_answer_that_is_not_finite_escalates_whatever_the_threshold(bad: float) -> None:
-    logits = np.array([[9.0, 0.0], [bad, 0.0]], dtype=np.float32)
-    score = score_request(logits, 1.0)
-    assert math.isnan(score)
-    assert decide(score, -1.0).escalate
-    assert decide(score, -1.0).reason == "not-finite"
+def test_answer_without_a_score_escalates_whatever_the_threshold() -> None:
+    assert decided(math.nan, 0.0) == Decision(escalate=True, reason="not-finite")
 
 
 @given(st.one_of(st.floats(0, 1), st.just(math.nan)), THRESHOLD)
 def test_the_callers_wish_wins(score: float, threshold: float) -> None:
-    assert decide(score, threshold, "cloud").escalate
-    assert not decide(score, threshold, "edge").escalate
+    assert decided(score, threshold, "cloud").escalate
+    assert not decided(score, threshold, "edge").escalate
     with pytest.raises(InputError, match="expected 'edge' or 'cloud'"):
-        decide(score, threshold, "split")
+        decided(score, threshold, "split")
+
+
+def test_requests_that_others_decided_about_are_not_shown_to_the_policy() -> None:
+    class Counting:
+        threshold = 0.5
+        seen = 0
+
+        def escalates(self, case: Case) -> bool:
+            self.seen += 1
+            return False
+
+    policy = Counting()
+    decide(Case(0.1), policy, "edge")
+    decide(Case(math.nan), policy)
+    decide(Case(0.1), policy)
+
+    assert policy.seen == 1

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from edge.model import open_model
 from edge.selftest import run_selftest
-from isthmus.bundle import Manifest
+from isthmus.bundle import Manifest, TensorSpec
 from isthmus.errors import BundleError, InputError, VerificationError
 from isthmus.tensors import Array
 from tests.edge import bundles
@@ -45,7 +45,7 @@ def right_outputs() -> dict[str, Array]:
     return {name: golden[f"output.{VARIANT}.{name}"].copy() for name in ("logits", "label")}
 
 
-def run(bundle: tuple[Path, Manifest], outputs: dict[str, Array] | Exception) -> float:
+def run(bundle: tuple[Path, Manifest], outputs: dict[str, Array] | Exception) -> Mapping[str, Array]:
     folder, manifest = bundle
     return run_selftest(Recorded(outputs), manifest, manifest.variant(VARIANT), folder / "golden.safetensors")
 
@@ -60,7 +60,17 @@ def test_real_runtime_passes_on_its_own_bundle(bundle: tuple[Path, Manifest], ru
 def test_difference_up_to_the_tolerance_passes(bundle: tuple[Path, Manifest]) -> None:
     outputs = right_outputs()
     outputs["logits"][2, 1] += 0.9e-3
-    assert run(bundle, outputs) == pytest.approx(0.9e-3, rel=1e-3)
+    assert run(bundle, outputs)["logits"] is outputs["logits"]
+
+
+def test_features_that_are_missing_or_not_finite_fail(bundle: tuple[Path, Manifest]) -> None:
+    folder, manifest = bundle
+    pooled = TensorSpec(name="pooled", datatype="FP32", shape=(-1, 2))
+    asked = manifest.model_copy(update={"features": (pooled,)})
+    for features in ({}, {"pooled": np.full((4, 2), np.nan, np.float32)}, {"pooled": np.zeros((4, 2), np.float64)}):
+        outputs = Recorded(right_outputs() | features)
+        with pytest.raises(VerificationError, match="features 'pooled'"):
+            run_selftest(outputs, asked, asked.variant(VARIANT), folder / "golden.safetensors")
 
 
 def _changed(name: str, change: object) -> dict[str, Array]:

@@ -19,6 +19,7 @@ from edge.runtimes import Worker
 from edge.server import AgentServer, InferenceService, is_local
 from isthmus.errors import ConfigError, InputError
 from isthmus.oip import SERVICE, service_pb2, service_pb2_grpc
+from isthmus.scores import ScoreOptions, open_score
 from isthmus.tensors import Array, encode_request
 from isthmus.v1 import agent_pb2
 from tests.edge import bundles
@@ -393,7 +394,9 @@ def test_words_of_the_runtime_stay_on_the_device(tmp_path: Path) -> None:
         async with serving(tmp_path) as agent:
             whole = agent.models.find("triage")
             worker = Worker(Secretive())
-            agent.models.swap("triage", LiveModel(whole.manifest, whole.variant, whole.calibration, worker))
+            score = open_score("max_probability", ScoreOptions("logits"))
+            live = LiveModel(whole.manifest, whole.variant, whole.calibration, worker, score, whole.policy)
+            agent.models.swap("triage", live)
             with pytest.raises(InferenceServerException) as caught:
                 await agent.infer(bundles.SURE)
             assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
