@@ -105,6 +105,8 @@ def calibrate(answers: Answers, wish: Wish) -> VariantCalibration:
         edge_accuracy=accuracy(logits, labels),
         agreement=agreement(logits, heavy),
         edge_agreement=None if escalated.all() else float(same[~escalated].mean()),
+        mends=float((evidence.cloud_right & ~evidence.light_right).mean()),
+        spoils=float((evidence.light_right & ~evidence.cloud_right).mean()),
         ece_before=expected_calibration_error(logits, labels),
         ece_after=expected_calibration_error(logits, labels, temperature),
         aurc=area_under_risk(scores, evidence.light_right),

@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from compiler.capture import CapturedModel
 from compiler.data import BATCH_AXIS, is_batchable
+from compiler.pictures import draw_calibration
 from compiler.recipe import Recipe
 from compiler.report import Report
 from isthmus import __version__
@@ -27,6 +28,7 @@ from isthmus.bundle import (
     CALIBRATION,
     GOLDEN,
     MANIFEST,
+    PICTURE,
     REPORT,
     Calibration,
     Heavy,
@@ -62,6 +64,7 @@ class Contents:
 def write_bundle(folder: Path, contents: Contents) -> Manifest:
     """Complete the bundle in `folder` and return its manifest."""
     (folder / CALIBRATION).write_bytes(contents.calibration.to_json())
+    draw_calibration(contents.calibration, folder / PICTURE)
     (folder / REPORT).write_bytes(contents.report.to_json())
     tensors = {name: np.ascontiguousarray(array) for name, array in sorted(contents.golden.items())}
     (folder / GOLDEN).write_bytes(save(tensors))

@@ -6,6 +6,7 @@ A folder with these entries, and no pickle. TVM variants are machine code: signe
     variants/<id>/...        the light model, one folder for each (runtime, precision, platform)
     heavy/...                a Triton model version folder for the heavy model, and its config.pbtxt
     calibration.json         `Calibration`: how scores become routes, for this version only
+    calibration.png          the same as a picture, for people
     golden.safetensors       inputs ("input.<name>") and each variant's outputs ("output.<variant id>.<name>")
     report.json              what the compiler measured (parity, accuracy, latency, size for each variant)
 
@@ -29,6 +30,7 @@ from isthmus.errors import BundleError
 MANIFEST: Final = "manifest.json"
 CALIBRATION: Final = "calibration.json"
 GOLDEN: Final = "golden.safetensors"
+PICTURE: Final = "calibration.png"
 REPORT: Final = "report.json"
 MAX_MANIFEST_BYTES: Final = 4 << 20
 MAX_FILES: Final = 10_000
@@ -234,6 +236,8 @@ class VariantCalibration(_Strict):
     edge_accuracy: Rate
     agreement: Rate  # light and heavy give the same label
     edge_agreement: Rate | None = None  # the same among the answers that stay on the edge
+    mends: Rate | None = None  # rows that are wrong on the edge and right in the cloud
+    spoils: Rate | None = None  # rows that are right on the edge and wrong in the cloud
     ece_before: Rate  # expected calibration error, 15 bins, at temperature 1
     ece_after: Rate
     aurc: float | None = Field(default=None, ge=0)  # area under the risk-coverage curve; less is better

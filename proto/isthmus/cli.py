@@ -31,6 +31,7 @@ class Group:
 
 GROUPS: Final = {
     "compile": Group("compiler.cli:app", "Make a bundle from a light and a heavy model.", "compiler"),
+    "evaluate": Group("compiler.evaluate_cli:app", "Replay labelled data through policies.", "compiler"),
     "targets": Group("compiler.targets_cli:app", "Try every target on one model, side by side.", "compiler"),
     "bundle": Group("compiler.bundle_cli:app", "Inspect, verify and compare bundles."),
     "keys": Group("security.cli:keys_app", "Create and inspect the keys and certificates of a workspace."),
