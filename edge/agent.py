@@ -199,6 +199,8 @@ def describe_status(
             failures=counters.failures,
             skipped=counters.skipped,
             bytes_up=counters.bytes_up,
+            cancelled=counters.cancelled,
+            retries=counters.retries,
         ),
     )
     for name, live in models:

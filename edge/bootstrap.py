@@ -16,6 +16,7 @@ from edge.fleet import Desired, FleetLink
 from edge.identity import AccessToken, DeviceHome, Enrolment
 from edge.model import ServedModels, open_model
 from edge.plan import choose_variant
+from edge.retry import QuotaPause, RetryBudget
 from edge.router import Router
 from edge.runtimes import is_installed
 from edge.server import AgentServer, InferenceService, is_local, may_use_all
@@ -113,6 +114,8 @@ def _uplink(settings: EdgeSettings, channel: grpc.aio.Channel, token: AccessToke
         guard_s=settings.guard_s,
         longest_s=settings.longest_escalation_s,
         unauthenticated=token.renew_soon,
+        retries=RetryBudget(ratio=settings.retry_ratio, burst=settings.retry_burst),
+        quota=QuotaPause(first_s=settings.breaker_first_wait_s, longest_s=settings.breaker_longest_wait_s),
     )
 
 

@@ -6,7 +6,8 @@ The steps, in order:
 2. compute the light answer: from here on there is an answer to return, whatever happens
 3. score it and decide; a confident answer is returned
 4. escalate the request's own bytes within what is left of the deadline
-5. return the cloud's answer when it is one to this request, else the light answer, marked as a fallback
+5. return the cloud's answer when it is one to this request, else the light answer, marked as a fallback; a caller
+   who asked for the cloud gets the cloud's answer or none
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import structlog
 from edge.model import LiveModel, ServedModels
 from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide, score_request
 from edge.uplink import Answer, Failure
-from isthmus.errors import InputError
+from isthmus.errors import InputError, UnavailableError
 from isthmus.oip import override_fields, read_parameters, service_pb2, set_parameter
 from isthmus.tensors import Array, decode_inputs, decode_outputs, encode_outputs
 
@@ -86,7 +87,8 @@ class Router:
 
         Raises:
             InputError: The request does not fit the model, or no such model is served.
-            UnavailableError: The model is not installed yet, or too many requests are waiting.
+            UnavailableError: The model is not installed yet, too many requests are waiting, or the caller asked for
+                the cloud and it gave no answer; the reason then is why.
         """
         started = self._clock()
         deadline = started + (self._default_deadline_s if remaining_s is None else remaining_s)
@@ -116,9 +118,12 @@ class Router:
             response = _light_response(question, light)
             return _explained(response, question, live, "edge", decision.reason, score), "edge"
         outcome = await self._escalate(question, light, live)
+        if isinstance(outcome, Failure) and question.route == "cloud":
+            raise _no_cloud_answer(outcome)
         if isinstance(outcome, Failure):
             response = _light_response(question, light)
-            return _explained(response, question, live, "fallback", outcome.reason, score), "fallback"
+            explained = _explained(response, question, live, "fallback", outcome.reason, score, outcome.detail)
+            return explained, "fallback"
         return _explained(outcome.response, question, live, "cloud", decision.reason, score), "cloud"
 
     async def _light(self, question: _Question, live: LiveModel) -> dict[str, Array]:
@@ -201,7 +206,16 @@ def _light_response(question: _Question, light: Mapping[str, Array]) -> Any:
     return response
 
 
-def _explained(response: Any, question: _Question, live: LiveModel, route: Route, reason: str, score: float) -> Any:
+def _no_cloud_answer(failure: Failure) -> UnavailableError:
+    why = f"{failure.reason} ({failure.detail})" if failure.detail else failure.reason
+    return UnavailableError(
+        f"{ROUTE_PARAMETER}='cloud' was asked for, and there is no cloud answer: {why}", reason=failure.reason
+    )
+
+
+def _explained(
+    response: Any, question: _Question, live: LiveModel, route: Route, reason: str, score: float, detail: str = ""
+) -> Any:
     cloud_version = read_parameters(response.parameters).get("isthmus.cloud_version")
     response.ClearField("parameters")
     response.model_name = live.manifest.name
@@ -210,6 +224,7 @@ def _explained(response: Any, question: _Question, live: LiveModel, route: Route
     explanation: dict[str, str | float | int | bool | None] = {
         ROUTE_PARAMETER: route,
         "isthmus.reason": reason,
+        "isthmus.detail": detail or None,
         "isthmus.score": score,
         "isthmus.threshold": live.operating_point.threshold,
         "isthmus.calibration": live.calibration_id,
