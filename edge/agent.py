@@ -201,6 +201,7 @@ def describe_status(
             bytes_up=counters.bytes_up,
             cancelled=counters.cancelled,
             retries=counters.retries,
+            lost=counters.lost,
         ),
     )
     for name, live in models:

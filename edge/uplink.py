@@ -35,6 +35,7 @@ its caller allows, there is one at a time, and they become rare; a connection th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -54,6 +55,7 @@ from security.tls import channel_credentials
 
 FailureReason = Literal["deadline", "refused", "unavailable", "unauthenticated", "quota", "bad-response"]
 _SHORTEST_BUDGET_S: Final = 0.005  # not even a local round trip with inference is quicker
+_SETTLING_S: Final = 0.01  # longest time that a broken connection may look whole
 _HURRIED_S: Final = 0.1  # a call with a smaller budget is hurried, whatever the cloud's pace
 _HURRIED_RATIO: Final = 2.0  # so is one with a budget below this many usual answers
 _PACE_WEIGHT: Final = 0.2  # of the newest answer in the usual time of one
@@ -70,6 +72,7 @@ _REASON_OF: Final[dict[grpc.StatusCode, FailureReason]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: "quota",
 }
 _TOO_LARGE: Final = "message larger than max"  # how gRPC itself words it, under the status of a used-up quota
+_BROKEN: Final = "Stream removed"  # how it words that the connection broke
 _RETRY_HINTS: Final = {"grpc-retry-pushback-ms": 1e-3, "retry-after": 1.0}  # trailing metadata: seconds in its unit
 
 log = structlog.get_logger(__name__)
@@ -121,7 +124,8 @@ class Failure:
 class UplinkCounters:
     """Escalations since the agent started: attempts = successes + failures + cancelled + those in progress.
 
-    The cloud has received at most attempts + retries calls: all but those whose connection broke on the way.
+    Each attempt and each retry is one call. Of the calls that are lost, the cloud has received some; of the others, all
+    but those that ended with their deadline before they arrived.
     """
 
     attempts: int = 0
@@ -130,6 +134,7 @@ class UplinkCounters:
     cancelled: int = 0  # nobody waits for the answer any more
     skipped: int = 0  # not tried
     retries: int = 0  # calls beyond the first of an attempt
+    lost: int = 0  # calls that ended with their connection
     bytes_up: int = 0
 
 
@@ -245,15 +250,22 @@ class Uplink:
             return await self._call(request, token, deadline)
         except grpc.aio.AioRpcError as error:
             time_left = deadline - time.monotonic() >= _SHORTEST_BUDGET_S
-            if not (self._broke(error) and not self._is_down() and time_left and self._retries.spend()):
+            if not self._broke(error) or self._is_down() or not time_left or not self._retries.spend():
                 raise
         self.counters.retries += 1
+        with contextlib.suppress(TimeoutError):  # until gRPC has noticed, it would send on the broken connection
+            async with asyncio.timeout(_SETTLING_S):
+                await self._channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
         return await self._call(request, token, deadline)
 
     async def _call(self, request: bytes, token: str, deadline: float) -> bytes:
         self.counters.bytes_up += len(request)
         metadata = (("authorization", f"Bearer {token}"),)
-        raw: bytes = await self._model_infer(request, timeout=deadline - time.monotonic(), metadata=metadata)
+        try:
+            raw: bytes = await self._model_infer(request, timeout=deadline - time.monotonic(), metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            self.counters.lost += self._broke(error)
+            raise
         return raw
 
     def _is_down(self) -> bool:
@@ -262,8 +274,11 @@ class Uplink:
 
     def _broke(self, error: grpc.aio.AioRpcError) -> bool:
         """Return whether a call failed with its connection; a cloud that answers "unavailable" leaves it standing."""
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            return False
+        # The state may lag behind the call by an instant, in which gRPC's words say it.
         ready = self._channel.get_state() is grpc.ChannelConnectivity.READY
-        return error.code() is grpc.StatusCode.UNAVAILABLE and not ready
+        return not ready or (error.details() or "").startswith(_BROKEN)
 
     def _explain(self, error: grpc.aio.AioRpcError) -> Failure:
         code, words = error.code(), error.details() or ""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +19,10 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from edge.breaker import Breaker
-from edge.uplink import Failure, Uplink, open_channel, watch_connection
+from edge.identity import AccessToken, DeviceHome, Enrolment
+from edge.retry import QuotaPause, RetryBudget
+from edge.uplink import Failure, Uplink, UplinkCounters, open_channel, watch_connection
+from security.enrolment import new_device_key
 from tests.edge import bundles, faulty_cloud
 from tests.edge.faulty_cloud import Link
 from tests.edge.serving import Serving, explanation, serving
@@ -517,5 +523,200 @@ def test_deadline_that_the_light_model_alone_misses_is_the_callers(tmp_path: Pat
             with pytest.raises(InferenceServerException) as caught:
                 await agent.infer(bundles.HARD, client_timeout=1e-6)
             assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("hints", "waited_s"),
+    [
+        ((), 1.0),
+        ((("grpc-retry-pushback-ms", "7000"),), 7.0),
+        ((("retry-after", "5"),), 5.0),
+        ((("retry-after", "x"),), 1.0),
+    ],
+)
+def test_used_up_quota_is_left_alone_as_long_as_the_cloud_asks(
+    tmp_path: Path, hints: tuple[tuple[str, str], ...], waited_s: float
+) -> None:
+    now = [0.0]
+
+    async def scenario() -> None:
+        identity = faulty_cloud.make_identity(tmp_path)
+        async with faulty_cloud.faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
+            quota = QuotaPause(first_s=1.0, clock=lambda: now[0], jitter=lambda: 0.0)
+            uplink = Uplink(
+                channel, lambda: "token", Breaker(failures=1), Breaker(), guard_s=0.05, longest_s=10, quota=quota
+            )
+            cloud.behaviour = faulty_cloud.refusing(STATUS.RESOURCE_EXHAUSTED, *hints)
+            assert [await ask(uplink, 5.0) for _ in range(3)] == ["quota", "quota/backing-off", "quota/backing-off"]
+            uplink.nudge()  # a new connection is no new quota
+            now[0] += waited_s - 0.01
+            assert await ask(uplink, 5.0) == "quota/backing-off"
+            now[0] += 0.02
+            cloud.behaviour = faulty_cloud.empty
+            assert await ask(uplink, 5.0) == "answered"
+            assert (len(cloud.requests), uplink.breaker.state) == (2, "closed")
+            counters = uplink.counters
+            assert (counters.attempts, counters.successes, counters.failures, counters.skipped) == (2, 1, 1, 3)
+
+    asyncio.run(scenario())
+
+
+def test_request_that_is_too_large_for_the_cloud_is_no_matter_of_quota(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        identity = faulty_cloud.make_identity(tmp_path)
+        async with (
+            faulty_cloud.faulty_cloud(identity) as cloud,
+            open_channel(cloud.address, identity.ca, message_bytes=8 << 20) as channel,
+        ):
+            uplink = make_uplink(channel)
+            for mebibytes in (6, 9):  # above the limit of the cloud; of both
+                outcome = await uplink.escalate(bytes(mebibytes << 20), remaining_s=5.0, check=lambda response: None)
+                assert outcome == Failure("refused", "too-large")
+            cloud.behaviour = faulty_cloud.empty
+            assert await ask(uplink, 5.0) == "answered"
+
+    asyncio.run(scenario())
+
+
+def test_call_whose_connection_breaks_is_sent_once_more(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        identity = faulty_cloud.make_identity(tmp_path)
+        async with (
+            faulty_cloud.faulty_cloud(identity) as cloud,
+            Link(cloud.address) as link,
+            open_channel(link.address, identity.ca) as channel,
+        ):
+
+            async def broken(raw: bytes, context: Any) -> bytes:
+                if len(cloud.requests) <= breaks[0]:
+                    link.reset()
+                    await asyncio.sleep(faulty_cloud.NEVER)
+                return b""
+
+            breaks = [1]
+            cloud.behaviour = broken
+            budget = RetryBudget(ratio=0.0, burst=2.0)
+            uplink = Uplink(
+                channel, lambda: "token", patient_breaker(), Breaker(), guard_s=0.05, longest_s=10, retries=budget
+            )
+            assert await ask(uplink, 5.0) == "answered"
+            breaks[0] = 100
+            assert [await ask(uplink, 5.0) for _ in range(2)] == ["unavailable/connection-lost"] * 2
+            counters = uplink.counters
+            assert (counters.attempts, counters.retries) == (3, 2), "one retry a call, and none beyond the budget"
+            assert (counters.successes, counters.failures, counters.lost) == (1, 2, 4)
+            assert len(cloud.requests) <= counters.attempts + counters.retries
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("code", [STATUS.UNAVAILABLE, STATUS.INTERNAL, STATUS.RESOURCE_EXHAUSTED, STATUS.NOT_FOUND])
+def test_what_the_cloud_says_is_never_asked_twice(tmp_path: Path, code: grpc.StatusCode) -> None:
+    async def scenario() -> None:
+        identity = faulty_cloud.make_identity(tmp_path)
+        async with faulty_cloud.faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
+            uplink = make_uplink(channel)
+            cloud.behaviour = faulty_cloud.refusing(code)
+            await ask(uplink, 5.0)
+            assert (len(cloud.requests), uplink.counters.retries) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+def test_closed_channel_is_only_one_more_way_to_fail(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        channel = open_channel("localhost:1", faulty_cloud.make_identity(tmp_path).ca)
+        await channel.close()
+        assert await ask(make_uplink(channel)) == "unavailable/agent-error"
+
+    asyncio.run(scenario())
+
+
+def test_no_request_waits_for_a_token(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # tokens never come
+            address = f"localhost:{silent.getsockname()[1]}"
+            home = DeviceHome(tmp_path)
+            new_device_key(home.key)
+            enrolment = Enrolment(device_id="kiosk-1", cloud=address, token_issuer="cloud", token_audience="isthmus")
+            identity = faulty_cloud.make_identity(tmp_path)
+            async with (
+                faulty_cloud.faulty_cloud(identity) as cloud,
+                open_channel(address, identity.ca) as no_tokens,
+                open_channel(cloud.address, identity.ca) as channel,
+            ):
+                cloud.behaviour = faulty_cloud.empty
+                token = AccessToken(home, enrolment, no_tokens)
+                renewing = asyncio.ensure_future(token.keep())
+                uplink = Uplink(channel, token.current, Breaker(), Breaker(), guard_s=0.05, longest_s=10)
+                started = time.monotonic()
+                assert [await ask(uplink, 30.0) for _ in range(20)] == ["unauthenticated/no-token"] * 20
+                assert time.monotonic() - started < 0.5
+                assert not renewing.done()
+                assert (cloud.requests, uplink.breaker.state) == ([], "closed")
+                renewing.cancel()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_killed_gateway_is_found_again_and_all_counts_reconcile(tmp_path: Path) -> None:
+    identity, log = faulty_cloud.make_identity(tmp_path), tmp_path / "received.log"
+
+    async def gateway(port: int) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.edge.faulty_cloud", str(tmp_path), str(port), str(log), stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        ports.append(int((await process.stdout.readline()).rpartition(b":")[2]))
+        return process
+
+    async def worker(agent: Serving, number: int) -> None:
+        while not stop.is_set():
+            request = f"{number}-{len(told)}"
+            told[request] = explanation(await agent.infer(bundles.HARD, request_id=request, client_timeout=2.0))
+
+    async def answered_by_the_cloud() -> None:
+        before = list(told)
+        async with asyncio.timeout(20):
+            while not any(told[request]["isthmus.route"] == "cloud" for request in list(told)[len(before) :]):
+                await asyncio.sleep(0.01)
+
+    ports: list[int] = []
+    told: dict[str, dict[str, Any]] = {}
+    stop = asyncio.Event()
+
+    async def scenario() -> None:
+        process = await gateway(0)
+        async with serving(tmp_path, outside=(f"localhost:{ports[0]}", identity)) as agent:
+            workers = [asyncio.ensure_future(worker(agent, number)) for number in range(4)]
+            for _ in range(2):
+                await answered_by_the_cloud()
+                process.kill()
+                await process.wait()
+                async with asyncio.timeout(20):
+                    while agent.uplink.breaker.state == "closed":
+                        await asyncio.sleep(0.01)
+                process = await gateway(ports[0])
+                await answered_by_the_cloud()
+            stop.set()
+            await asyncio.gather(*workers)
+            process.kill()
+            await process.wait()
+            check_counters(agent)
+            reconcile(agent.uplink.counters)
+
+    def reconcile(counters: UplinkCounters) -> None:
+        received = Counter(log.read_text().split())
+        by_cloud = {request for request, how in told.items() if how["isthmus.route"] == "cloud"}
+        reasons = {how["isthmus.reason"] for request, how in told.items() if request not in by_cloud}
+        assert reasons == {"unavailable"}
+        assert by_cloud <= received.keys() <= told.keys(), "no answer without a request, no request that nobody made"
+        assert max(received.values()) <= 2
+        # Each call was answered or lost; the gateway has received those answered, and of those lost what its log says.
+        assert counters.attempts + counters.retries == counters.successes + counters.lost
+        assert 0 <= received.total() - counters.successes <= counters.lost
 
     asyncio.run(scenario())
