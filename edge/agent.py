@@ -202,6 +202,7 @@ def describe_status(
             cancelled=counters.cancelled,
             retries=counters.retries,
             lost=counters.lost,
+            hedged=counters.hedged,
         ),
     )
     for name, live in models:

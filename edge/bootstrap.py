@@ -13,6 +13,7 @@ from edge.breaker import Breaker
 from edge.config import EdgeSettings
 from edge.fetcher import RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
+from edge.hedge import Hedge
 from edge.identity import AccessToken, DeviceHome, Enrolment
 from edge.model import ServedModels, open_model
 from edge.plan import choose_variant
@@ -60,6 +61,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         uplink,
         default_deadline_s=settings.default_deadline_s,
         capture=partial(_capture, spools, spool_full) if settings.capture else None,
+        hedge=Hedge(above=settings.hedge_above) if settings.hedge else None,
     )
     credentials, interceptors = _protection(settings, home, enrolment)
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use

@@ -45,6 +45,10 @@ class EdgeSettings(Settings):
         default=0.1, ge=0, le=1, description="Share of escalations that may be sent again after a broken connection."
     )
     retry_burst: float = Field(default=3.0, ge=0, le=100, description="Unspent retries that add up to at most this.")
+    hedge: bool = Field(default=False, description="Ask the cloud early where a request will probably escalate.")
+    hedge_above: float = Field(
+        default=0.5, ge=0, le=1, description="Share of recent escalations above which the next request is hedged."
+    )
     capture: bool = Field(default=False, description="Keep escalated requests with the cloud's answers.")
     capture_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for captures, MiB a model.")
     capture_flush_s: float = Field(default=60.0, gt=0, description="Longest time a capture stays in memory, seconds.")

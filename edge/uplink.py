@@ -27,6 +27,9 @@ with more time go on being answered.
 A call is sent once more when its connection broke under it and a retry is left (edge.retry): whether the cloud has
 seen it cannot be told, and need not be, as an inference changes nothing. Nothing else is retried.
 
+A hedged call starts before anybody knows whether it is needed. It ends, and is counted, when that is known: as any
+other when it is, and as cancelled when it is not.
+
 The breaker's probes are callers' own requests, because only they show what callers need: a cheaper call can succeed
 while the heavy model hangs, and would open the way to it again and again. A probe takes no longer than the deadline of
 its caller allows, there is one at a time, and they become rare; a connection that is down answers them for nothing.
@@ -54,6 +57,7 @@ from isthmus.oip import MODEL_INFER, service_pb2
 from security.tls import channel_credentials
 
 FailureReason = Literal["deadline", "refused", "unavailable", "unauthenticated", "quota", "bad-response"]
+Check = Callable[[Any], None]
 _SHORTEST_BUDGET_S: Final = 0.005  # not even a local round trip with inference is quicker
 _SETTLING_S: Final = 0.01  # longest time that a broken connection may look whole
 _HURRIED_S: Final = 0.1  # a call with a smaller budget is hurried, whatever the cloud's pace
@@ -120,6 +124,14 @@ class Failure:
     detail: str = ""  # the finer cause, when there is more to say
 
 
+@dataclass(frozen=True, slots=True)
+class _Admission:
+    breaker: Breaker
+    ticket: int
+    token: str
+    budget_s: float
+
+
 @dataclass(slots=True)
 class UplinkCounters:
     """Escalations since the agent started: attempts = successes + failures + cancelled + those in progress.
@@ -131,7 +143,8 @@ class UplinkCounters:
     attempts: int = 0
     successes: int = 0
     failures: int = 0
-    cancelled: int = 0  # nobody waits for the answer any more
+    cancelled: int = 0  # nobody waits for the answer any more: the caller went away, or a hedge was not needed
+    hedged: int = 0  # attempts that began before they were known to be needed
     skipped: int = 0  # not tried
     retries: int = 0  # calls beyond the first of an attempt
     lost: int = 0  # calls that ended with their connection
@@ -181,7 +194,7 @@ class Uplink:
         self._pace_s = 0.0  # usual time of an answer
         self._model_infer: Any = channel.unary_unary(MODEL_INFER)  # bytes in, bytes out
 
-    async def escalate(self, request: bytes, *, remaining_s: float, check: Callable[[Any], None]) -> Answer | Failure:
+    async def escalate(self, request: bytes, *, remaining_s: float, check: Check) -> Answer | Failure:
         """Ask the cloud.
 
         Args:
@@ -189,35 +202,35 @@ class Uplink:
             remaining_s: What is left of the caller's deadline.
             check: Raises an IsthmusError when a parsed ModelInferResponse does not answer this request.
         """
-        budget_s = min(remaining_s - self._guard_s, self._longest_s)
-        hurried = budget_s < max(_HURRIED_S, _HURRIED_RATIO * self._pace_s)
-        breaker = self.hurried_breaker if hurried else self.breaker
-        if budget_s < _SHORTEST_BUDGET_S:
-            return self._skip("deadline", "no-time-left")
-        if self._is_down():
-            _fail_for_nothing(breaker)
-            return self._skip("unavailable", "no-connection")
-        token = self._token()
-        if token is None:
-            return self._skip("unauthenticated", "no-token")
-        if self._quota.active:
-            return self._skip("quota", "backing-off")
-        ticket = breaker.admit()
-        if ticket is None:
-            return self._skip("deadline", "hurried") if hurried else self._skip("unavailable", "breaker-open")
+        needed: asyncio.Future[Check] = asyncio.get_running_loop().create_future()
+        needed.set_result(check)
+        return await self.hedge(request, remaining_s=remaining_s, needed=needed)
+
+    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Check]) -> Answer | Failure:
+        """Ask the cloud before it is known whether its answer is needed; cancel this when it is not.
+
+        Args:
+            request: A serialized ModelInferRequest.
+            remaining_s: What is left of the caller's deadline.
+            needed: Gets the check of `escalate` when the answer is needed.
+        """
+        admission = self._admit(min(remaining_s - self._guard_s, self._longest_s))
+        if isinstance(admission, Failure):
+            await needed
+            self.counters.skipped += 1
+            return admission
         self.counters.attempts += 1
-        settled, started = False, self._clock()
+        self.counters.hedged += not needed.done()
+        settled = False
         try:
-            outcome = await self._ask(request, token, budget_s, check)
+            outcome = await self._ask(request, admission, needed)
+            await needed
             settled = True
         finally:
             if not settled:
                 self.counters.cancelled += 1
-                breaker.abandon(ticket)
-        if isinstance(outcome, Answer):
-            took_s = self._clock() - started
-            self._pace_s = took_s if not self._pace_s else self._pace_s + _PACE_WEIGHT * (took_s - self._pace_s)
-        self._count(outcome, breaker, ticket)
+                admission.breaker.abandon(admission.ticket)
+        self._count(outcome, admission)
         return outcome
 
     def nudge(self) -> None:
@@ -225,13 +238,34 @@ class Uplink:
         self.breaker.nudge()
         self.hurried_breaker.nudge()
 
-    async def _ask(self, request: bytes, token: str, budget_s: float, check: Callable[[Any], None]) -> Answer | Failure:
+    def _admit(self, budget_s: float) -> _Admission | Failure:
+        """Return the leave to ask the cloud now, or why it is not asked."""
+        hurried = budget_s < max(_HURRIED_S, _HURRIED_RATIO * self._pace_s)
+        breaker = self.hurried_breaker if hurried else self.breaker
+        if budget_s < _SHORTEST_BUDGET_S:
+            return Failure("deadline", "no-time-left")
+        if self._is_down():
+            _fail_for_nothing(breaker)
+            return Failure("unavailable", "no-connection")
+        token = self._token()
+        if token is None:
+            return Failure("unauthenticated", "no-token")
+        if self._quota.active:
+            return Failure("quota", "backing-off")
+        ticket = breaker.admit()
+        if ticket is None:
+            return Failure("deadline", "hurried") if hurried else Failure("unavailable", "breaker-open")
+        return _Admission(breaker, ticket, token, budget_s)
+
+    async def _ask(self, request: bytes, admission: _Admission, needed: asyncio.Future[Check]) -> Answer | Failure:
+        budget_s, started = admission.budget_s, self._clock()
         try:
             # Twice on purpose: the peer is told the deadline, and this side keeps it whatever happens there.
             async with asyncio.timeout(budget_s):
-                raw = await self._send(request, token, time.monotonic() + budget_s)
+                raw = await self._send(request, admission.token, time.monotonic() + budget_s)
+            took_s = self._clock() - started
             response = service_pb2.ModelInferResponse.FromString(raw)
-            check(response)
+            (await needed)(response)
         except TimeoutError:
             return Failure("deadline")
         except grpc.aio.AioRpcError as error:
@@ -242,6 +276,7 @@ class Uplink:
         except Exception:  # the light answer is there: nothing that happens on this side of it may take it away
             log.exception("escalation failed")
             return Failure("unavailable", "agent-error")
+        self._pace_s = took_s if not self._pace_s else self._pace_s + _PACE_WEIGHT * (took_s - self._pace_s)
         return Answer(response)
 
     async def _send(self, request: bytes, token: str, deadline: float) -> bytes:
@@ -296,11 +331,8 @@ class Uplink:
         says_more = reason == "refused" or (reason == "unavailable" and code is not grpc.StatusCode.UNAVAILABLE)
         return Failure(reason, code.name.lower().replace("_", "-") if says_more else "")
 
-    def _skip(self, reason: FailureReason, detail: str) -> Failure:
-        self.counters.skipped += 1
-        return Failure(reason, detail)
-
-    def _count(self, outcome: Answer | Failure, breaker: Breaker, ticket: int) -> None:
+    def _count(self, outcome: Answer | Failure, admission: _Admission) -> None:
+        breaker, ticket = admission.breaker, admission.ticket
         if isinstance(outcome, Answer):
             self.counters.successes += 1
             self._quota.reset()

@@ -12,6 +12,7 @@ from typing import Any
 import tritonclient.grpc.aio as triton
 
 from edge.breaker import Breaker
+from edge.hedge import Hedge
 from edge.model import LiveModel, ServedModels, open_model
 from edge.router import Capture, Router
 from edge.server import AgentServer, InferenceService, may_use_all
@@ -58,6 +59,7 @@ async def serving(
     guard_s: float = 0.05,
     may_use: Callable[[str], bool] = may_use_all,
     listen: str = "127.0.0.1:0",
+    hedge: Hedge | None = None,
     outside: tuple[str, Identity] | None = None,
 ) -> AsyncIterator[Serving]:
     """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise.
@@ -72,7 +74,7 @@ async def serving(
     async with faulty_cloud(identity) as cloud:
         channel = open_channel(outside[0] if outside else cloud.address, identity.ca)
         uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
-        router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture)
+        router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture, hedge=hedge)
         connection = asyncio.ensure_future(watch_connection(channel, uplink.nudge))
         server = AgentServer(listen, InferenceService(models, router, may_use=may_use), agent_pb2.GetStatusResponse)
         address = await server.start()
