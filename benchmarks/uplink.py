@@ -11,8 +11,9 @@ which the light model is sure, one only hard ones. In turn, the cloud is healthy
     errors       answers are INTERNAL
     flaps        the port opens and closes, three times a second
 
-and then healthy again. A pair of p99 is that of the sure requests during a fault and during the healthy time just
-before; the ratio is the median of the rounds. All times are from the moment of the change at the cloud. After a fault
+and then healthy again. A ratio is the p99 of the sure requests during a fault over the mean of those in the healthy
+times just before and after; the median of all rounds counts. All times are from the moment of the change at the cloud.
+After a fault
 the agent waits for a new connection (refuses, black hole, flaps) or for its next probe (the others), whose wait has
 doubled with each that failed.
 """
@@ -254,18 +255,23 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _measure(site: Site, *, rounds: int, seconds: float) -> dict[str, list[tuple[Segment, Segment]]]:
-    """Return pairs of a healthy time and the fault that followed it, by fault."""
-    pairs: dict[str, list[tuple[Segment, Segment]]] = {fault: [] for fault in FAULTS}
-    for _ in range(rounds):
-        for fault in FAULTS:
-            site.recover()
-            before = site.observe(HEALTHY, seconds)
-            site.tell(fault)
-            during = site.observe(fault, seconds)
-            during.recovered_s = site.recover()
-            pairs[fault].append((before, during))
-    return pairs
+def _measure(site: Site, *, rounds: int, seconds: float) -> tuple[list[Segment], dict[str, list[Segment]]]:
+    """Return the healthy times, one more than there are faults, and what came between them, by fault."""
+    site.recover()
+    healthy, faulty = [site.observe(HEALTHY, seconds)], {fault: list[Segment]() for fault in FAULTS}
+    for fault in FAULTS * rounds:
+        site.tell(fault)
+        during = site.observe(fault, seconds)
+        during.recovered_s = site.recover()
+        faulty[fault].append(during)
+        healthy.append(site.observe(HEALTHY, seconds))
+    return healthy, faulty
+
+
+def _ratios(healthy: Sequence[Segment], faulty: Sequence[Segment], place: int) -> list[float]:
+    """Return the ratios of the fault at this place of each round."""
+    around = zip(healthy[place :: len(FAULTS)], healthy[place + 1 :: len(FAULTS)], faulty, strict=False)
+    return [2 * during.p99_ms / (before.p99_ms + after.p99_ms) for before, after, during in around]
 
 
 def _row(name: str, segments: Sequence[Segment], ratios: Sequence[float]) -> dict[str, Any]:
@@ -298,13 +304,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asyncio.run(_serve_cloud(chosen.cloud))
         return 0
     with tempfile.TemporaryDirectory(prefix="uplink-") as scratch, _site(Path(scratch)) as site:
-        site.recover()
         site.observe(HEALTHY, 1.0)  # warm
-        pairs = _measure(site, rounds=1 if chosen.quick else 12, seconds=2.0 if chosen.quick else 3.0)
-    rows = [_row(HEALTHY, [before for found in pairs.values() for before, _ in found], [])]
-    for fault, found in pairs.items():
-        ratios = [during.p99_ms / before.p99_ms for before, during in found]
-        rows.append(_row(fault, [during for _, during in found], ratios))
+        healthy, faulty = _measure(site, rounds=1 if chosen.quick else 15, seconds=2.0)
+    rows = [_row(HEALTHY, healthy, [])]
+    rows += [
+        _row(fault, segments, _ratios(healthy, segments, place))
+        for place, (fault, segments) in enumerate(faulty.items())
+    ]
     faults = {row["cloud"]: row for row in rows[1:]}
     goals = [
         Goal("requests not answered in time, share", 1 - min(row["in_time"] for row in rows), 0.0),
