@@ -199,6 +199,10 @@ def describe_status(
             failures=counters.failures,
             skipped=counters.skipped,
             bytes_up=counters.bytes_up,
+            cancelled=counters.cancelled,
+            retries=counters.retries,
+            lost=counters.lost,
+            hedged=counters.hedged,
         ),
     )
     for name, live in models:

@@ -13,9 +13,11 @@ from edge.breaker import Breaker
 from edge.config import EdgeSettings
 from edge.fetcher import RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
+from edge.hedge import Hedge
 from edge.identity import AccessToken, DeviceHome, Enrolment
 from edge.model import ServedModels, open_model
 from edge.plan import choose_variant
+from edge.retry import QuotaPause, RetryBudget
 from edge.router import Router
 from edge.runtimes import is_installed
 from edge.server import AgentServer, InferenceService, is_local, may_use_all
@@ -59,6 +61,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         uplink,
         default_deadline_s=settings.default_deadline_s,
         capture=partial(_capture, spools, spool_full) if settings.capture else None,
+        hedge=Hedge(above=settings.hedge_above) if settings.hedge else None,
     )
     credentials, interceptors = _protection(settings, home, enrolment)
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use
@@ -113,6 +116,8 @@ def _uplink(settings: EdgeSettings, channel: grpc.aio.Channel, token: AccessToke
         guard_s=settings.guard_s,
         longest_s=settings.longest_escalation_s,
         unauthenticated=token.renew_soon,
+        retries=RetryBudget(ratio=settings.retry_ratio, burst=settings.retry_burst),
+        quota=QuotaPause(first_s=settings.breaker_first_wait_s, longest_s=settings.breaker_longest_wait_s),
     )
 
 

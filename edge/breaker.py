@@ -7,7 +7,8 @@ A pure state machine (no I/O; clock and jitter are injected). Its rules:
 3. half-open: one call probes at a time. Its success closes the breaker; its failure opens it for longer; when
    it is abandoned (the caller went away), the next call probes.
 4. Verdicts of calls that were admitted in an earlier state change nothing: a burst counts once.
-5. `nudge` ends the wait: there is fresh evidence, such as a new connection, that the cloud is back.
+5. `nudge` ends the wait, and the next one is the first again: there is fresh evidence, such as a new connection,
+   that the cloud is back, or will be soon.
 """
 
 from __future__ import annotations
@@ -92,9 +93,10 @@ class Breaker:
             self._epoch += 1
 
     def nudge(self) -> None:
-        """Let the next call probe now, whatever is left of the wait."""
+        """Let the next call probe now, whatever is left of the wait; if it fails, the waits start anew."""
         if self._probe_at is not None:
             self._probe_at = min(self._probe_at, self._clock())
+            self._waits = 0
 
     def _open(self) -> None:
         wait_s = min(self._longest_wait_s, self._first_wait_s * 2.0**self._waits)

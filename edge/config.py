@@ -41,6 +41,14 @@ class EdgeSettings(Settings):
     breaker_failures: int = Field(default=3, ge=1, le=1000, description="Failures in a row that open the breaker.")
     breaker_first_wait_s: float = Field(default=1.0, gt=0, description="Wait before the first probe, seconds.")
     breaker_longest_wait_s: float = Field(default=30.0, gt=0, description="Longest wait before a probe, seconds.")
+    retry_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="Share of escalations that may be sent again after a broken connection."
+    )
+    retry_burst: float = Field(default=3.0, ge=0, le=100, description="Unspent retries that add up to at most this.")
+    hedge: bool = Field(default=False, description="Ask the cloud early where a request will probably escalate.")
+    hedge_above: float = Field(
+        default=0.5, ge=0, le=1, description="Share of recent escalations above which the next request is hedged."
+    )
     capture: bool = Field(default=False, description="Keep escalated requests with the cloud's answers.")
     capture_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for captures, MiB a model.")
     capture_flush_s: float = Field(default=60.0, gt=0, description="Longest time a capture stays in memory, seconds.")

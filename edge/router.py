@@ -6,24 +6,31 @@ The steps, in order:
 2. compute the light answer: from here on there is an answer to return, whatever happens
 3. score it and decide; a confident answer is returned
 4. escalate the request's own bytes within what is left of the deadline
-5. return the cloud's answer when it is one to this request, else the light answer, marked as a fallback
+5. return the cloud's answer when it is one to this request, else the light answer, marked as a fallback; a caller
+   who asked for the cloud gets the cloud's answer or none
+
+With hedging on, a request that will probably escalate (edge.hedge) is sent to the cloud before step 2, and called back
+when it need not.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import structlog
 
+from edge.hedge import HEDGE_PARAMETER, Hedge, check_hint
 from edge.model import LiveModel, ServedModels
 from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide
-from edge.uplink import Answer, Failure
-from isthmus.errors import InputError
+from edge.uplink import Answer, Check, Failure
+from isthmus.errors import InputError, UnavailableError
 from isthmus.oip import override_fields, read_parameters, service_pb2, set_parameter
 from isthmus.policies import Case
 from isthmus.tensors import Array, decode_inputs, decode_outputs, encode_outputs
@@ -36,8 +43,12 @@ Capture = Callable[[str, Mapping[str, Array], Mapping[str, Array]], None]
 class Escalator(Protocol):
     """Where hard requests go."""
 
-    async def escalate(self, request: bytes, *, remaining_s: float, check: Callable[[Any], None]) -> Answer | Failure:
+    async def escalate(self, request: bytes, *, remaining_s: float, check: Check) -> Answer | Failure:
         """Return the cloud's checked answer or why there is none, within `remaining_s`; never raise."""
+        ...
+
+    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Check]) -> Answer | Failure:
+        """Do the same, but begin before it is known whether it is needed; cancelled when it is not."""
         ...
 
 
@@ -47,8 +58,17 @@ class _Question:
     inputs: dict[str, Array]
     wanted: frozenset[str]  # names of the outputs to return
     route: str | None
+    hedge: bool | None  # what the caller expects
     deadline: float  # on the monotonic clock
     id: str  # the caller's, or made here: the same in the agent's, the gateway's and Triton's logs, and in the answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """An escalation that has begun already."""
+
+    call: asyncio.Future[Answer | Failure]
+    needed: asyncio.Future[Check]
 
 
 class Router:
@@ -59,6 +79,7 @@ class Router:
         uplink: Where hard requests go.
         default_deadline_s: Deadline of requests that come without one.
         capture: Takes model, inputs and outputs of every cloud answer.
+        hedge: Predicts escalations; None when none begins early.
         clock: Monotonic seconds.
     """
 
@@ -69,12 +90,14 @@ class Router:
         *,
         default_deadline_s: float = 1.0,
         capture: Capture | None = None,
+        hedge: Hedge | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = models
         self._uplink = uplink
         self._default_deadline_s = default_deadline_s
         self._capture = capture
+        self._hedge = hedge
         self._clock = clock
 
     async def answer(self, raw: bytes, request: Any, remaining_s: float | None) -> Any:
@@ -87,7 +110,8 @@ class Router:
 
         Raises:
             InputError: The request does not fit the model, or no such model is served.
-            UnavailableError: The model is not installed yet, or too many requests are waiting.
+            UnavailableError: The model is not installed yet, too many requests are waiting, or the caller asked for
+                the cloud and it gave no answer; the reason then is why.
         """
         started = self._clock()
         deadline = started + (self._default_deadline_s if remaining_s is None else remaining_s)
@@ -97,7 +121,8 @@ class Router:
         try:
             with live.in_use():
                 question = _read(raw, request, live, deadline)
-                response, route = await self._route(question, live)
+                with self._early(question, live) as early:
+                    response, route = await self._route(question, live, early)
             answered = True
             log.debug("answered", request_id=question.id[:128], model=live.manifest.name, route=route)
         finally:
@@ -108,17 +133,37 @@ class Router:
         counters.answered(route, _rows(question.inputs), elapsed_ns, time.time_ns() // 1_000_000)
         return response
 
-    async def _route(self, question: _Question, live: LiveModel) -> tuple[Any, Route]:
+    @contextmanager
+    def _early(self, question: _Question, live: LiveModel) -> Iterator[_Early | None]:
+        name = live.manifest.name
+        if self._hedge is None or not self._hedge.expects(name, route=question.route, hint=question.hedge):
+            yield None
+            return
+        needed: asyncio.Future[Check] = asyncio.get_running_loop().create_future()
+        remaining_s = question.deadline - self._clock()
+        call = self._uplink.hedge(_cloud_request(question, live), remaining_s=remaining_s, needed=needed)
+        early = _Early(asyncio.ensure_future(call), needed)
+        try:
+            yield early
+        finally:
+            early.call.cancel()  # changes nothing when it has ended
+
+    async def _route(self, question: _Question, live: LiveModel, early: _Early | None) -> tuple[Any, Route]:
         light = await self._light(question, live)
         score = live.score(light)
         decision = decide(Case(score, len(question.raw)), live.policy, question.route)
+        if self._hedge is not None and question.route is None:
+            self._hedge.note(live.manifest.name, escalates=decision.escalate)
         if not decision.escalate:
             response = _light_response(_wanted(question, light, live))
             return _explained(response, question, live, "edge", decision.reason, score), "edge"
-        outcome = await self._escalate(question, light, live)
+        outcome = await self._escalate(question, light, live, early)
+        if isinstance(outcome, Failure) and question.route == "cloud":
+            raise _no_cloud_answer(outcome)
         if isinstance(outcome, Failure):
             response = _light_response(_wanted(question, light, live))
-            return _explained(response, question, live, "fallback", outcome.reason, score), "fallback"
+            explained = _explained(response, question, live, "fallback", outcome.reason, score, outcome.detail)
+            return explained, "fallback"
         return _explained(outcome.response, question, live, "cloud", decision.reason, score), "cloud"
 
     async def _light(self, question: _Question, live: LiveModel) -> dict[str, Array]:
@@ -133,19 +178,23 @@ class Router:
         counters.light_ns += int((self._clock() - started) * 1e9)
         return outputs
 
-    async def _escalate(self, question: _Question, light: Mapping[str, Array], live: LiveModel) -> Answer | Failure:
+    async def _escalate(
+        self, question: _Question, light: Mapping[str, Array], live: LiveModel, early: _Early | None
+    ) -> Answer | Failure:
         expected = _wanted(question, light, live)
         checked: dict[str, Array] = {}
 
         def check(response: Any) -> None:
             checked.update(check_cloud_answer(response, expected))
 
-        manifest = live.manifest
-        version = str(manifest.version)
-        request = override_fields(question.raw, model_name=manifest.name, model_version=version, request_id=question.id)
-        outcome = await self._uplink.escalate(request, remaining_s=question.deadline - self._clock(), check=check)
+        if early is None:
+            request, remaining_s = _cloud_request(question, live), question.deadline - self._clock()
+            outcome = await self._uplink.escalate(request, remaining_s=remaining_s, check=check)
+        else:
+            early.needed.set_result(check)
+            outcome = await early.call
         if self._capture is not None and isinstance(outcome, Answer) and len(checked) == len(live.manifest.outputs):
-            self._capture(manifest.name, question.inputs, checked)
+            self._capture(live.manifest.name, question.inputs, checked)
         return outcome
 
 
@@ -184,12 +233,14 @@ def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Questi
             raise InputError(
                 f"output {output.name!r}: expected no parameters, got {', '.join(sorted(output.parameters))[:80]}"
             )
-    route = read_parameters(request.parameters).get(ROUTE_PARAMETER)
+    parameters = read_parameters(request.parameters)
+    route, hint = parameters.get(ROUTE_PARAMETER), parameters.get(HEDGE_PARAMETER)
     return _Question(
         raw=raw,
         inputs=decode_inputs(request, manifest.inputs, max_batch=manifest.max_batch, max_length=manifest.max_length),
         wanted=frozenset(output.name for output in request.outputs) or frozenset(names),
         route=None if route is None else check_wanted(route),
+        hedge=None if hint is None else check_hint(hint),
         deadline=deadline,
         id=request.id or secrets.token_hex(8),
     )
@@ -206,7 +257,23 @@ def _light_response(outputs: Mapping[str, Array]) -> Any:
     return response
 
 
-def _explained(response: Any, question: _Question, live: LiveModel, route: Route, reason: str, score: float) -> Any:
+def _cloud_request(question: _Question, live: LiveModel) -> bytes:
+    manifest = live.manifest
+    return override_fields(
+        question.raw, model_name=manifest.name, model_version=str(manifest.version), request_id=question.id
+    )
+
+
+def _no_cloud_answer(failure: Failure) -> UnavailableError:
+    why = f"{failure.reason} ({failure.detail})" if failure.detail else failure.reason
+    return UnavailableError(
+        f"{ROUTE_PARAMETER}='cloud' was asked for, and there is no cloud answer: {why}", reason=failure.reason
+    )
+
+
+def _explained(
+    response: Any, question: _Question, live: LiveModel, route: Route, reason: str, score: float, detail: str = ""
+) -> Any:
     cloud_version = read_parameters(response.parameters).get("isthmus.cloud_version")
     response.ClearField("parameters")
     response.model_name = live.manifest.name
@@ -215,6 +282,7 @@ def _explained(response: Any, question: _Question, live: LiveModel, route: Route
     explanation: dict[str, str | float | int | bool | None] = {
         ROUTE_PARAMETER: route,
         "isthmus.reason": reason,
+        "isthmus.detail": detail or None,
         "isthmus.score": score,
         "isthmus.threshold": live.policy.threshold,
         "isthmus.calibration": live.calibration_id,

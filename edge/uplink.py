@@ -1,22 +1,45 @@
 """Escalation: one request to the cloud, within what is left of the caller's deadline, or a reason why not.
 
-`Uplink.escalate` never raises and never outlasts its budget; everything that can go wrong has one reason:
+`Uplink.escalate` never raises and never outlasts its budget; everything that can go wrong has one reason, and a finer
+detail where there is more to say:
 
-    breaker-open        the cloud failed lately and is left alone                   not tried
-    no-time-left        the deadline leaves nothing after the guard                 not tried
-    cloud-unavailable   no connection, no token, or the cloud says it cannot now
-    cloud-timeout       no answer within the budget
-    cloud-refused       the cloud understood and said no
-    bad-cloud-answer    bytes that are not an answer, or not one to this request
+    deadline         no answer within the budget
+                       no-time-left     the deadline leaves nothing after the guard                   not tried
+                       hurried          calls with as little time as this one have failed lately      not tried
+    refused          the cloud understood and said no; the detail is its status (`not-found`, ...) or `too-large`
+    unavailable      the cloud said that it cannot, or has a defect; the detail is its status when that says more
+                       no-connection    there is none, and the last try to make one failed            not tried
+                       breaker-open     the cloud failed lately and is left alone                     not tried
+                       connection-lost  it broke during the call
+                       agent-error      a defect on this side; the log has it
+    unauthenticated  the cloud does not accept the access token
+                       no-token         there is none that is valid                                   not tried
+    quota            the cloud has had enough of this caller
+                       backing-off      it said so lately                                             not tried
+    bad-response     not an answer to this request
+                       unparsable       not even a message
 
-A refusal is a healthy cloud's answer, so it does not open the breaker; the other failures do. A call that gives the
-cloud less time than it takes says nothing about the cloud, so hurried calls have a breaker of their own: they open it
-for each other, and callers with more time go on being answered.
+`refused`, `unauthenticated` and `quota` are a healthy cloud's answers, so they do not open the breaker; the others do,
+and so does a missing connection, which costs its callers nothing. A call that gives the cloud less time than it takes
+says nothing about the cloud, so hurried calls have a breaker of their own: they open it for each other, and callers
+with more time go on being answered.
+
+A call is sent once more when its connection broke under it and a retry is left (edge.retry): whether the cloud has
+seen it cannot be told, and need not be, as an inference changes nothing. Nothing else is retried.
+
+A hedged call starts before anybody knows whether it is needed. It ends, and is counted, when that is known: as any
+other when it is, and as cancelled when it is not.
+
+The breaker's probes are callers' own requests, because only they show what callers need: a cheaper call can succeed
+while the heavy model hangs, and would open the way to it again and again. A probe takes no longer than the deadline of
+its caller allows, there is one at a time, and they become rare; a connection that is down answers them for nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,27 +51,33 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from edge.breaker import Breaker
+from edge.retry import QuotaPause, RetryBudget
 from isthmus.errors import IsthmusError
 from isthmus.oip import MODEL_INFER, service_pb2
 from security.tls import channel_credentials
 
-FailureReason = Literal[
-    "breaker-open", "no-time-left", "cloud-unavailable", "cloud-timeout", "cloud-refused", "bad-cloud-answer"
-]
+FailureReason = Literal["deadline", "refused", "unavailable", "unauthenticated", "quota", "bad-response"]
+Check = Callable[[Any], None]
 _SHORTEST_BUDGET_S: Final = 0.005  # not even a local round trip with inference is quicker
+_SETTLING_S: Final = 0.01  # longest time that a broken connection may look whole
 _HURRIED_S: Final = 0.1  # a call with a smaller budget is hurried, whatever the cloud's pace
 _HURRIED_RATIO: Final = 2.0  # so is one with a budget below this many usual answers
 _PACE_WEIGHT: Final = 0.2  # of the newest answer in the usual time of one
+_HEALTHY: Final[frozenset[FailureReason]] = frozenset({"refused", "unauthenticated", "quota"})
 _REASON_OF: Final[dict[grpc.StatusCode, FailureReason]] = {
-    grpc.StatusCode.DEADLINE_EXCEEDED: "cloud-timeout",
-    grpc.StatusCode.INVALID_ARGUMENT: "cloud-refused",
-    grpc.StatusCode.NOT_FOUND: "cloud-refused",
-    grpc.StatusCode.PERMISSION_DENIED: "cloud-refused",
-    grpc.StatusCode.UNAUTHENTICATED: "cloud-refused",
-    grpc.StatusCode.FAILED_PRECONDITION: "cloud-refused",
-    grpc.StatusCode.OUT_OF_RANGE: "cloud-refused",
-    grpc.StatusCode.UNIMPLEMENTED: "cloud-refused",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "deadline",
+    grpc.StatusCode.INVALID_ARGUMENT: "refused",
+    grpc.StatusCode.NOT_FOUND: "refused",
+    grpc.StatusCode.PERMISSION_DENIED: "refused",
+    grpc.StatusCode.FAILED_PRECONDITION: "refused",
+    grpc.StatusCode.OUT_OF_RANGE: "refused",
+    grpc.StatusCode.UNIMPLEMENTED: "refused",
+    grpc.StatusCode.UNAUTHENTICATED: "unauthenticated",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "quota",
 }
+_TOO_LARGE: Final = "message larger than max"  # how gRPC itself words it, under the status of a used-up quota
+_BROKEN: Final = "Stream removed"  # how it words that the connection broke
+_RETRY_HINTS: Final = {"grpc-retry-pushback-ms": 1e-3, "retry-after": 1.0}  # trailing metadata: seconds in its unit
 
 log = structlog.get_logger(__name__)
 
@@ -92,16 +121,33 @@ class Failure:
     """Why there is no cloud answer."""
 
     reason: FailureReason
+    detail: str = ""  # the finer cause, when there is more to say
+
+
+@dataclass(frozen=True, slots=True)
+class _Admission:
+    breaker: Breaker
+    ticket: int
+    token: str
+    budget_s: float
 
 
 @dataclass(slots=True)
 class UplinkCounters:
-    """Escalations since the agent started: attempts = successes + failures + those in progress."""
+    """Escalations since the agent started: attempts = successes + failures + cancelled + those in progress.
+
+    Each attempt and each retry is one call. Of the calls that are lost, the cloud has received some; of the others, all
+    but those that ended with their deadline before they arrived.
+    """
 
     attempts: int = 0
     successes: int = 0
     failures: int = 0
-    skipped: int = 0
+    cancelled: int = 0  # nobody waits for the answer any more: the caller went away, or a hedge was not needed
+    hedged: int = 0  # attempts that began before they were known to be needed
+    skipped: int = 0  # not tried
+    retries: int = 0  # calls beyond the first of an attempt
+    lost: int = 0  # calls that ended with their connection
     bytes_up: int = 0
 
 
@@ -116,6 +162,8 @@ class Uplink:
         guard_s: Part of the deadline that is kept for returning the light answer.
         longest_s: No escalation waits longer.
         unauthenticated: Called when the cloud does not accept the token.
+        retries: How many calls may be sent again.
+        quota: How long the cloud is left alone when a quota is used up.
     """
 
     def __init__(
@@ -128,20 +176,25 @@ class Uplink:
         guard_s: float,
         longest_s: float,
         unauthenticated: Callable[[], None] = lambda: None,
+        retries: RetryBudget | None = None,
+        quota: QuotaPause | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.breaker = breaker
         self.hurried_breaker = hurried_breaker
         self.counters = UplinkCounters()
+        self._channel = channel
         self._token = token
         self._guard_s = guard_s
         self._longest_s = longest_s
         self._unauthenticated = unauthenticated
+        self._retries = retries or RetryBudget()
+        self._quota = quota or QuotaPause()
         self._clock = clock
         self._pace_s = 0.0  # usual time of an answer
         self._model_infer: Any = channel.unary_unary(MODEL_INFER)  # bytes in, bytes out
 
-    async def escalate(self, request: bytes, *, remaining_s: float, check: Callable[[Any], None]) -> Answer | Failure:
+    async def escalate(self, request: bytes, *, remaining_s: float, check: Check) -> Answer | Failure:
         """Ask the cloud.
 
         Args:
@@ -149,31 +202,35 @@ class Uplink:
             remaining_s: What is left of the caller's deadline.
             check: Raises an IsthmusError when a parsed ModelInferResponse does not answer this request.
         """
-        budget_s = min(remaining_s - self._guard_s, self._longest_s)
-        if budget_s < _SHORTEST_BUDGET_S:
-            return self._skip("no-time-left")
-        token = self._token()
-        if token is None:
-            return self._skip("cloud-unavailable")
-        hurried = budget_s < max(_HURRIED_S, _HURRIED_RATIO * self._pace_s)
-        breaker = self.hurried_breaker if hurried else self.breaker
-        ticket = breaker.admit()
-        if ticket is None:
-            return self._skip("breaker-open")
+        needed: asyncio.Future[Check] = asyncio.get_running_loop().create_future()
+        needed.set_result(check)
+        return await self.hedge(request, remaining_s=remaining_s, needed=needed)
+
+    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Check]) -> Answer | Failure:
+        """Ask the cloud before it is known whether its answer is needed; cancel this when it is not.
+
+        Args:
+            request: A serialized ModelInferRequest.
+            remaining_s: What is left of the caller's deadline.
+            needed: Gets the check of `escalate` when the answer is needed.
+        """
+        admission = self._admit(min(remaining_s - self._guard_s, self._longest_s))
+        if isinstance(admission, Failure):
+            await needed
+            self.counters.skipped += 1
+            return admission
         self.counters.attempts += 1
-        self.counters.bytes_up += len(request)
-        settled, started = False, self._clock()
+        self.counters.hedged += not needed.done()
+        settled = False
         try:
-            outcome = await self._ask(request, token, budget_s, check)
+            outcome = await self._ask(request, admission, needed)
+            await needed
             settled = True
         finally:
-            if not settled:  # the caller went away
-                self.counters.failures += 1
-                breaker.abandon(ticket)
-        if isinstance(outcome, Answer):
-            took_s = self._clock() - started
-            self._pace_s = took_s if not self._pace_s else self._pace_s + _PACE_WEIGHT * (took_s - self._pace_s)
-        self._count(outcome, breaker, ticket)
+            if not settled:
+                self.counters.cancelled += 1
+                admission.breaker.abandon(admission.ticket)
+        self._count(outcome, admission)
         return outcome
 
     def nudge(self) -> None:
@@ -181,45 +238,127 @@ class Uplink:
         self.breaker.nudge()
         self.hurried_breaker.nudge()
 
-    async def _ask(self, request: bytes, token: str, budget_s: float, check: Callable[[Any], None]) -> Answer | Failure:
-        metadata = (("authorization", f"Bearer {token}"),)
+    def _admit(self, budget_s: float) -> _Admission | Failure:
+        """Return the leave to ask the cloud now, or why it is not asked."""
+        hurried = budget_s < max(_HURRIED_S, _HURRIED_RATIO * self._pace_s)
+        breaker = self.hurried_breaker if hurried else self.breaker
+        if budget_s < _SHORTEST_BUDGET_S:
+            return Failure("deadline", "no-time-left")
+        if self._is_down():
+            _fail_for_nothing(breaker)
+            return Failure("unavailable", "no-connection")
+        token = self._token()
+        if token is None:
+            return Failure("unauthenticated", "no-token")
+        if self._quota.active:
+            return Failure("quota", "backing-off")
+        ticket = breaker.admit()
+        if ticket is None:
+            return Failure("deadline", "hurried") if hurried else Failure("unavailable", "breaker-open")
+        return _Admission(breaker, ticket, token, budget_s)
+
+    async def _ask(self, request: bytes, admission: _Admission, needed: asyncio.Future[Check]) -> Answer | Failure:
+        budget_s, started = admission.budget_s, self._clock()
         try:
             # Twice on purpose: the peer is told the deadline, and this side keeps it whatever happens there.
             async with asyncio.timeout(budget_s):
-                raw = await self._model_infer(request, timeout=budget_s, metadata=metadata)
+                raw = await self._send(request, admission.token, time.monotonic() + budget_s)
+            took_s = self._clock() - started
             response = service_pb2.ModelInferResponse.FromString(raw)
-            check(response)
+            (await needed)(response)
         except TimeoutError:
-            return Failure("cloud-timeout")
+            return Failure("deadline")
         except grpc.aio.AioRpcError as error:
             return self._explain(error)
         except (DecodeError, IsthmusError) as error:
             log.warning("bad cloud answer", error=str(error)[:200])
-            return Failure("bad-cloud-answer")
+            return Failure("bad-response", "unparsable" if isinstance(error, DecodeError) else "")
         except Exception:  # the light answer is there: nothing that happens on this side of it may take it away
             log.exception("escalation failed")
-            return Failure("cloud-unavailable")
+            return Failure("unavailable", "agent-error")
+        self._pace_s = took_s if not self._pace_s else self._pace_s + _PACE_WEIGHT * (took_s - self._pace_s)
         return Answer(response)
 
+    async def _send(self, request: bytes, token: str, deadline: float) -> bytes:
+        self._retries.earn()
+        try:
+            return await self._call(request, token, deadline)
+        except grpc.aio.AioRpcError as error:
+            time_left = deadline - time.monotonic() >= _SHORTEST_BUDGET_S
+            if not self._broke(error) or self._is_down() or not time_left or not self._retries.spend():
+                raise
+        self.counters.retries += 1
+        with contextlib.suppress(TimeoutError):  # until gRPC has noticed, it would send on the broken connection
+            async with asyncio.timeout(_SETTLING_S):
+                await self._channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        return await self._call(request, token, deadline)
+
+    async def _call(self, request: bytes, token: str, deadline: float) -> bytes:
+        self.counters.bytes_up += len(request)
+        metadata = (("authorization", f"Bearer {token}"),)
+        try:
+            raw: bytes = await self._model_infer(request, timeout=deadline - time.monotonic(), metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            self.counters.lost += self._broke(error)
+            raise
+        return raw
+
+    def _is_down(self) -> bool:
+        # gRPC keeps this state, while it tries again in the background, until there is a connection.
+        return self._channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+
+    def _broke(self, error: grpc.aio.AioRpcError) -> bool:
+        """Return whether a call failed with its connection; a cloud that answers "unavailable" leaves it standing."""
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            return False
+        # The state may lag behind the call by an instant, in which gRPC's words say it.
+        ready = self._channel.get_state() is grpc.ChannelConnectivity.READY
+        return not ready or (error.details() or "").startswith(_BROKEN)
+
     def _explain(self, error: grpc.aio.AioRpcError) -> Failure:
-        reason = _REASON_OF.get(error.code(), "cloud-unavailable")
-        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+        code, words = error.code(), error.details() or ""
+        reason = _REASON_OF.get(code, "unavailable")
+        if reason == "unauthenticated":
             self._unauthenticated()
-        if reason == "cloud-refused":
-            log.warning("cloud refused", code=error.code().name, detail=(error.details() or "")[:200])
-        return Failure(reason)
+        if reason == "quota" and _TOO_LARGE in words:
+            return Failure("refused", "too-large")
+        if reason == "quota":
+            self._quota.begin(_retry_hint_s(error))
+        if self._broke(error):
+            return Failure(reason, "no-connection" if self._is_down() else "connection-lost")
+        if reason == "refused":
+            log.warning("cloud refused", code=code.name, detail=words[:200])
+        says_more = reason == "refused" or (reason == "unavailable" and code is not grpc.StatusCode.UNAVAILABLE)
+        return Failure(reason, code.name.lower().replace("_", "-") if says_more else "")
 
-    def _skip(self, reason: FailureReason) -> Failure:
-        self.counters.skipped += 1
-        return Failure(reason)
-
-    def _count(self, outcome: Answer | Failure, breaker: Breaker, ticket: int) -> None:
+    def _count(self, outcome: Answer | Failure, admission: _Admission) -> None:
+        breaker, ticket = admission.breaker, admission.ticket
         if isinstance(outcome, Answer):
             self.counters.successes += 1
+            self._quota.reset()
             breaker.succeed(ticket)
             return
         self.counters.failures += 1
-        if outcome.reason == "cloud-refused":
+        if outcome.reason in _HEALTHY:
             breaker.succeed(ticket)
         else:
             breaker.fail(ticket)
+
+
+def _fail_for_nothing(breaker: Breaker) -> None:
+    ticket = breaker.admit()
+    if ticket is not None:
+        breaker.fail(ticket)
+
+
+def _retry_hint_s(error: grpc.aio.AioRpcError) -> float | None:
+    """Return how long the cloud asks to be left alone, None when it does not say."""
+    metadata: Any = error.trailing_metadata() or ()
+    for key, value in metadata:
+        try:
+            seconds = float(value) * _RETRY_HINTS[key]
+        except (KeyError, ValueError):
+            continue
+        if math.isfinite(seconds) and seconds >= 0:
+            return seconds
+    return None

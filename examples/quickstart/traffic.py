@@ -129,7 +129,7 @@ def send_all(
         model: Its model.
         split: The samples.
         workers: Clients that send at the same time.
-        route: "edge" or "cloud" to force it, empty to let the agent decide.
+        route: "edge" or "cloud" to force it, empty to let the agent decide; a forced one that is not to be had fails.
         tick: Called after each request with all rows so far.
     """
     recording, lock = Recording(), threading.Lock()

@@ -1,14 +1,22 @@
-"""A TLS gateway that misbehaves on demand; it plays the cloud for fault injection only."""
+"""A TLS gateway that misbehaves on demand, and a link to it that does; they play the cloud for fault injection only.
+
+`python -m tests.edge.faulty_cloud FOLDER PORT LOG` is a right one in a process of its own, to be killed: it takes its
+certificate from FOLDER, prints its port, and appends the id of every request that it receives to LOG.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
+import os
+import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -83,6 +91,12 @@ async def black_hole(raw: bytes, context: Any) -> bytes:
     return b""
 
 
+async def stall_after_headers(raw: bytes, context: Any) -> bytes:
+    await context.send_initial_metadata(())
+    await asyncio.sleep(NEVER)
+    return b""
+
+
 async def garbage(raw: bytes, context: Any) -> bytes:
     return b"\xff\xff\xff\xff not protobuf"
 
@@ -116,9 +130,9 @@ async def twice(raw: bytes, context: Any) -> bytes:
     return bytes(response.SerializeToString())
 
 
-def refusing(code: grpc.StatusCode) -> Behaviour:
+def refusing(code: grpc.StatusCode, *hints: tuple[str, str]) -> Behaviour:
     async def refuse(raw: bytes, context: Any) -> bytes:
-        await context.abort(code, "no")
+        await context.abort(code, "no", hints)
         return b""
 
     return refuse
@@ -153,3 +167,91 @@ async def faulty_cloud(identity: Identity, *, port: int = 0) -> AsyncIterator[Fa
         yield cloud
     finally:
         await server.stop(None)
+
+
+class Link:
+    """A TCP link to a cloud, for agents to connect to; it is right, refuses connections, or swallows what is sent."""
+
+    def __init__(self, cloud: str) -> None:
+        self._port = int(cloud.rpartition(":")[2])
+        self._listener: asyncio.Server | None = None
+        self._swallowing = False
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.address = ""
+
+    async def __aenter__(self) -> Self:
+        await self.heal()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.refuse()
+
+    async def heal(self) -> None:
+        """Forward again; what a black hole has swallowed was cut off by then, as on a link that was really dead."""
+        if self._swallowing:
+            await self.refuse()
+        self._swallowing = False
+        if self._listener is None:
+            port = int(self.address.rpartition(":")[2] or 0)
+            self._listener = await asyncio.start_server(self._serve, "127.0.0.1", port)
+            self.address = f"localhost:{self._listener.sockets[0].getsockname()[1]}"
+
+    async def refuse(self) -> None:
+        """Refuse connections and reset those that are open."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Reset the connections that are open."""
+        for writer in [writer for writer in self._writers if not writer.is_closing()]:
+            linger = b"\x01\0\0\0\0\0\0\0"  # on, for no time: closing sends RST
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort()
+        self._writers.clear()
+
+    def black_hole(self) -> None:
+        """Take connections and bytes, and never say anything."""
+        self._swallowing = True
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self._port)
+        except OSError:  # the cloud is down
+            writer.close()
+            return
+        self._writers.add(back)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._forward(reader, back))
+            group.create_task(self._forward(there, writer))
+        self._writers -= {writer, back}
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                if not self._swallowing:
+                    writer.write(data)
+                    await writer.drain()
+        if not self._swallowing:
+            writer.close()
+
+
+async def _serve_until_killed(folder: Path, port: int, log: Path) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    async def noting(raw: bytes, context: Any) -> bytes:
+        os.write(file, service_pb2.ModelInferRequest.FromString(raw).id.encode() + b"\n")
+        await asyncio.sleep(0.005)  # long enough to be killed in the middle
+        return await right(raw, context)
+
+    async with faulty_cloud(Identity(folder / "cloud.key", folder / "cloud.pem"), port=port) as cloud:
+        cloud.behaviour = noting
+        sys.stdout.write(cloud.address + "\n")
+        sys.stdout.flush()
+        await asyncio.sleep(NEVER)
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve_until_killed(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,15 +12,17 @@ from typing import Any
 import tritonclient.grpc.aio as triton
 
 from edge.breaker import Breaker
+from edge.hedge import Hedge
 from edge.model import LiveModel, ServedModels, open_model
 from edge.router import Capture, Router
+from edge.runtimes import Worker
 from edge.server import AgentServer, InferenceService, may_use_all
-from edge.uplink import Uplink, open_channel
+from edge.uplink import Uplink, open_channel, watch_connection
 from isthmus.oip import read_parameters
 from isthmus.tensors import Array
 from isthmus.v1 import agent_pb2
 from tests.edge import bundles
-from tests.edge.faulty_cloud import FaultyCloud, faulty_cloud, make_identity
+from tests.edge.faulty_cloud import FaultyCloud, Identity, faulty_cloud, make_identity
 
 MODEL = "triage"
 
@@ -46,6 +49,11 @@ def open_variant(bundle: Path, variant: str = "onnxruntime-fp32") -> LiveModel:
     return open_model(bundle, variant)
 
 
+def computed_by(live: LiveModel, worker: Worker) -> LiveModel:
+    """The same version, computed by another worker."""
+    return LiveModel(live.manifest, live.variant, live.calibration, worker, live._score, live.policy)
+
+
 @asynccontextmanager
 async def serving(
     folder: Path,
@@ -57,16 +65,23 @@ async def serving(
     guard_s: float = 0.05,
     may_use: Callable[[str], bool] = may_use_all,
     listen: str = "127.0.0.1:0",
+    hedge: Hedge | None = None,
+    outside: tuple[str, Identity] | None = None,
 ) -> AsyncIterator[Serving]:
-    """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise."""
+    """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise.
+
+    `outside` is the address and identity of another cloud, which is used instead.
+    """
     if not (folder / "bundle").exists():
         bundles.build_bundle(folder / "bundle")
-    identity = make_identity(folder)
+    identity = outside[1] if outside else make_identity(folder)
     models = ServedModels((MODEL,))
     models.swap(MODEL, open_variant(folder / "bundle"))
-    async with faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
+    async with faulty_cloud(identity) as cloud:
+        channel = open_channel(outside[0] if outside else cloud.address, identity.ca)
         uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
-        router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture)
+        router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture, hedge=hedge)
+        connection = asyncio.ensure_future(watch_connection(channel, uplink.nudge))
         server = AgentServer(listen, InferenceService(models, router, may_use=may_use), agent_pb2.GetStatusResponse)
         address = await server.start()
         await server.set_ready(ready=True)
@@ -76,4 +91,6 @@ async def serving(
         finally:
             await client.close()
             await server.stop(0)
+            connection.cancel()
+            await channel.close()
             models.swap(MODEL, None)

@@ -137,7 +137,7 @@ def test_life_of_a_device(tmp_path: Path) -> None:
         async with running(home) as agent:
             await agent.serves(2)
             told = await agent.infer(bundles.HARD, client_timeout=2)
-            assert (told["isthmus.route"], told["isthmus.reason"]) == ("fallback", "cloud-unavailable")
+            assert (told["isthmus.route"], told["isthmus.reason"]) == ("fallback", "unavailable")
             assert await agent.client.is_server_ready()
 
     asyncio.run(scenario())

@@ -133,6 +133,19 @@ def test_nudge_ends_the_wait_but_admits_one_probe_only() -> None:
     assert breaker.admit() is None
 
 
+def test_waits_after_a_nudge_start_anew() -> None:
+    clock = Clock()
+    breaker = make(clock)
+    fail_times(breaker, 3)
+    for _ in range(6):
+        clock.now += 31
+        fail_times(breaker, 1)
+    breaker.nudge()
+    fail_times(breaker, 1)  # the connection is back, the cloud behind it not yet
+    clock.now += 1.001
+    assert breaker.admit() is not None
+
+
 class BreakerMachine(RuleBasedStateMachine):
     """Random calls, verdicts in any order, time in any steps."""
 

@@ -14,16 +14,14 @@ import tritonclient.grpc as sync_triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from edge.model import LiveModel
 from edge.runtimes import Worker
 from edge.server import AgentServer, InferenceService, is_local
 from isthmus.errors import ConfigError, InputError
 from isthmus.oip import SERVICE, service_pb2, service_pb2_grpc
-from isthmus.scores import ScoreOptions, open_score
 from isthmus.tensors import Array, encode_request
 from isthmus.v1 import agent_pb2
 from tests.edge import bundles
-from tests.edge.serving import MODEL, explanation, open_variant, serving
+from tests.edge.serving import MODEL, computed_by, explanation, open_variant, serving
 
 
 def test_confident_request_is_answered_on_the_edge(tmp_path: Path) -> None:
@@ -394,9 +392,7 @@ def test_words_of_the_runtime_stay_on_the_device(tmp_path: Path) -> None:
         async with serving(tmp_path) as agent:
             whole = agent.models.find("triage")
             worker = Worker(Secretive())
-            score = open_score("max_probability", ScoreOptions("logits"))
-            live = LiveModel(whole.manifest, whole.variant, whole.calibration, worker, score, whole.policy)
-            agent.models.swap("triage", live)
+            agent.models.swap("triage", computed_by(whole, worker))
             with pytest.raises(InferenceServerException) as caught:
                 await agent.infer(bundles.SURE)
             assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"

@@ -213,15 +213,28 @@ class UplinkStatus(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
     BYTES_UP_FIELD_NUMBER: _builtins.int
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    RETRIES_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    HEDGED_FIELD_NUMBER: _builtins.int
     breaker: _builtins.str
     """"closed" (calls pass), "open" (the cloud is skipped) or "half-open" (one call probes)."""
     attempts: _builtins.int
+    """Escalations: attempts = successes + failures + cancelled + those in progress."""
     successes: _builtins.int
     failures: _builtins.int
     skipped: _builtins.int
-    """Escalations that were not tried because the breaker was open or no time was left."""
+    """Escalations that were not tried: no time, connection or token, an open breaker, or a used-up quota."""
     bytes_up: _builtins.int
     """Request bytes sent up, payload only."""
+    cancelled: _builtins.int
+    """Attempts whose answer nobody waited for any more: the caller went away, or the light answer was good enough."""
+    retries: _builtins.int
+    """Calls beyond the first of an attempt, after a broken connection."""
+    lost: _builtins.int
+    """Calls that ended with their connection; the cloud may have received them. Each attempt and each retry is one call."""
+    hedged: _builtins.int
+    """Attempts that began before the light answer was there."""
     def __init__(
         self,
         *,
@@ -231,10 +244,14 @@ class UplinkStatus(_message.Message):
         failures: _builtins.int = ...,
         skipped: _builtins.int = ...,
         bytes_up: _builtins.int = ...,
+        cancelled: _builtins.int = ...,
+        retries: _builtins.int = ...,
+        lost: _builtins.int = ...,
+        hedged: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "breaker", b"breaker", "bytes_up", b"bytes_up", "failures", b"failures", "skipped", b"skipped", "successes", b"successes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "breaker", b"breaker", "bytes_up", b"bytes_up", "cancelled", b"cancelled", "failures", b"failures", "hedged", b"hedged", "lost", b"lost", "retries", b"retries", "skipped", b"skipped", "successes", b"successes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
