@@ -7,6 +7,7 @@ The steps, in order:
 3. score it and decide; a confident answer is returned
 4. escalate the request's own bytes within what is left of the deadline
 5. return the cloud's answer when it is one to this request, else the light answer, marked as a fallback
+6. a fallback whose request asked for it is kept first, and answered by the cloud later (edge.deferred)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import structlog
 
+from edge.deferred.wish import DEFERRED, NOT_DEFERRED, PROVISIONAL, STORED_ALREADY, Keeper, NoDeferral, NotKept, Wish
 from edge.model import LiveModel, ServedModels
 from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide, score_request
 from edge.uplink import Answer, Failure
@@ -47,6 +49,7 @@ class _Question:
     wanted: frozenset[str]  # names of the outputs to return
     route: str | None
     deadline: float  # on the monotonic clock
+    wish: Wish | None  # to be answered later when the cloud cannot be had
     id: str  # the caller's, or made here: the same in the agent's, the gateway's and Triton's logs, and in the answer
 
 
@@ -58,6 +61,7 @@ class Router:
         uplink: Where hard requests go.
         default_deadline_s: Deadline of requests that come without one.
         capture: Takes model, inputs and outputs of every cloud answer.
+        deferral: Keeps requests that asked for it and could not be escalated.
         clock: Monotonic seconds.
     """
 
@@ -68,12 +72,14 @@ class Router:
         *,
         default_deadline_s: float = 1.0,
         capture: Capture | None = None,
+        deferral: Keeper | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = models
         self._uplink = uplink
         self._default_deadline_s = default_deadline_s
         self._capture = capture
+        self._deferral = deferral or NoDeferral()
         self._clock = clock
 
     async def answer(self, raw: bytes, request: Any, remaining_s: float | None) -> Any:
@@ -95,7 +101,7 @@ class Router:
         answered = False
         try:
             with live.in_use():
-                question = _read(raw, request, live, deadline)
+                question = _read(raw, request, live, deadline, self._deferral)
                 response, route = await self._route(question, live)
             answered = True
             log.debug("answered", request_id=question.id[:128], model=live.manifest.name, route=route)
@@ -112,13 +118,21 @@ class Router:
         point = live.operating_point
         score = score_request(light[live.calibration.output], point.temperature)
         decision = decide(score, point.threshold, question.route)
+        if question.wish is not None and self._deferral.knows(question.wish):  # a retry: one better answer, not two
+            response = _light_response(question, light)
+            explained = _explained(response, question, live, "fallback", STORED_ALREADY, score)
+            return _promised(explained, None), "fallback"
         if not decision.escalate:
             response = _light_response(question, light)
             return _explained(response, question, live, "edge", decision.reason, score), "edge"
         outcome = await self._escalate(question, light, live)
         if isinstance(outcome, Failure):
             response = _light_response(question, light)
-            return _explained(response, question, live, "fallback", outcome.reason, score), "fallback"
+            explained = _explained(response, question, live, "fallback", outcome.reason, score)
+            if question.wish is not None:
+                template = _explained(_without_contents(response), question, live, "cloud", decision.reason, score)
+                await self._defer(question, question.wish, live, explained, template, outcome.reason)
+            return explained, "fallback"
         return _explained(outcome.response, question, live, "cloud", decision.reason, score), "cloud"
 
     async def _light(self, question: _Question, live: LiveModel) -> dict[str, Array]:
@@ -140,13 +154,24 @@ class Router:
         def check(response: Any) -> None:
             checked.update(check_cloud_answer(response, expected))
 
-        manifest = live.manifest
-        version = str(manifest.version)
-        request = override_fields(question.raw, model_name=manifest.name, model_version=version, request_id=question.id)
+        request = _cloud_request(question, live)
         outcome = await self._uplink.escalate(request, remaining_s=question.deadline - self._clock(), check=check)
         if self._capture is not None and isinstance(outcome, Answer) and len(checked) == len(light):
-            self._capture(manifest.name, question.inputs, checked)
+            self._capture(live.manifest.name, question.inputs, checked)
         return outcome
+
+    async def _defer(
+        self, question: _Question, wish: Wish, live: LiveModel, response: Any, template: Any, failure: str
+    ) -> None:
+        refusal = await self._deferral.keep(
+            wish,
+            request=_cloud_request(question, live),
+            template=template,
+            answer_bytes=response.ByteSize(),
+            failure=failure,
+            remaining_s=question.deadline - self._clock(),
+        )
+        _promised(response, refusal)
 
 
 def check_cloud_answer(response: Any, expected: Mapping[str, Array]) -> dict[str, Array]:
@@ -174,7 +199,7 @@ def check_cloud_answer(response: Any, expected: Mapping[str, Array]) -> dict[str
     return outputs
 
 
-def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Question:
+def _read(raw: bytes, request: Any, live: LiveModel, deadline: float, deferral: Keeper) -> _Question:
     manifest = live.manifest
     names = [spec.name for spec in manifest.outputs]
     for output in request.outputs:
@@ -184,13 +209,15 @@ def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Questi
             raise InputError(
                 f"output {output.name!r}: expected no parameters, got {', '.join(sorted(output.parameters))[:80]}"
             )
-    route = read_parameters(request.parameters).get(ROUTE_PARAMETER)
+    parameters = read_parameters(request.parameters)
+    route = parameters.get(ROUTE_PARAMETER)
     return _Question(
         raw=raw,
         inputs=decode_inputs(request, manifest.inputs, max_batch=manifest.max_batch, max_length=manifest.max_length),
         wanted=frozenset(output.name for output in request.outputs) or frozenset(names),
         route=None if route is None else check_wanted(route),
         deadline=deadline,
+        wish=deferral.read(parameters, request.id),
         id=request.id or secrets.token_hex(8),
     )
 
@@ -198,6 +225,28 @@ def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Questi
 def _light_response(question: _Question, light: Mapping[str, Array]) -> Any:
     response = service_pb2.ModelInferResponse()
     encode_outputs(response, {name: array for name, array in light.items() if name in question.wanted})
+    return response
+
+
+def _without_contents(response: Any) -> Any:
+    template = service_pb2.ModelInferResponse()
+    for output in response.outputs:
+        template.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
+    return template
+
+
+def _cloud_request(question: _Question, live: LiveModel) -> bytes:
+    manifest = live.manifest
+    return override_fields(
+        question.raw, model_name=manifest.name, model_version=str(manifest.version), request_id=question.id
+    )
+
+
+def _promised(response: Any, refusal: NotKept | None) -> Any:
+    set_parameter(response, PROVISIONAL, value=True)
+    set_parameter(response, DEFERRED, value=refusal is None)
+    if refusal is not None:
+        set_parameter(response, NOT_DEFERRED, refusal)
     return response
 
 
