@@ -69,7 +69,8 @@ def _plain(status: agent_pb2.GetStatusResponse) -> dict[str, Any]:
         _fields(model) | {"answers": {route: model.answers[route] for route in ROUTES}, "last_update": _update(model)}
         for model in status.models
     ]
-    return {"device_id": status.device_id, "uplink": _fields(status.uplink), "models": models}
+    deferred = _fields(status.deferred) if status.HasField("deferred") else None
+    return {"device_id": status.device_id, "uplink": _fields(status.uplink), "deferred": deferred, "models": models}
 
 
 def _update(model: agent_pb2.ModelStatus) -> dict[str, Any] | None:
