@@ -12,6 +12,7 @@ from edge.agent import Agent, describe_status
 from edge.breaker import Breaker
 from edge.config import EdgeSettings
 from edge.deferred.assembly import Deferred, open_deferred
+from edge.deferred.service import absent_handlers
 from edge.deferred.store import Limits
 from edge.fetcher import RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
@@ -71,7 +72,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         InferenceService(models, router, may_use=may_use),
         lambda: describe_status(enrolment.device_id, models, updaters, uplink, deferred),
         credentials=credentials,
-        deferred=None if deferred is None else deferred.service.handlers(),
+        deferred=absent_handlers() if deferred is None else deferred.service.handlers(),
         interceptors=interceptors,
         concurrent_calls=settings.concurrent_calls,
         message_bytes=settings.message_mib << 20,

@@ -12,6 +12,7 @@ The parts, in data-flow order:
     deferral.py  the store as the event loop sees it: one writer thread, one commit for many requests
     sender.py    requests to the cloud, results into the store
     service.py   results to subscribed clients
+    client.py    the command line's side of that
     assembly.py  all of these, put together
 
 The promise: an answer that says `isthmus.deferred` is true is on the disk. Its request gets exactly one result, an

@@ -18,7 +18,7 @@ import structlog
 
 from edge.deferred.index import Pending, QueueCount
 from edge.deferred.store import DeferredStore, Ending, NewRequest, ReadRequest, ReadResult
-from edge.deferred.wish import NotKept, QueueName, Wish, read_wish
+from edge.deferred.wish import DEFER, NotKept, QueueName, Wish, read_wish
 
 # Reasons of a failed escalation that the cloud would give again; with all others it is worth to ask again later.
 FINAL: Final = frozenset({"cloud-refused", "bad-cloud-answer", "refused", "bad-response"})
@@ -67,7 +67,8 @@ class Deferral:
 
     def read(self, parameters: Mapping[str, Any], request_id: str) -> Wish | None:
         """See `Keeper.read`."""
-        return read_wish(parameters, request_id, owner=self._owner(), longest_ttl_s=self._longest_ttl_s)
+        owner = self._owner() if DEFER in parameters else ""
+        return read_wish(parameters, request_id, owner=owner, longest_ttl_s=self._longest_ttl_s)
 
     def knows(self, wish: Wish) -> bool:
         """See `Keeper.knows`."""

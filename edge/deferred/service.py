@@ -19,12 +19,15 @@ from edge.deferred.deferral import Deferral
 from edge.deferred.store import ReadResult
 from edge.deferred.wish import check_queue
 from edge.messages import parse_message, serialize_message
-from isthmus.errors import UnavailableError
+from isthmus.errors import ConfigError, UnavailableError
 from isthmus.v1 import agent_pb2
 
+_WATCH: Final = "WatchDeferred"
+_METHODS: Final = (_WATCH, "AcknowledgeDeferred", "ListDeferred", "PurgeDeferred")
 _MOST_STREAMS: Final = 16  # each takes one of the calls that may be in progress
 
 Q = TypeVar("Q", bound=Message)
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -43,9 +46,7 @@ class DeferredService:
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[bytes, Any]]:
         """Return the table of methods."""
         return {
-            "WatchDeferred": grpc.unary_stream_rpc_method_handler(
-                self._watch_raw, response_serializer=serialize_message
-            ),
+            _WATCH: grpc.unary_stream_rpc_method_handler(self._watch_raw, response_serializer=serialize_message),
             "AcknowledgeDeferred": _unary(agent_pb2.AcknowledgeDeferredRequest, self.acknowledge),
             "ListDeferred": _unary(agent_pb2.ListDeferredRequest, self.list_queues),
             "PurgeDeferred": _unary(agent_pb2.PurgeDeferredRequest, self.purge),
@@ -104,8 +105,9 @@ class DeferredService:
         return agent_pb2.PurgeDeferredResponse(pending=pending, results=results)
 
     async def _watch_raw(self, raw: bytes, context: Any) -> AsyncIterator[agent_pb2.WatchDeferredResponse]:
-        del context
-        async for response in self.watch(parse_message(agent_pb2.WatchDeferredRequest, raw)):
+        request = parse_message(agent_pb2.WatchDeferredRequest, raw)
+        await context.send_initial_metadata(())  # tells the client that it is subscribed, before there is a result
+        async for response in self.watch(request):
             yield response
 
     @staticmethod
@@ -118,7 +120,16 @@ class DeferredService:
                 wait.cancel()
 
 
-T = TypeVar("T")
+def absent_handlers() -> dict[str, grpc.RpcMethodHandler[bytes, Any]]:
+    """Return the table of methods of an agent that does not defer: each says so."""
+
+    async def refuse(raw: bytes, context: Any) -> Any:
+        del raw, context
+        raise ConfigError("this agent does not defer requests", hint="run it with the setting `defer = true`")
+
+    unary: grpc.RpcMethodHandler[bytes, Any] = grpc.unary_unary_rpc_method_handler(refuse)
+    stream: grpc.RpcMethodHandler[bytes, Any] = grpc.unary_stream_rpc_method_handler(refuse)
+    return {name: stream if name == _WATCH else unary for name in _METHODS}
 
 
 async def _written(action: Awaitable[T]) -> T:

@@ -113,7 +113,9 @@ def read_wish(
     Raises:
         InputError: A value has the wrong type or is out of range, or there is no request id.
     """
-    wanted = parameters.get(DEFER, False)
+    if DEFER not in parameters:  # nearly all requests
+        return None
+    wanted = parameters[DEFER]
     if not isinstance(wanted, bool):
         raise InputError(f"parameter {DEFER}: expected true or false, got {_shown(wanted)}")
     queue = parameters.get(QUEUE, DEFAULT_QUEUE)

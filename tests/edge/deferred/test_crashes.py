@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from edge.deferred.store import DeferredStore, Ending, Limits
 from tests.edge.deferred.simulated_disk import Killed, SimulatedDisk
 from tests.edge.deferred.stores import QUEUE, Clock, Machine, new
 
+pytestmark = pytest.mark.slow
 STEPS = st.one_of(
     st.tuples(st.just("put"), st.integers(0, 9), st.integers(0, 9)),
     st.tuples(st.just("retry"), st.integers(0, 30), st.integers(0, 9)),
@@ -48,7 +50,7 @@ class Client:
         return True
 
     def may_ask_again(self, request_id: str, now: float) -> bool:
-        # An id is remembered for a request's life; and one that ended without an answer starts anew when it comes again.
+        # An id is remembered for a request's life; one that ended without an answer starts anew when it comes again.
         ended = "answer" not in self.seen.get(request_id, ["answer"])
         return not ended and now < self.asked[request_id] + LIFE_S
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,12 @@ async def ask_all(agent: AgentProcess) -> list[dict[str, Any]]:
         for number in numbers:
             answers.append(await ask(client, number))
 
+    def enough(count: int) -> bool:
+        return len(answers) >= count
+
     async def kill_now_and_then() -> None:
         for count in KILLS:
-            await until(lambda count=count: len(answers) >= count)
+            await until(partial(enough, count))
             await agent.kill()
             await agent.start()
 
