@@ -21,6 +21,7 @@ import grpc
 import structlog
 
 from edge.backoff import Backoff
+from edge.deferred.assembly import Deferred
 from edge.fleet import Desired, FleetLink
 from edge.identity import AccessToken
 from edge.model import ServedModels
@@ -55,6 +56,7 @@ class Agent:
     flush_s: float
     shutdown_s: float
     ready_file: Path | None = None
+    deferred: Deferred | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set.
@@ -70,6 +72,8 @@ class Agent:
                 loops = [group.create_task(_outlasting(name, loop)) for name, loop in self._loops().items()]
                 await stop.wait()
                 log.info("stopping")
+                if self.deferred is not None:
+                    self.deferred.service.stop()
                 await self.server.stop(self.shutdown_s)
                 for task in loops:
                     task.cancel()
@@ -97,6 +101,9 @@ class Agent:
             loops[f"update {model}"] = partial(self._keep_current, model, updater)
         if self.spools:
             loops["captures"] = self._keep_captures
+        if self.deferred is not None:
+            loops["deferred requests"] = self.deferred.sender.run
+            loops["life of deferred requests"] = self.deferred.deferral.tidy
         return loops
 
     def _connected(self) -> None:
@@ -104,6 +111,8 @@ class Agent:
         self.uplink.nudge()
         self.token.connected()
         self.fleet.connected()
+        if self.deferred is not None:
+            self.deferred.sender.connected()
 
     async def _keep_current(self, model: str, updater: Updater) -> None:
         backoff = Backoff(first_s=1.0, longest_s=60.0)
@@ -162,6 +171,8 @@ class Agent:
             await spool.flush()
         for name, _ in self.models:
             self.models.swap(name, None)
+        if self.deferred is not None:
+            self.deferred.deferral.close()
         await self.channel.close()
         self.lock.close()
 
@@ -186,7 +197,11 @@ async def run_until_signal(agent: Agent) -> None:
 
 
 def describe_status(
-    device_id: str, models: ServedModels, updaters: Mapping[str, Updater], uplink: Uplink
+    device_id: str,
+    models: ServedModels,
+    updaters: Mapping[str, Updater],
+    uplink: Uplink,
+    deferred: Deferred | None = None,
 ) -> agent_pb2.GetStatusResponse:
     """Return the agent's counters and versions."""
     counters = uplink.counters
@@ -205,6 +220,13 @@ def describe_status(
             hedged=counters.hedged,
         ),
     )
+    if deferred is not None:
+        pending, results, taken = deferred.deferral.totals()
+        status.deferred.CopyFrom(
+            agent_pb2.DeferredStatus(
+                pending=pending, results=results, bytes=taken, **deferred.deferral.counters.as_fields()
+            )
+        )
     for name, live in models:
         counted = models.counters[name]
         model = status.models.add(model=name, version=models.version(name), errors=counted.errors)

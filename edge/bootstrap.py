@@ -11,6 +11,9 @@ import grpc
 from edge.agent import Agent, describe_status
 from edge.breaker import Breaker
 from edge.config import EdgeSettings
+from edge.deferred.assembly import Deferred, open_deferred
+from edge.deferred.service import absent_handlers
+from edge.deferred.store import Limits
 from edge.fetcher import RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
 from edge.hedge import Hedge
@@ -56,20 +59,23 @@ def build_agent(settings: EdgeSettings) -> Agent:
         name: Spool(home.spool(name), limit_bytes=settings.capture_mib << 20) for name in names if settings.capture
     }
     spool_full = asyncio.Event()
+    deferred = _deferred(settings, home, uplink)
     router = Router(
         models,
         uplink,
         default_deadline_s=settings.default_deadline_s,
         capture=partial(_capture, spools, spool_full) if settings.capture else None,
         hedge=Hedge(above=settings.hedge_above) if settings.hedge else None,
+        deferral=None if deferred is None else deferred.deferral,
     )
     credentials, interceptors = _protection(settings, home, enrolment)
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use
     server = AgentServer(
         settings.listen,
         InferenceService(models, router, may_use=may_use),
-        lambda: describe_status(enrolment.device_id, models, updaters, uplink),
+        lambda: describe_status(enrolment.device_id, models, updaters, uplink, deferred),
         credentials=credentials,
+        deferred=absent_handlers() if deferred is None else deferred.service.handlers(),
         interceptors=interceptors,
         concurrent_calls=settings.concurrent_calls,
         message_bytes=settings.message_mib << 20,
@@ -89,6 +95,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         flush_s=settings.capture_flush_s,
         shutdown_s=settings.shutdown_s,
         ready_file=settings.ready_file,
+        deferred=deferred,
     )
 
 
@@ -159,6 +166,25 @@ def _protection(
         return None, ()
     verifier = TokenVerifier(home.jwks.read_bytes(), enrolment.token_issuer, enrolment.token_audience)
     return server_credentials(home.key, home.certificate), (AuthInterceptor(verifier),)
+
+
+def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink) -> Deferred | None:
+    if not settings.defer:
+        return None
+    return open_deferred(
+        home.deferred,
+        settings.defer_key or home.deferred_key,
+        uplink,
+        limits=Limits(bytes=settings.defer_mib << 20, entries=settings.defer_requests),
+        longest_ttl_s=settings.defer_ttl_s,
+        concurrency=settings.defer_concurrency,
+        deadline_s=settings.defer_deadline_s,
+        owner=(lambda: "") if is_local(settings.listen) else _caller,
+    )
+
+
+def _caller() -> str:
+    return current_claims().subject
 
 
 def _caller_may_use(model: str) -> bool:

@@ -1,9 +1,9 @@
-"""`isthmus edge`: enrol a device, run its agent, ask it how it is, take its captures."""
+"""`isthmus edge`: enrol a device, run its agent, ask it how it is, take its captures and late answers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -12,7 +12,14 @@ from isthmus.terminal import JsonOption, note, show_record
 app = typer.Typer(no_args_is_help=True, help="Enrol a device and run its agent.")
 captures_app = typer.Typer(no_args_is_help=True, help="Escalated requests with the cloud's answers.")
 app.add_typer(captures_app, name="captures")
+deferred_app = typer.Typer(no_args_is_help=True, help="Requests that wait for the cloud, and their late answers.")
+app.add_typer(deferred_app, name="deferred")
 
+Address = Annotated[str, typer.Option(help="Where the agent listens.")]
+Ca = Annotated[Path | None, typer.Option(help="CA of an agent that listens with TLS.")]
+TokenFile = Annotated[Path | None, typer.Option(help="File with an access token, with --ca.")]
+_ADDRESS: Final = "127.0.0.1:8001"
+Queue = Annotated[str, typer.Option(help="What the requests named in isthmus.queue.")]
 Home = Annotated[Path, typer.Option(help="The device's folder.")]
 
 
@@ -75,12 +82,12 @@ def run(
 
 @app.command()
 def status(
-    address: Annotated[str, typer.Option(help="Where the agent listens.")] = "127.0.0.1:8001",
-    ca: Annotated[Path | None, typer.Option(help="CA of an agent that listens with TLS.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="File with an access token, with --ca.")] = None,
+    address: Address = _ADDRESS,
+    ca: Ca = None,
+    token_file: TokenFile = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print versions, answers by route, the uplink and the last update of a running agent."""
+    """Print versions, answers by route, the uplink, deferred requests and the last update of a running agent."""
     from edge.status_client import fetch_status
 
     answer: dict[str, Any] = fetch_status(address, ca=ca, token_file=token_file)
@@ -88,7 +95,10 @@ def status(
         show_record("agent", answer, as_json=True)
         return
     uplink: dict[str, Any] = answer["uplink"]
-    show_record("agent", {"device": answer["device_id"], **{f"uplink {k}": v for k, v in uplink.items()}})
+    deferred: dict[str, Any] = answer["deferred"] or {}
+    uplink_told = {f"uplink {name}": value for name, value in uplink.items()}
+    deferred_told = {f"deferred {name}": value for name, value in deferred.items()}
+    show_record("agent", {"device": answer["device_id"], **uplink_told, **deferred_told})
     for model in answer["models"]:
         show_record(model["model"], _told(model))
 
@@ -116,3 +126,55 @@ def export(
     rows = export_captures(folder, output)
     note(f"{rows} rows of {folder.name}")
     show_record("captures", {"model": folder.name, "rows": rows, "output": str(output)}, as_json=as_json)
+
+
+@deferred_app.command("list")
+def list_deferred(
+    address: Address = _ADDRESS, ca: Ca = None, token_file: TokenFile = None, as_json: JsonOption = False
+) -> None:
+    """Count requests that wait and results that nobody has acknowledged, by queue."""
+    from edge.deferred.client import fetch_queues
+    from edge.status_client import find_agent
+    from isthmus.terminal import show_table
+
+    show_table("deferred", fetch_queues(find_agent(address, ca=ca, token_file=token_file)), as_json=as_json)
+
+
+@deferred_app.command("watch")
+def watch_deferred(
+    address: Address = _ADDRESS,
+    queue: Queue = "default",
+    cursor: Annotated[Path | None, typer.Option(help="File that remembers what was printed.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Stop after this many; go on for ever by default.")] = None,
+    ca: Ca = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Print late answers as they come, one JSON object a line, and acknowledge each."""
+    import asyncio
+    import json
+
+    from edge.deferred.client import watch
+    from edge.status_client import find_agent
+
+    async def print_all() -> None:
+        agent = find_agent(address, ca=ca, token_file=token_file)
+        async for answer in watch(agent, queue=queue, cursor=cursor, count=count):
+            typer.echo(json.dumps(answer))
+
+    asyncio.run(print_all())
+
+
+@deferred_app.command("purge")
+def purge_deferred(
+    address: Address = _ADDRESS,
+    queue: Queue = "default",
+    ca: Ca = None,
+    token_file: TokenFile = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Forget all that a queue holds: requests are not sent, results not delivered."""
+    from edge.deferred.client import purge_queue
+    from edge.status_client import find_agent
+
+    purged = purge_queue(find_agent(address, ca=ca, token_file=token_file), queue)
+    show_record("purged", purged, as_json=as_json)

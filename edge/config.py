@@ -52,5 +52,18 @@ class EdgeSettings(Settings):
     capture: bool = Field(default=False, description="Keep escalated requests with the cloud's answers.")
     capture_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for captures, MiB a model.")
     capture_flush_s: float = Field(default=60.0, gt=0, description="Longest time a capture stays in memory, seconds.")
+    defer: bool = Field(default=True, description="Keep hard requests that ask for it until the cloud is back.")
+    defer_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for deferred requests, MiB.")
+    defer_requests: int = Field(default=10_000, ge=1, le=1_000_000, description="Deferred requests that may wait.")
+    defer_ttl_s: int = Field(
+        default=86_400, ge=1, le=31_536_000, description="Longest life of a deferred request, seconds."
+    )
+    defer_concurrency: int = Field(default=2, ge=1, le=64, description="Deferred requests sent at a time.")
+    defer_deadline_s: float = Field(
+        default=10.0, gt=0, le=3600, description="Deadline of a deferred request in the cloud, seconds."
+    )
+    defer_key: Path | None = Field(
+        default=None, description="File with the key of deferred requests; in the device's folder when unset."
+    )
     shutdown_s: float = Field(default=5.0, ge=0, description="Time for requests in progress at shutdown, seconds.")
     ready_file: Path | None = Field(default=None, description="Written when the agent listens: JSON, address and pid.")

@@ -110,6 +110,16 @@ class DeviceHome:
         """Return the folder of a model's captures."""
         return self.path / "spool" / model
 
+    @property
+    def deferred(self) -> Path:
+        """Return the folder of deferred requests and their results."""
+        return self.path / "deferred"
+
+    @property
+    def deferred_key(self) -> Path:
+        """Return the key that they are sealed with."""
+        return self.path / "deferred.key"
+
     def enrolment(self) -> Enrolment:
         """Return what enrolment left.
 

@@ -8,6 +8,7 @@ The steps, in order:
 4. escalate the request's own bytes within what is left of the deadline
 5. return the cloud's answer when it is one to this request, else the light answer, marked as a fallback; a caller
    who asked for the cloud gets the cloud's answer or none
+6. a fallback whose request asked for it is kept first, and answered by the cloud later (edge.deferred)
 
 With hedging on, a request that will probably escalate (edge.hedge) is sent to the cloud before step 2, and called back
 when it need not.
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import structlog
 
+from edge.deferred.wish import DEFERRED, NOT_DEFERRED, PROVISIONAL, STORED_ALREADY, Keeper, NoDeferral, NotKept, Wish
 from edge.hedge import HEDGE_PARAMETER, Hedge, check_hint
 from edge.model import LiveModel, ServedModels
 from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide
@@ -60,6 +62,7 @@ class _Question:
     route: str | None
     hedge: bool | None  # what the caller expects
     deadline: float  # on the monotonic clock
+    wish: Wish | None  # to be answered later when the cloud cannot be had
     id: str  # the caller's, or made here: the same in the agent's, the gateway's and Triton's logs, and in the answer
 
 
@@ -80,6 +83,7 @@ class Router:
         default_deadline_s: Deadline of requests that come without one.
         capture: Takes model, inputs and outputs of every cloud answer.
         hedge: Predicts escalations; None when none begins early.
+        deferral: Keeps requests that asked for it and could not be escalated.
         clock: Monotonic seconds.
     """
 
@@ -91,6 +95,7 @@ class Router:
         default_deadline_s: float = 1.0,
         capture: Capture | None = None,
         hedge: Hedge | None = None,
+        deferral: Keeper | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = models
@@ -98,6 +103,7 @@ class Router:
         self._default_deadline_s = default_deadline_s
         self._capture = capture
         self._hedge = hedge
+        self._deferral = deferral or NoDeferral()
         self._clock = clock
 
     async def answer(self, raw: bytes, request: Any, remaining_s: float | None) -> Any:
@@ -120,7 +126,7 @@ class Router:
         answered = False
         try:
             with live.in_use():
-                question = _read(raw, request, live, deadline)
+                question = _read(raw, request, live, deadline, self._deferral)
                 with self._early(question, live) as early:
                     response, route = await self._route(question, live, early)
             answered = True
@@ -151,6 +157,10 @@ class Router:
     async def _route(self, question: _Question, live: LiveModel, early: _Early | None) -> tuple[Any, Route]:
         light = await self._light(question, live)
         score = live.score(light)
+        if question.wish is not None and self._deferral.knows(question.wish):  # a retry: one better answer, not two
+            response = _light_response(_wanted(question, light, live))
+            explained = _explained(response, question, live, "fallback", STORED_ALREADY, score)
+            return _promised(explained, None), "fallback"
         decision = decide(Case(score, len(question.raw)), live.policy, question.route)
         if self._hedge is not None and question.route is None:
             self._hedge.note(live.manifest.name, escalates=decision.escalate)
@@ -163,6 +173,9 @@ class Router:
         if isinstance(outcome, Failure):
             response = _light_response(_wanted(question, light, live))
             explained = _explained(response, question, live, "fallback", outcome.reason, score, outcome.detail)
+            if question.wish is not None:
+                template = _explained(_without_contents(response), question, live, "cloud", decision.reason, score)
+                await self._defer(question, question.wish, live, explained, template, outcome.reason)
             return explained, "fallback"
         return _explained(outcome.response, question, live, "cloud", decision.reason, score), "cloud"
 
@@ -197,6 +210,19 @@ class Router:
             self._capture(live.manifest.name, question.inputs, checked)
         return outcome
 
+    async def _defer(
+        self, question: _Question, wish: Wish, live: LiveModel, response: Any, template: Any, failure: str
+    ) -> None:
+        refusal = await self._deferral.keep(
+            wish,
+            request=_cloud_request(question, live),
+            template=template,
+            answer_bytes=response.ByteSize(),
+            failure=failure,
+            remaining_s=question.deadline - self._clock(),
+        )
+        _promised(response, refusal)
+
 
 def check_cloud_answer(response: Any, expected: Mapping[str, Array]) -> dict[str, Array]:
     """Return the outputs of a cloud answer that can stand in for the light one.
@@ -223,7 +249,7 @@ def check_cloud_answer(response: Any, expected: Mapping[str, Array]) -> dict[str
     return outputs
 
 
-def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Question:
+def _read(raw: bytes, request: Any, live: LiveModel, deadline: float, deferral: Keeper) -> _Question:
     manifest = live.manifest
     names = [spec.name for spec in manifest.outputs]
     for output in request.outputs:
@@ -242,6 +268,7 @@ def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Questi
         route=None if route is None else check_wanted(route),
         hedge=None if hint is None else check_hint(hint),
         deadline=deadline,
+        wish=deferral.read(parameters, request.id),
         id=request.id or secrets.token_hex(8),
     )
 
@@ -257,6 +284,13 @@ def _light_response(outputs: Mapping[str, Array]) -> Any:
     return response
 
 
+def _without_contents(response: Any) -> Any:
+    template = service_pb2.ModelInferResponse()
+    for output in response.outputs:
+        template.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
+    return template
+
+
 def _cloud_request(question: _Question, live: LiveModel) -> bytes:
     manifest = live.manifest
     return override_fields(
@@ -269,6 +303,14 @@ def _no_cloud_answer(failure: Failure) -> UnavailableError:
     return UnavailableError(
         f"{ROUTE_PARAMETER}='cloud' was asked for, and there is no cloud answer: {why}", reason=failure.reason
     )
+
+
+def _promised(response: Any, refusal: NotKept | None) -> Any:
+    set_parameter(response, PROVISIONAL, value=True)
+    set_parameter(response, DEFERRED, value=refusal is None)
+    if refusal is not None:
+        set_parameter(response, NOT_DEFERRED, refusal)
+    return response
 
 
 def _explained(

@@ -8,20 +8,20 @@ tables answer UNIMPLEMENTED. Without TLS the listener binds loopback addresses a
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from edge import describe
+from edge.messages import parse_message, serialize_message
 from edge.model import LiveModel, ServedModels
 from edge.router import Router
 from isthmus import __version__
 from isthmus.address import UNIX, check_free, split_address
-from isthmus.errors import ConfigError, InputError, NotFoundError, UnavailableError
+from isthmus.errors import ConfigError, NotFoundError, UnavailableError
 from isthmus.oip import SERVICE, service_pb2
 from isthmus.status import StatusInterceptor
 from isthmus.v1 import agent_pb2
@@ -83,7 +83,7 @@ class InferenceService:
 
     async def model_infer(self, raw: bytes, context: Any) -> Any:
         """Answer one inference request."""
-        request = _parse(service_pb2.ModelInferRequest, raw)
+        request = parse_message(service_pb2.ModelInferRequest, raw)
         self._check_allowed(request.model_name)
         return await self._router.answer(raw, request, context.time_remaining())
 
@@ -138,34 +138,22 @@ class InferenceService:
             raise NotFoundError(f"no model {name[:80]!r} for this caller", reason="unknown-model")
 
 
-def _parse(kind: Any, raw: bytes) -> Any:
-    try:
-        return kind.FromString(raw)
-    except DecodeError as error:
-        raise InputError(
-            f"expected a serialized {kind.DESCRIPTOR.full_name}, got {len(raw)} bytes that are not one",
-            reason="malformed-request",
-        ) from error
-
-
 def _parsed(kind: Any, method: Callable[[Any], Awaitable[Any]]) -> Handler:
     async def call(raw: bytes, context: Any) -> Any:
         del context
-        return await method(_parse(kind, raw))
+        return await method(parse_message(kind, raw))
 
     return call
 
 
-def _serialize(message: Any) -> bytes:
-    return bytes(message.SerializeToString())
-
-
-def _generic(service: str, methods: dict[str, Handler]) -> Any:
+def _generic(
+    service: str, methods: dict[str, Handler], others: Mapping[str, grpc.RpcMethodHandler[bytes, Any]] | None = None
+) -> Any:
     handlers: dict[str, grpc.RpcMethodHandler[bytes, Any]] = {
-        name: grpc.unary_unary_rpc_method_handler(method, response_serializer=_serialize)
+        name: grpc.unary_unary_rpc_method_handler(method, response_serializer=serialize_message)
         for name, method in methods.items()
     }
-    return grpc.method_handlers_generic_handler(service, handlers)
+    return grpc.method_handlers_generic_handler(service, handlers | dict(others or {}))
 
 
 class AgentServer:
@@ -176,6 +164,7 @@ class AgentServer:
         service: Answers the inference protocol.
         status: Returns the agent's counters and versions.
         credentials: TLS; may be None for local addresses only.
+        deferred: Methods of the agent's service that are about deferred requests.
         interceptors: Run before every call, after errors are translated.
         concurrent_calls: Calls in progress; more are refused with RESOURCE_EXHAUSTED.
         message_bytes: Largest message.
@@ -188,6 +177,7 @@ class AgentServer:
         status: Callable[[], agent_pb2.GetStatusResponse],
         *,
         credentials: grpc.ServerCredentials | None = None,
+        deferred: Mapping[str, grpc.RpcMethodHandler[bytes, Any]] | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         concurrent_calls: int = 128,
         message_bytes: int = 64 << 20,
@@ -212,7 +202,9 @@ class AgentServer:
             return status()
 
         agent = {"GetStatus": _parsed(agent_pb2.GetStatusRequest, get_status)}
-        self._server.add_generic_rpc_handlers((_generic(SERVICE, service.handlers()), _generic(AGENT_SERVICE, agent)))
+        self._server.add_generic_rpc_handlers(
+            (_generic(SERVICE, service.handlers()), _generic(AGENT_SERVICE, agent, deferred))
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, AGENT_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

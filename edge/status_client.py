@@ -1,7 +1,9 @@
-"""Asks a running agent for its status."""
+"""Calls to a running agent from the command line: where it is, how to be let in, and its status."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +25,34 @@ _HINTS: Final = {
 }
 
 
-def fetch_status(address: str, *, ca: Path | None = None, token_file: Path | None = None) -> dict[str, Any]:
-    """Return GetStatus of the agent at `address` as plain values.
+@dataclass(frozen=True, slots=True)
+class AgentAddress:
+    """A running agent and what it takes to call it; made by `find_agent`."""
+
+    address: str
+    credentials: grpc.ChannelCredentials | None
+    token: str | None
+
+    def call(self, method: Callable[[Any, tuple[tuple[str, str], ...]], Any]) -> Any:
+        """Return what `method` gets from the agent's stub with this metadata.
+
+        Raises:
+            IsthmusError: The agent cannot be reached, or refuses.
+        """
+        if self.credentials is None:
+            channel = grpc.insecure_channel(self.address)
+        else:
+            channel = grpc.secure_channel(self.address, self.credentials)
+        metadata = () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+        with channel:
+            try:
+                return method(agent_pb2_grpc.AgentServiceStub(channel), metadata)
+            except grpc.RpcError as error:
+                raise from_rpc(error, f"agent at {self.address}", hints=_HINTS) from error
+
+
+def find_agent(address: str, *, ca: Path | None = None, token_file: Path | None = None) -> AgentAddress:
+    """Return how to call the agent at `address`.
 
     Args:
         address: HOST:PORT or unix:PATH.
@@ -34,7 +62,6 @@ def fetch_status(address: str, *, ca: Path | None = None, token_file: Path | Non
     Raises:
         InputError: The agent is on another machine and `ca` is missing, or the token file holds no token.
         ConfigError: `address` is none, or a file cannot be read.
-        UnavailableError: No agent answers.
     """
     if not is_local(address, "--address") and ca is None:
         raise InputError(
@@ -42,16 +69,20 @@ def fetch_status(address: str, *, ca: Path | None = None, token_file: Path | Non
             hint="--ca is trust/ca.pem of the agent's folder; an operator's `isthmus token mint` makes a token",
             reason="tls-required",
         )
-    metadata = () if token_file is None else (("authorization", f"Bearer {_read_token(token_file)}"),)
-    channel = grpc.insecure_channel(address) if ca is None else grpc.secure_channel(address, channel_credentials(ca))
-    with channel:
-        try:
-            answer = agent_pb2_grpc.AgentServiceStub(channel).GetStatus(
-                agent_pb2.GetStatusRequest(), timeout=TIMEOUT_S, metadata=metadata
-            )
-        except grpc.RpcError as error:
-            raise from_rpc(error, f"agent at {address}", hints=_HINTS) from error
-    return _plain(answer)
+    token = None if token_file is None else _read_token(token_file)
+    return AgentAddress(address, None if ca is None else channel_credentials(ca), token)
+
+
+def fetch_status(address: str, *, ca: Path | None = None, token_file: Path | None = None) -> dict[str, Any]:
+    """Return GetStatus of the agent at `address` as plain values.
+
+    Raises:
+        InputError, ConfigError: As `find_agent` does.
+        UnavailableError: No agent answers.
+    """
+    agent = find_agent(address, ca=ca, token_file=token_file)
+    request = agent_pb2.GetStatusRequest()
+    return _plain(agent.call(lambda stub, metadata: stub.GetStatus(request, timeout=TIMEOUT_S, metadata=metadata)))
 
 
 def _read_token(path: Path) -> str:
@@ -69,7 +100,8 @@ def _plain(status: agent_pb2.GetStatusResponse) -> dict[str, Any]:
         _fields(model) | {"answers": {route: model.answers[route] for route in ROUTES}, "last_update": _update(model)}
         for model in status.models
     ]
-    return {"device_id": status.device_id, "uplink": _fields(status.uplink), "models": models}
+    deferred = _fields(status.deferred) if status.HasField("deferred") else None
+    return {"device_id": status.device_id, "uplink": _fields(status.uplink), "deferred": deferred, "models": models}
 
 
 def _update(model: agent_pb2.ModelStatus) -> dict[str, Any] | None:

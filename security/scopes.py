@@ -50,7 +50,14 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "Release": REGISTRY_PUBLISH,
         "ListVersions": REGISTRY_READ,
     },
-    "isthmus.v1.AgentService": {"GetStatus": INFER},
+    "isthmus.v1.AgentService": {
+        "GetStatus": INFER,
+        # The caller's own queues only: the agent tells them apart by the token's subject.
+        "WatchDeferred": INFER,
+        "AcknowledgeDeferred": INFER,
+        "ListDeferred": INFER,
+        "PurgeDeferred": INFER,
+    },
     "inference.GRPCInferenceService": {
         "ServerLive": AUTHENTICATED,
         "ServerReady": AUTHENTICATED,

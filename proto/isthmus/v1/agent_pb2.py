@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16isthmus/v1/agent.proto\x12\nisthmus.v1\"\x12\n\x10GetStatusRequest\"y\n\x11GetStatusResponse\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\'\n\x06models\x18\x02 \x03(\x0b\x32\x17.isthmus.v1.ModelStatus\x12(\n\x06uplink\x18\x03 \x01(\x0b\x32\x18.isthmus.v1.UplinkStatus\"\x8c\x02\n\x0bModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\x13\n\x0b\x63\x61libration\x18\x04 \x01(\t\x12\x11\n\tthreshold\x18\x05 \x01(\x01\x12\x35\n\x07\x61nswers\x18\x06 \x03(\x0b\x32$.isthmus.v1.ModelStatus.AnswersEntry\x12\x0e\n\x06\x65rrors\x18\x07 \x01(\x04\x12-\n\x0blast_update\x18\x08 \x01(\x0b\x32\x18.isthmus.v1.UpdateStatus\x1a.\n\x0c\x41nswersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xbb\x01\n\x0cUpdateStatus\x12\x14\n\x0c\x66rom_version\x18\x01 \x01(\x04\x12\x12\n\nto_version\x18\x02 \x01(\x04\x12\x0f\n\x07outcome\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x15\n\rbytes_fetched\x18\x06 \x01(\x04\x12\x12\n\nbytes_full\x18\x07 \x01(\x04\x12%\n\x05\x66iles\x18\x08 \x03(\x0b\x32\x16.isthmus.v1.FileUpdate\"U\n\nFileUpdate\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x15\n\rbytes_fetched\x18\x03 \x01(\x04\x12\x12\n\nbytes_full\x18\x04 \x01(\x04\"\xbb\x01\n\x0cUplinkStatus\x12\x0f\n\x07\x62reaker\x18\x01 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x02 \x01(\x04\x12\x11\n\tsuccesses\x18\x03 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x04 \x01(\x04\x12\x0f\n\x07skipped\x18\x05 \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\x06 \x01(\x04\x12\x11\n\tcancelled\x18\x07 \x01(\x04\x12\x0f\n\x07retries\x18\x08 \x01(\x04\x12\x0c\n\x04lost\x18\t \x01(\x04\x12\x0e\n\x06hedged\x18\n \x01(\x04\x32X\n\x0c\x41gentService\x12H\n\tGetStatus\x12\x1c.isthmus.v1.GetStatusRequest\x1a\x1d.isthmus.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16isthmus/v1/agent.proto\x12\nisthmus.v1\"C\n\x14WatchDeferredRequest\x12\r\n\x05queue\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\r\n\x05store\x18\x03 \x01(\t\"\x99\x01\n\x15WatchDeferredResponse\x12\r\n\x05store\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x10\n\x06\x61nswer\x18\x04 \x01(\x0cH\x00\x12.\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x1b.isthmus.v1.DeferredFailureH\x00\x42\t\n\x07outcome\"2\n\x0f\x44\x65\x66\x65rredFailure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"L\n\x1a\x41\x63knowledgeDeferredRequest\x12\r\n\x05queue\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\r\n\x05store\x18\x03 \x01(\t\".\n\x1b\x41\x63knowledgeDeferredResponse\x12\x0f\n\x07removed\x18\x01 \x01(\x04\"\x15\n\x13ListDeferredRequest\"P\n\x14ListDeferredResponse\x12\r\n\x05store\x18\x01 \x01(\t\x12)\n\x06queues\x18\x02 \x03(\x0b\x32\x19.isthmus.v1.DeferredQueue\"o\n\rDeferredQueue\x12\r\n\x05queue\x18\x01 \x01(\t\x12\x0f\n\x07pending\x18\x02 \x01(\x04\x12\x0f\n\x07results\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_sequence\x18\x04 \x01(\x04\x12\x15\n\rlast_sequence\x18\x05 \x01(\x04\"%\n\x14PurgeDeferredRequest\x12\r\n\x05queue\x18\x01 \x01(\t\"9\n\x15PurgeDeferredResponse\x12\x0f\n\x07pending\x18\x01 \x01(\x04\x12\x0f\n\x07results\x18\x02 \x01(\x04\"\x12\n\x10GetStatusRequest\"\xa7\x01\n\x11GetStatusResponse\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\'\n\x06models\x18\x02 \x03(\x0b\x32\x17.isthmus.v1.ModelStatus\x12(\n\x06uplink\x18\x03 \x01(\x0b\x32\x18.isthmus.v1.UplinkStatus\x12,\n\x08\x64\x65\x66\x65rred\x18\x04 \x01(\x0b\x32\x1a.isthmus.v1.DeferredStatus\"\x8c\x02\n\x0bModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\x13\n\x0b\x63\x61libration\x18\x04 \x01(\t\x12\x11\n\tthreshold\x18\x05 \x01(\x01\x12\x35\n\x07\x61nswers\x18\x06 \x03(\x0b\x32$.isthmus.v1.ModelStatus.AnswersEntry\x12\x0e\n\x06\x65rrors\x18\x07 \x01(\x04\x12-\n\x0blast_update\x18\x08 \x01(\x0b\x32\x18.isthmus.v1.UpdateStatus\x1a.\n\x0c\x41nswersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xbb\x01\n\x0cUpdateStatus\x12\x14\n\x0c\x66rom_version\x18\x01 \x01(\x04\x12\x12\n\nto_version\x18\x02 \x01(\x04\x12\x0f\n\x07outcome\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x15\n\rbytes_fetched\x18\x06 \x01(\x04\x12\x12\n\nbytes_full\x18\x07 \x01(\x04\x12%\n\x05\x66iles\x18\x08 \x03(\x0b\x32\x16.isthmus.v1.FileUpdate\"U\n\nFileUpdate\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x15\n\rbytes_fetched\x18\x03 \x01(\x04\x12\x12\n\nbytes_full\x18\x04 \x01(\x04\"\xbb\x01\n\x0cUplinkStatus\x12\x0f\n\x07\x62reaker\x18\x01 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x02 \x01(\x04\x12\x11\n\tsuccesses\x18\x03 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x04 \x01(\x04\x12\x0f\n\x07skipped\x18\x05 \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\x06 \x01(\x04\x12\x11\n\tcancelled\x18\x07 \x01(\x04\x12\x0f\n\x07retries\x18\x08 \x01(\x04\x12\x0c\n\x04lost\x18\t \x01(\x04\x12\x0e\n\x06hedged\x18\n \x01(\x04\"\xe5\x02\n\x0e\x44\x65\x66\x65rredStatus\x12\x0f\n\x07pending\x18\x01 \x01(\x04\x12\x0f\n\x07results\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06stored\x18\x04 \x01(\x04\x12\x12\n\nnot_stored\x18\x05 \x01(\x04\x12\x15\n\rfound_pending\x18\x06 \x01(\x04\x12\x15\n\rfound_results\x18\x07 \x01(\x04\x12\x10\n\x08\x61nswered\x18\x08 \x01(\x04\x12\x0f\n\x07refused\x18\t \x01(\x04\x12\x0f\n\x07\x65xpired\x18\n \x01(\x04\x12\x0f\n\x07\x65victed\x18\x0b \x01(\x04\x12\x0f\n\x07\x64\x61maged\x18\x0c \x01(\x04\x12\x14\n\x0c\x61\x63knowledged\x18\r \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x0e \x01(\x04\x12\x16\n\x0epurged_pending\x18\x0f \x01(\x04\x12\x16\n\x0epurged_results\x18\x10 \x01(\x04\x12\x10\n\x08\x61ttempts\x18\x11 \x01(\x04\x12\x11\n\tdelivered\x18\x12 \x01(\x04\x32\xc1\x03\n\x0c\x41gentService\x12H\n\tGetStatus\x12\x1c.isthmus.v1.GetStatusRequest\x1a\x1d.isthmus.v1.GetStatusResponse\x12V\n\rWatchDeferred\x12 .isthmus.v1.WatchDeferredRequest\x1a!.isthmus.v1.WatchDeferredResponse0\x01\x12\x66\n\x13\x41\x63knowledgeDeferred\x12&.isthmus.v1.AcknowledgeDeferredRequest\x1a\'.isthmus.v1.AcknowledgeDeferredResponse\x12Q\n\x0cListDeferred\x12\x1f.isthmus.v1.ListDeferredRequest\x1a .isthmus.v1.ListDeferredResponse\x12T\n\rPurgeDeferred\x12 .isthmus.v1.PurgeDeferredRequest\x1a!.isthmus.v1.PurgeDeferredResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,20 +33,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODELSTATUS_ANSWERSENTRY']._loaded_options = None
   _globals['_MODELSTATUS_ANSWERSENTRY']._serialized_options = b'8\001'
-  _globals['_GETSTATUSREQUEST']._serialized_start=38
-  _globals['_GETSTATUSREQUEST']._serialized_end=56
-  _globals['_GETSTATUSRESPONSE']._serialized_start=58
-  _globals['_GETSTATUSRESPONSE']._serialized_end=179
-  _globals['_MODELSTATUS']._serialized_start=182
-  _globals['_MODELSTATUS']._serialized_end=450
-  _globals['_MODELSTATUS_ANSWERSENTRY']._serialized_start=404
-  _globals['_MODELSTATUS_ANSWERSENTRY']._serialized_end=450
-  _globals['_UPDATESTATUS']._serialized_start=453
-  _globals['_UPDATESTATUS']._serialized_end=640
-  _globals['_FILEUPDATE']._serialized_start=642
-  _globals['_FILEUPDATE']._serialized_end=727
-  _globals['_UPLINKSTATUS']._serialized_start=730
-  _globals['_UPLINKSTATUS']._serialized_end=917
-  _globals['_AGENTSERVICE']._serialized_start=919
-  _globals['_AGENTSERVICE']._serialized_end=1007
+  _globals['_WATCHDEFERREDREQUEST']._serialized_start=38
+  _globals['_WATCHDEFERREDREQUEST']._serialized_end=105
+  _globals['_WATCHDEFERREDRESPONSE']._serialized_start=108
+  _globals['_WATCHDEFERREDRESPONSE']._serialized_end=261
+  _globals['_DEFERREDFAILURE']._serialized_start=263
+  _globals['_DEFERREDFAILURE']._serialized_end=313
+  _globals['_ACKNOWLEDGEDEFERREDREQUEST']._serialized_start=315
+  _globals['_ACKNOWLEDGEDEFERREDREQUEST']._serialized_end=391
+  _globals['_ACKNOWLEDGEDEFERREDRESPONSE']._serialized_start=393
+  _globals['_ACKNOWLEDGEDEFERREDRESPONSE']._serialized_end=439
+  _globals['_LISTDEFERREDREQUEST']._serialized_start=441
+  _globals['_LISTDEFERREDREQUEST']._serialized_end=462
+  _globals['_LISTDEFERREDRESPONSE']._serialized_start=464
+  _globals['_LISTDEFERREDRESPONSE']._serialized_end=544
+  _globals['_DEFERREDQUEUE']._serialized_start=546
+  _globals['_DEFERREDQUEUE']._serialized_end=657
+  _globals['_PURGEDEFERREDREQUEST']._serialized_start=659
+  _globals['_PURGEDEFERREDREQUEST']._serialized_end=696
+  _globals['_PURGEDEFERREDRESPONSE']._serialized_start=698
+  _globals['_PURGEDEFERREDRESPONSE']._serialized_end=755
+  _globals['_GETSTATUSREQUEST']._serialized_start=757
+  _globals['_GETSTATUSREQUEST']._serialized_end=775
+  _globals['_GETSTATUSRESPONSE']._serialized_start=778
+  _globals['_GETSTATUSRESPONSE']._serialized_end=945
+  _globals['_MODELSTATUS']._serialized_start=948
+  _globals['_MODELSTATUS']._serialized_end=1216
+  _globals['_MODELSTATUS_ANSWERSENTRY']._serialized_start=1170
+  _globals['_MODELSTATUS_ANSWERSENTRY']._serialized_end=1216
+  _globals['_UPDATESTATUS']._serialized_start=1219
+  _globals['_UPDATESTATUS']._serialized_end=1406
+  _globals['_FILEUPDATE']._serialized_start=1408
+  _globals['_FILEUPDATE']._serialized_end=1493
+  _globals['_UPLINKSTATUS']._serialized_start=1496
+  _globals['_UPLINKSTATUS']._serialized_end=1683
+  _globals['_DEFERREDSTATUS']._serialized_start=1686
+  _globals['_DEFERREDSTATUS']._serialized_end=2043
+  _globals['_AGENTSERVICE']._serialized_start=2046
+  _globals['_AGENTSERVICE']._serialized_end=2495
 # @@protoc_insertion_point(module_scope)

@@ -19,6 +19,254 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class WatchDeferredRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
+    queue: _builtins.str
+    after: _builtins.int
+    """The last sequence that the client has handled; 0 for none."""
+    store: _builtins.str
+    """The store that `after` comes from, as the responses name it; in another store it means nothing."""
+    def __init__(
+        self,
+        *,
+        queue: _builtins.str = ...,
+        after: _builtins.int = ...,
+        store: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "queue", b"queue", "store", b"store"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchDeferredRequest: _TypeAlias = WatchDeferredRequest  # noqa: Y015
+
+@_typing.final
+class WatchDeferredResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STORE_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    store: _builtins.str
+    """Where the sequence counts; changes when the device's store starts anew."""
+    sequence: _builtins.int
+    """Grows from result to result of a queue, with gaps; never used twice."""
+    request_id: _builtins.str
+    """The id that the client gave its request."""
+    answer: _builtins.bytes
+    """A serialized inference.ModelInferResponse."""
+    @_builtins.property
+    def failure(self) -> Global___DeferredFailure: ...
+    def __init__(
+        self,
+        *,
+        store: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        answer: _builtins.bytes = ...,
+        failure: Global___DeferredFailure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "failure", b"failure", "outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "failure", b"failure", "outcome", b"outcome", "request_id", b"request_id", "sequence", b"sequence", "store", b"store"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["answer", "failure"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___WatchDeferredResponse: _TypeAlias = WatchDeferredResponse  # noqa: Y015
+
+@_typing.final
+class DeferredFailure(_message.Message):
+    """Why a deferred request has no answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """"refused", "expired", "evicted" or "damaged"."""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeferredFailure: _TypeAlias = DeferredFailure  # noqa: Y015
+
+@_typing.final
+class AcknowledgeDeferredRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
+    queue: _builtins.str
+    sequence: _builtins.int
+    """All results up to this one are removed."""
+    store: _builtins.str
+    """The store that the sequence comes from; that of another removes nothing."""
+    def __init__(
+        self,
+        *,
+        queue: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        store: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["queue", b"queue", "sequence", b"sequence", "store", b"store"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcknowledgeDeferredRequest: _TypeAlias = AcknowledgeDeferredRequest  # noqa: Y015
+
+@_typing.final
+class AcknowledgeDeferredResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REMOVED_FIELD_NUMBER: _builtins.int
+    removed: _builtins.int
+    def __init__(
+        self,
+        *,
+        removed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcknowledgeDeferredResponse: _TypeAlias = AcknowledgeDeferredResponse  # noqa: Y015
+
+@_typing.final
+class ListDeferredRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeferredRequest: _TypeAlias = ListDeferredRequest  # noqa: Y015
+
+@_typing.final
+class ListDeferredResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STORE_FIELD_NUMBER: _builtins.int
+    QUEUES_FIELD_NUMBER: _builtins.int
+    store: _builtins.str
+    @_builtins.property
+    def queues(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeferredQueue]: ...
+    def __init__(
+        self,
+        *,
+        store: _builtins.str = ...,
+        queues: _abc.Iterable[Global___DeferredQueue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["queues", b"queues", "store", b"store"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeferredResponse: _TypeAlias = ListDeferredResponse  # noqa: Y015
+
+@_typing.final
+class DeferredQueue(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    queue: _builtins.str
+    pending: _builtins.int
+    """Requests that wait for the cloud."""
+    results: _builtins.int
+    """Results that wait to be acknowledged, and the sequences of the first and the last; 0 when there is none."""
+    first_sequence: _builtins.int
+    last_sequence: _builtins.int
+    def __init__(
+        self,
+        *,
+        queue: _builtins.str = ...,
+        pending: _builtins.int = ...,
+        results: _builtins.int = ...,
+        first_sequence: _builtins.int = ...,
+        last_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "pending", b"pending", "queue", b"queue", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeferredQueue: _TypeAlias = DeferredQueue  # noqa: Y015
+
+@_typing.final
+class PurgeDeferredRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_FIELD_NUMBER: _builtins.int
+    queue: _builtins.str
+    def __init__(
+        self,
+        *,
+        queue: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["queue", b"queue"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeDeferredRequest: _TypeAlias = PurgeDeferredRequest  # noqa: Y015
+
+@_typing.final
+class PurgeDeferredResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PENDING_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    pending: _builtins.int
+    results: _builtins.int
+    def __init__(
+        self,
+        *,
+        pending: _builtins.int = ...,
+        results: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending", b"pending", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeDeferredResponse: _TypeAlias = PurgeDeferredResponse  # noqa: Y015
+
+@_typing.final
 class GetStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -40,21 +288,27 @@ class GetStatusResponse(_message.Message):
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     UPLINK_FIELD_NUMBER: _builtins.int
+    DEFERRED_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatus]: ...
     @_builtins.property
     def uplink(self) -> Global___UplinkStatus: ...
+    @_builtins.property
+    def deferred(self) -> Global___DeferredStatus:
+        """Absent when the agent does not defer."""
+
     def __init__(
         self,
         *,
         device_id: _builtins.str = ...,
         models: _abc.Iterable[Global___ModelStatus] | None = ...,
         uplink: Global___UplinkStatus | None = ...,
+        deferred: Global___DeferredStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["uplink", b"uplink"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deferred", b"deferred", "uplink", b"uplink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "models", b"models", "uplink", b"uplink"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deferred", b"deferred", "device_id", b"device_id", "models", b"models", "uplink", b"uplink"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -256,3 +510,87 @@ class UplinkStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UplinkStatus: _TypeAlias = UplinkStatus  # noqa: Y015
+
+@_typing.final
+class DeferredStatus(_message.Message):
+    """Deferred requests since the agent started:
+    stored + found_pending = answered + refused + expired + evicted + damaged + purged_pending + pending, and
+    answered + refused + expired + evicted + damaged + found_results = acknowledged + dropped + purged_results + results.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PENDING_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    NOT_STORED_FIELD_NUMBER: _builtins.int
+    FOUND_PENDING_FIELD_NUMBER: _builtins.int
+    FOUND_RESULTS_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    EXPIRED_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    PURGED_PENDING_FIELD_NUMBER: _builtins.int
+    PURGED_RESULTS_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    DELIVERED_FIELD_NUMBER: _builtins.int
+    pending: _builtins.int
+    """Requests that wait for the cloud now."""
+    results: _builtins.int
+    """Results that wait to be acknowledged now."""
+    bytes: _builtins.int
+    """Bytes of the quota that are taken now."""
+    stored: _builtins.int
+    not_stored: _builtins.int
+    """Requests that asked to be deferred and could not be stored."""
+    found_pending: _builtins.int
+    """What an earlier run of the agent left."""
+    found_results: _builtins.int
+    answered: _builtins.int
+    refused: _builtins.int
+    """Requests that ended without an answer, by reason."""
+    expired: _builtins.int
+    evicted: _builtins.int
+    damaged: _builtins.int
+    acknowledged: _builtins.int
+    dropped: _builtins.int
+    """Results that nobody acknowledged before the end of their life."""
+    purged_pending: _builtins.int
+    purged_results: _builtins.int
+    attempts: _builtins.int
+    """Escalations of stored requests; they are among those that the uplink counts."""
+    delivered: _builtins.int
+    """Results sent to subscribers, counted for each of them."""
+    def __init__(
+        self,
+        *,
+        pending: _builtins.int = ...,
+        results: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        stored: _builtins.int = ...,
+        not_stored: _builtins.int = ...,
+        found_pending: _builtins.int = ...,
+        found_results: _builtins.int = ...,
+        answered: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        expired: _builtins.int = ...,
+        evicted: _builtins.int = ...,
+        damaged: _builtins.int = ...,
+        acknowledged: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        purged_pending: _builtins.int = ...,
+        purged_results: _builtins.int = ...,
+        attempts: _builtins.int = ...,
+        delivered: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "answered", b"answered", "attempts", b"attempts", "bytes", b"bytes", "damaged", b"damaged", "delivered", b"delivered", "dropped", b"dropped", "evicted", b"evicted", "expired", b"expired", "found_pending", b"found_pending", "found_results", b"found_results", "not_stored", b"not_stored", "pending", b"pending", "purged_pending", b"purged_pending", "purged_results", b"purged_results", "refused", b"refused", "results", b"results", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeferredStatus: _TypeAlias = DeferredStatus  # noqa: Y015

@@ -40,6 +40,26 @@ class AgentServiceStub(object):
                 request_serializer=isthmus_dot_v1_dot_agent__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=isthmus_dot_v1_dot_agent__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.WatchDeferred = channel.unary_stream(
+                '/isthmus.v1.AgentService/WatchDeferred',
+                request_serializer=isthmus_dot_v1_dot_agent__pb2.WatchDeferredRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_agent__pb2.WatchDeferredResponse.FromString,
+                _registered_method=True)
+        self.AcknowledgeDeferred = channel.unary_unary(
+                '/isthmus.v1.AgentService/AcknowledgeDeferred',
+                request_serializer=isthmus_dot_v1_dot_agent__pb2.AcknowledgeDeferredRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_agent__pb2.AcknowledgeDeferredResponse.FromString,
+                _registered_method=True)
+        self.ListDeferred = channel.unary_unary(
+                '/isthmus.v1.AgentService/ListDeferred',
+                request_serializer=isthmus_dot_v1_dot_agent__pb2.ListDeferredRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_agent__pb2.ListDeferredResponse.FromString,
+                _registered_method=True)
+        self.PurgeDeferred = channel.unary_unary(
+                '/isthmus.v1.AgentService/PurgeDeferred',
+                request_serializer=isthmus_dot_v1_dot_agent__pb2.PurgeDeferredRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_agent__pb2.PurgeDeferredResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer(object):
@@ -53,6 +73,35 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchDeferred(self, request, context):
+        """Streams the results of deferred requests of one queue, in order; first those that are there, then those that come.
+        Ends without an error when the agent stops. Beyond loopback a caller has queues of its own, by its token's subject.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcknowledgeDeferred(self, request, context):
+        """Removes results that the client has handled; the others are kept until the end of their life.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDeferred(self, request, context):
+        """Counts what the caller's queues hold.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeDeferred(self, request, context):
+        """Removes all that a queue holds, requests and results; nothing is delivered for them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +109,26 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=isthmus_dot_v1_dot_agent__pb2.GetStatusRequest.FromString,
                     response_serializer=isthmus_dot_v1_dot_agent__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'WatchDeferred': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchDeferred,
+                    request_deserializer=isthmus_dot_v1_dot_agent__pb2.WatchDeferredRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_agent__pb2.WatchDeferredResponse.SerializeToString,
+            ),
+            'AcknowledgeDeferred': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeDeferred,
+                    request_deserializer=isthmus_dot_v1_dot_agent__pb2.AcknowledgeDeferredRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_agent__pb2.AcknowledgeDeferredResponse.SerializeToString,
+            ),
+            'ListDeferred': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeferred,
+                    request_deserializer=isthmus_dot_v1_dot_agent__pb2.ListDeferredRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_agent__pb2.ListDeferredResponse.SerializeToString,
+            ),
+            'PurgeDeferred': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeDeferred,
+                    request_deserializer=isthmus_dot_v1_dot_agent__pb2.PurgeDeferredRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_agent__pb2.PurgeDeferredResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +159,114 @@ class AgentService(object):
             '/isthmus.v1.AgentService/GetStatus',
             isthmus_dot_v1_dot_agent__pb2.GetStatusRequest.SerializeToString,
             isthmus_dot_v1_dot_agent__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchDeferred(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/isthmus.v1.AgentService/WatchDeferred',
+            isthmus_dot_v1_dot_agent__pb2.WatchDeferredRequest.SerializeToString,
+            isthmus_dot_v1_dot_agent__pb2.WatchDeferredResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcknowledgeDeferred(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.AgentService/AcknowledgeDeferred',
+            isthmus_dot_v1_dot_agent__pb2.AcknowledgeDeferredRequest.SerializeToString,
+            isthmus_dot_v1_dot_agent__pb2.AcknowledgeDeferredResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeferred(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.AgentService/ListDeferred',
+            isthmus_dot_v1_dot_agent__pb2.ListDeferredRequest.SerializeToString,
+            isthmus_dot_v1_dot_agent__pb2.ListDeferredResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeDeferred(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.AgentService/PurgeDeferred',
+            isthmus_dot_v1_dot_agent__pb2.PurgeDeferredRequest.SerializeToString,
+            isthmus_dot_v1_dot_agent__pb2.PurgeDeferredResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,16 @@ class AgentServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AgentServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GetStatusRequest, _agent_pb2.GetStatusResponse]
     """Returns counters and versions. Open on loopback; scope infer elsewhere."""
+    WatchDeferred: _grpc.UnaryStreamMultiCallable[_agent_pb2.WatchDeferredRequest, _agent_pb2.WatchDeferredResponse]
+    """Streams the results of deferred requests of one queue, in order; first those that are there, then those that come.
+    Ends without an error when the agent stops. Beyond loopback a caller has queues of its own, by its token's subject.
+    """
+    AcknowledgeDeferred: _grpc.UnaryUnaryMultiCallable[_agent_pb2.AcknowledgeDeferredRequest, _agent_pb2.AcknowledgeDeferredResponse]
+    """Removes results that the client has handled; the others are kept until the end of their life."""
+    ListDeferred: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListDeferredRequest, _agent_pb2.ListDeferredResponse]
+    """Counts what the caller's queues hold."""
+    PurgeDeferred: _grpc.UnaryUnaryMultiCallable[_agent_pb2.PurgeDeferredRequest, _agent_pb2.PurgeDeferredResponse]
+    """Removes all that a queue holds, requests and results; nothing is delivered for them."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -43,6 +53,16 @@ class AgentServiceAsyncStub(AgentServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetStatusRequest, _agent_pb2.GetStatusResponse]  # type: ignore[assignment]
     """Returns counters and versions. Open on loopback; scope infer elsewhere."""
+    WatchDeferred: _aio.UnaryStreamMultiCallable[_agent_pb2.WatchDeferredRequest, _agent_pb2.WatchDeferredResponse]  # type: ignore[assignment]
+    """Streams the results of deferred requests of one queue, in order; first those that are there, then those that come.
+    Ends without an error when the agent stops. Beyond loopback a caller has queues of its own, by its token's subject.
+    """
+    AcknowledgeDeferred: _aio.UnaryUnaryMultiCallable[_agent_pb2.AcknowledgeDeferredRequest, _agent_pb2.AcknowledgeDeferredResponse]  # type: ignore[assignment]
+    """Removes results that the client has handled; the others are kept until the end of their life."""
+    ListDeferred: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListDeferredRequest, _agent_pb2.ListDeferredResponse]  # type: ignore[assignment]
+    """Counts what the caller's queues hold."""
+    PurgeDeferred: _aio.UnaryUnaryMultiCallable[_agent_pb2.PurgeDeferredRequest, _agent_pb2.PurgeDeferredResponse]  # type: ignore[assignment]
+    """Removes all that a queue holds, requests and results; nothing is delivered for them."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """The agent's own state; served beside the Open Inference Protocol."""
@@ -54,5 +74,39 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.GetStatusResponse, _abc.Awaitable[_agent_pb2.GetStatusResponse]]:
         """Returns counters and versions. Open on loopback; scope infer elsewhere."""
+
+    @_abc_1.abstractmethod
+    def WatchDeferred(
+        self,
+        request: _agent_pb2.WatchDeferredRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_agent_pb2.WatchDeferredResponse], _abc.AsyncIterator[_agent_pb2.WatchDeferredResponse]]:
+        """Streams the results of deferred requests of one queue, in order; first those that are there, then those that come.
+        Ends without an error when the agent stops. Beyond loopback a caller has queues of its own, by its token's subject.
+        """
+
+    @_abc_1.abstractmethod
+    def AcknowledgeDeferred(
+        self,
+        request: _agent_pb2.AcknowledgeDeferredRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.AcknowledgeDeferredResponse, _abc.Awaitable[_agent_pb2.AcknowledgeDeferredResponse]]:
+        """Removes results that the client has handled; the others are kept until the end of their life."""
+
+    @_abc_1.abstractmethod
+    def ListDeferred(
+        self,
+        request: _agent_pb2.ListDeferredRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ListDeferredResponse, _abc.Awaitable[_agent_pb2.ListDeferredResponse]]:
+        """Counts what the caller's queues hold."""
+
+    @_abc_1.abstractmethod
+    def PurgeDeferred(
+        self,
+        request: _agent_pb2.PurgeDeferredRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.PurgeDeferredResponse, _abc.Awaitable[_agent_pb2.PurgeDeferredResponse]]:
+        """Removes all that a queue holds, requests and results; nothing is delivered for them."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
