@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Protocol
 
 import grpc
 import structlog
@@ -37,6 +37,18 @@ _RESTART_S: Final = 60.0  # longest pause before a loop that failed starts again
 log = structlog.get_logger(__name__)
 
 
+class MetricsListener(Protocol):
+    """Where metrics are read (edge.metrics_server); loaded only by an agent that has one."""
+
+    async def start(self) -> str:
+        """Listen; return the address."""
+        ...
+
+    async def stop(self) -> None:
+        """Take no more scrapes."""
+        ...
+
+
 @dataclass(slots=True)
 class Agent:
     """All parts of an agent, wired by edge.bootstrap."""
@@ -55,6 +67,7 @@ class Agent:
     flush_s: float
     shutdown_s: float
     ready_file: Path | None = None
+    metrics: MetricsListener | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set.
@@ -64,8 +77,9 @@ class Agent:
         """
         try:
             address = await self.server.start()
-            log.info("listening", address=address)
-            self._tell_ready(address)
+            metrics = None if self.metrics is None else await self.metrics.start()
+            log.info("listening", address=address, metrics=metrics)
+            self._tell_ready(address, metrics)
             async with asyncio.TaskGroup() as group:
                 loops = [group.create_task(_outlasting(name, loop)) for name, loop in self._loops().items()]
                 await stop.wait()
@@ -76,11 +90,12 @@ class Agent:
         finally:
             await self._close()
 
-    def _tell_ready(self, address: str) -> None:
+    def _tell_ready(self, address: str, metrics: str | None) -> None:
         if self.ready_file is None:
             return
+        told = {"address": address, "pid": os.getpid()} | ({} if metrics is None else {"metrics": metrics})
         try:
-            write_atomically(self.ready_file, json.dumps({"address": address, "pid": os.getpid()}).encode() + b"\n")
+            write_atomically(self.ready_file, json.dumps(told).encode() + b"\n")
         except OSError as error:
             raise ConfigError(
                 f"ready_file: cannot write {self.ready_file}: {error.strerror}", hint="expected a folder that exists"
@@ -158,6 +173,8 @@ class Agent:
 
     async def _close(self) -> None:
         await self.server.stop(0)  # a no-op after an orderly stop
+        if self.metrics is not None:
+            await self.metrics.stop()
         for spool in self.spools.values():
             await spool.flush()
         for name, _ in self.models:

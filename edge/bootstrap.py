@@ -8,7 +8,7 @@ from functools import partial
 
 import grpc
 
-from edge.agent import Agent, describe_status
+from edge.agent import Agent, MetricsListener, describe_status
 from edge.breaker import Breaker
 from edge.config import EdgeSettings
 from edge.fetcher import RegistryFetcher, SignedManifests
@@ -86,6 +86,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         flush_s=settings.capture_flush_s,
         shutdown_s=settings.shutdown_s,
         ready_file=settings.ready_file,
+        metrics=_metrics(settings, enrolment.device_id, models, uplink, spools),
     )
 
 
@@ -154,6 +155,18 @@ def _protection(
         return None, ()
     verifier = TokenVerifier(home.jwks.read_bytes(), enrolment.token_issuer, enrolment.token_audience)
     return server_credentials(home.key, home.certificate), (AuthInterceptor(verifier),)
+
+
+def _metrics(
+    settings: EdgeSettings, device_id: str, models: ServedModels, uplink: Uplink, spools: Mapping[str, Spool]
+) -> MetricsListener | None:
+    if settings.metrics_listen is None:
+        return None
+    from edge.metrics import AgentCollector, agent_registry
+    from edge.metrics_server import MetricsServer
+
+    registry = agent_registry(AgentCollector(device_id, models, uplink, spools))
+    return MetricsServer(settings.metrics_listen, registry, public=settings.metrics_public)
 
 
 def _caller_may_use(model: str) -> bool:

@@ -18,6 +18,10 @@ class EdgeSettings(Settings):
     home: Path = Field(default=Path("device"), description="Folder with the device's identity and models.")
     models: tuple[str, ...] = Field(default=(), description="Names of the models to serve.")
     listen: str = Field(default="127.0.0.1:8001", description="HOST:PORT or unix:PATH; TLS and tokens beyond loopback.")
+    metrics_listen: str | None = Field(default=None, description="HOST:PORT for Prometheus; off when unset.")
+    metrics_public: bool = Field(
+        default=False, description="Allow metrics_listen beyond loopback, without TLS or tokens."
+    )
     variant: str | None = Field(default=None, description="Variant to install; the first that fits when unset.")
     threads: int = Field(default=1, ge=1, le=256, description="Threads that one light inference may use.")
     queue: int = Field(default=64, ge=1, le=4096, description="Light inferences that may wait for their turn.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from edge.model import Counters, LiveModel, RouteCount, ServedModels
+from edge.counters import Counters, RouteCount
+from edge.model import LiveModel, ServedModels
 from isthmus.bundle import TensorSpec
 from isthmus.oip import model_config_pb2, service_pb2
 

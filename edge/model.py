@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge.policy import ROUTES, Route
+from edge.counters import Counters
 from edge.runtimes import Worker, open_runtime
 from edge.selftest import check_calibration, run_selftest
 from isthmus.bundle import (
@@ -55,6 +54,11 @@ class LiveModel:
         finally:
             self._requests -= 1
             self._close_if_done()
+
+    @property
+    def waiting(self) -> int:
+        """Return the light inferences that wait or run."""
+        return self._worker.pending
 
     async def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the light answer; call it inside `in_use`.
@@ -100,41 +104,13 @@ def open_model(slot: Path, variant_id: str, *, threads: int = 1, queue: int = 64
     return LiveModel(manifest, variant, calibration, Worker(runtime, queue=queue))
 
 
-@dataclass(slots=True)
-class RouteCount:
-    """Answers of one route."""
-
-    answers: int = 0
-    rows: int = 0
-    total_ns: int = 0
-
-
-@dataclass(slots=True)
-class Counters:
-    """What became of a model's requests since the agent started; every request is counted once."""
-
-    routes: dict[Route, RouteCount] = field(default_factory=lambda: {route: RouteCount() for route in ROUTES})
-    errors: int = 0
-    error_ns: int = 0
-    light_inferences: int = 0
-    light_ns: int = 0
-    last_ms: int = 0  # wall clock of the last answer
-
-    def answered(self, route: Route, rows: int, elapsed_ns: int, now_ms: int) -> None:
-        """Count one answer."""
-        count = self.routes[route]
-        count.answers += 1
-        count.rows += rows
-        count.total_ns += elapsed_ns
-        self.last_ms = now_ms
-
-
 class ServedModels:
     """The models that this agent serves, by name; a model whose first version has not come yet is None."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._live: dict[str, LiveModel | None] = dict.fromkeys(names)
         self.counters = {name: Counters() for name in names}
+        self.unserved = Counters()  # requests that name no model of these
 
     def __iter__(self) -> Iterator[tuple[str, LiveModel | None]]:
         return iter(self._live.items())
@@ -148,6 +124,10 @@ class ServedModels:
         """Return the version that serves, 0 for none."""
         live = self._live[name]
         return 0 if live is None else live.manifest.version
+
+    def counters_of(self, name: str) -> Counters:
+        """Return where a request that names this model is counted."""
+        return self.counters.get(name, self.unserved)
 
     def find(self, name: str, version: str = "") -> LiveModel:
         """Return the live version of a model.

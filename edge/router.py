@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import structlog
 
+from edge.agreement import count_agreement
 from edge.model import LiveModel, ServedModels
 from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide, score_request
 from edge.uplink import Answer, Failure
@@ -90,36 +91,36 @@ class Router:
         """
         started = self._clock()
         deadline = started + (self._default_deadline_s if remaining_s is None else remaining_s)
-        live = self._models.find(request.model_name, request.model_version)
-        counters = self._models.counters[live.manifest.name]
-        answered = False
+        counters = self._models.counters_of(request.model_name)
+        counters.in_progress += 1
         try:
+            live = self._models.find(request.model_name, request.model_version)
             with live.in_use():
                 question = _read(raw, request, live, deadline)
-                response, route = await self._route(question, live)
-            answered = True
-            log.debug("answered", request_id=question.id[:128], model=live.manifest.name, route=route)
+                response, route, reason = await self._route(question, live)
+        except BaseException as error:
+            counters.failed(error, int((self._clock() - started) * 1e9))
+            raise
         finally:
-            elapsed_ns = int((self._clock() - started) * 1e9)
-            if not answered:
-                counters.errors += 1
-                counters.error_ns += elapsed_ns
-        counters.answered(route, _rows(question.inputs), elapsed_ns, time.time_ns() // 1_000_000)
+            counters.in_progress -= 1
+        elapsed_ns = int((self._clock() - started) * 1e9)
+        counters.answered(route, reason, _rows(question.inputs), elapsed_ns, time.time_ns() // 1_000_000)
+        log.debug("answered", request_id=question.id[:128], model=live.manifest.name, route=route)
         return response
 
-    async def _route(self, question: _Question, live: LiveModel) -> tuple[Any, Route]:
+    async def _route(self, question: _Question, live: LiveModel) -> tuple[Any, Route, str]:
         light = await self._light(question, live)
         point = live.operating_point
         score = score_request(light[live.calibration.output], point.temperature)
         decision = decide(score, point.threshold, question.route)
         if not decision.escalate:
             response = _light_response(question, light)
-            return _explained(response, question, live, "edge", decision.reason, score), "edge"
+            return _explained(response, question, live, "edge", decision.reason, score), "edge", decision.reason
         outcome = await self._escalate(question, light, live)
         if isinstance(outcome, Failure):
             response = _light_response(question, light)
-            return _explained(response, question, live, "fallback", outcome.reason, score), "fallback"
-        return _explained(outcome.response, question, live, "cloud", decision.reason, score), "cloud"
+            return _explained(response, question, live, "fallback", outcome.reason, score), "fallback", outcome.reason
+        return _explained(outcome.response, question, live, "cloud", decision.reason, score), "cloud", decision.reason
 
     async def _light(self, question: _Question, live: LiveModel) -> dict[str, Array]:
         started = self._clock()
@@ -144,9 +145,19 @@ class Router:
         version = str(manifest.version)
         request = override_fields(question.raw, model_name=manifest.name, model_version=version, request_id=question.id)
         outcome = await self._uplink.escalate(request, remaining_s=question.deadline - self._clock(), check=check)
+        if isinstance(outcome, Answer):
+            self._compare(light, checked, live)
         if self._capture is not None and isinstance(outcome, Answer) and len(checked) == len(light):
             self._capture(manifest.name, question.inputs, checked)
         return outcome
+
+    def _compare(self, light: Mapping[str, Array], heavy: Mapping[str, Array], live: LiveModel) -> None:
+        output = live.calibration.output
+        if output in heavy:  # the caller wanted it
+            counters = self._models.counters[live.manifest.name]
+            agreed, rows = count_agreement(light[output], heavy[output])
+            counters.agreed_rows += agreed
+            counters.compared_rows += rows
 
 
 def check_cloud_answer(response: Any, expected: Mapping[str, Array]) -> dict[str, Array]:

@@ -83,8 +83,12 @@ class InferenceService:
 
     async def model_infer(self, raw: bytes, context: Any) -> Any:
         """Answer one inference request."""
-        request = _parse(service_pb2.ModelInferRequest, raw)
-        self._check_allowed(request.model_name)
+        try:
+            request = _parse(service_pb2.ModelInferRequest, raw)
+            self._check_allowed(request.model_name)
+        except InputError as error:
+            self._models.unserved.failed(error, 0)
+            raise
         return await self._router.answer(raw, request, context.time_remaining())
 
     async def server_live(self, request: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import tritonclient.grpc.aio as triton
 
+from edge.agent import describe_status
 from edge.breaker import Breaker
 from edge.model import LiveModel, ServedModels, open_model
 from edge.router import Capture, Router
@@ -17,7 +18,6 @@ from edge.server import AgentServer, InferenceService, may_use_all
 from edge.uplink import Uplink, open_channel
 from isthmus.oip import read_parameters
 from isthmus.tensors import Array
-from isthmus.v1 import agent_pb2
 from tests.edge import bundles
 from tests.edge.faulty_cloud import FaultyCloud, faulty_cloud, make_identity
 
@@ -32,10 +32,10 @@ class Serving:
     uplink: Uplink
     cloud: FaultyCloud
 
-    async def infer(self, x: Array, **kwargs: Any) -> triton.InferResult:
+    async def infer(self, x: Array, *, model: str = MODEL, **kwargs: Any) -> triton.InferResult:
         tensor = triton.InferInput("x", list(x.shape), "FP32")
         tensor.set_data_from_numpy(x)
-        return await self.client.infer(MODEL, [tensor], **kwargs)
+        return await self.client.infer(model, [tensor], **kwargs)
 
 
 def explanation(result: triton.InferResult) -> dict[str, Any]:
@@ -67,7 +67,8 @@ async def serving(
     async with faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
         uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
         router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture)
-        server = AgentServer(listen, InferenceService(models, router, may_use=may_use), agent_pb2.GetStatusResponse)
+        service = InferenceService(models, router, may_use=may_use)
+        server = AgentServer(listen, service, lambda: describe_status("device-1", models, {}, uplink))
         address = await server.start()
         await server.set_ready(ready=True)
         client = triton.InferenceServerClient(address)
