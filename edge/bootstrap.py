@@ -58,6 +58,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         models,
         uplink,
         default_deadline_s=settings.default_deadline_s,
+        model_calls=settings.model_calls,
         capture=partial(_capture, spools, spool_full) if settings.capture else None,
     )
     credentials, interceptors = _protection(settings, home, enrolment)

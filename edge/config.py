@@ -26,6 +26,9 @@ class EdgeSettings(Settings):
     threads: int = Field(default=1, ge=1, le=256, description="Threads that one light inference may use.")
     queue: int = Field(default=64, ge=1, le=4096, description="Light inferences that may wait for their turn.")
     concurrent_calls: int = Field(default=128, ge=1, le=4096, description="Calls in progress; more are refused.")
+    model_calls: int = Field(
+        default=128, ge=1, le=4096, description="Requests of one model in progress; more are refused."
+    )
     message_mib: int = Field(default=64, ge=1, le=1024, description="Largest message, MiB.")
     default_deadline_s: float = Field(
         default=1.0, gt=0, le=3600, description="Deadline of requests that come without one, seconds."

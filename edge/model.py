@@ -64,7 +64,7 @@ class LiveModel:
         """Return the light answer; call it inside `in_use`.
 
         Raises:
-            UnavailableError: Too many requests are waiting.
+            OverloadedError: Too many requests are waiting.
         """
         return await self._worker.infer(inputs)
 

@@ -24,7 +24,7 @@ from edge.agreement import count_agreement
 from edge.model import LiveModel, ServedModels
 from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide, score_request
 from edge.uplink import Answer, Failure
-from isthmus.errors import InputError
+from isthmus.errors import InputError, OverloadedError
 from isthmus.oip import override_fields, read_parameters, service_pb2, set_parameter
 from isthmus.tensors import Array, decode_inputs, decode_outputs, encode_outputs
 
@@ -58,6 +58,7 @@ class Router:
         models: What is served.
         uplink: Where hard requests go.
         default_deadline_s: Deadline of requests that come without one.
+        model_calls: Requests of one model that may be in progress.
         capture: Takes model, inputs and outputs of every cloud answer.
         clock: Monotonic seconds.
     """
@@ -68,12 +69,14 @@ class Router:
         uplink: Escalator,
         *,
         default_deadline_s: float = 1.0,
+        model_calls: int = 128,
         capture: Capture | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = models
         self._uplink = uplink
         self._default_deadline_s = default_deadline_s
+        self._model_calls = model_calls
         self._capture = capture
         self._clock = clock
 
@@ -87,7 +90,8 @@ class Router:
 
         Raises:
             InputError: The request does not fit the model, or no such model is served.
-            UnavailableError: The model is not installed yet, or too many requests are waiting.
+            UnavailableError: The model is not installed yet.
+            OverloadedError: Too many of its requests are in progress or wait for the light model.
         """
         started = self._clock()
         deadline = started + (self._default_deadline_s if remaining_s is None else remaining_s)
@@ -95,6 +99,8 @@ class Router:
         counters.in_progress += 1
         try:
             live = self._models.find(request.model_name, request.model_version)
+            if counters.in_progress > self._model_calls:
+                raise OverloadedError(f"model {live.manifest.name!r}: {self._model_calls} requests are in progress")
             with live.in_use():
                 question = _read(raw, request, live, deadline)
                 response, route, reason = await self._route(question, live)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol
 
-from isthmus.errors import BundleError, ConfigError, MissingExtraError, UnavailableError
+from isthmus.errors import BundleError, ConfigError, MissingExtraError, OverloadedError
 from isthmus.tensors import Array
 
 RUNTIMES: Final[Mapping[str, str]] = {
@@ -92,10 +92,10 @@ class Worker:
         """Return the outputs; a caller that is cancelled while it waits frees its place in the queue.
 
         Raises:
-            UnavailableError: The queue is full.
+            OverloadedError: The queue is full.
         """
         if self.pending >= self._limit:
-            raise UnavailableError(f"the light model is busy: {self.pending} requests are waiting", reason="overloaded")
+            raise OverloadedError(f"the light model is busy: {self.pending} requests are waiting")
         self.pending += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, self._runtime.infer, inputs)

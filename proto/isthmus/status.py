@@ -31,6 +31,7 @@ STATUS_OF: Final[tuple[tuple[type[errors.IsthmusError], grpc.StatusCode], ...]] 
     (errors.BundleError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.DeltaError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.VerificationError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
 )
 _KIND_OF: Final = {  # for codes that say enough; a peer that sends no class is translated by its code alone

@@ -57,6 +57,7 @@ async def serving(
     guard_s: float = 0.05,
     may_use: Callable[[str], bool] = may_use_all,
     listen: str = "127.0.0.1:0",
+    model_calls: int = 128,
 ) -> AsyncIterator[Serving]:
     """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise."""
     if not (folder / "bundle").exists():
@@ -66,7 +67,7 @@ async def serving(
     models.swap(MODEL, open_variant(folder / "bundle"))
     async with faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
         uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
-        router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture)
+        router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture, model_calls=model_calls)
         service = InferenceService(models, router, may_use=may_use)
         server = AgentServer(listen, service, lambda: describe_status("device-1", models, {}, uplink))
         address = await server.start()
