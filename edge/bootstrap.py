@@ -142,7 +142,13 @@ def _updaters(
                 bfloat16=computes_bfloat16(),
                 installed=is_installed,
             ),
-            open_slot=partial(open_model, threads=settings.threads, queue=settings.queue),
+            open_slot=partial(
+                open_model,
+                threads=settings.threads,
+                queue=settings.queue,
+                batch_delay_s=settings.batch_delay_us / 1e6,
+                batch_rows=settings.batch_rows,
+            ),
             report=fleet.report,
         )
         for name, _ in models

@@ -25,6 +25,10 @@ class EdgeSettings(Settings):
     variant: str | None = Field(default=None, description="Variant to install; the first that fits when unset.")
     threads: int = Field(default=1, ge=1, le=256, description="Threads that one light inference may use.")
     queue: int = Field(default=64, ge=1, le=4096, description="Light inferences that may wait for their turn.")
+    batch_delay_us: int = Field(
+        default=0, ge=0, le=1_000_000, description="Wait for requests that share a batch, microseconds; 0 for none."
+    )
+    batch_rows: int = Field(default=16, ge=2, le=65536, description="Rows of such a batch.")
     concurrent_calls: int = Field(default=128, ge=1, le=4096, description="Calls in progress; more are refused.")
     model_calls: int = Field(
         default=128, ge=1, le=4096, description="Requests of one model in progress; more are refused."

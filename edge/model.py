@@ -6,13 +6,17 @@ of a retired version closes when the last of them is done: no request is lost, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import structlog
+
+from edge.batching import Batcher, takes_batches
 from edge.counters import Counters
-from edge.runtimes import Worker, open_runtime
-from edge.selftest import check_calibration, run_selftest
+from edge.runtimes import Runtime, Worker, open_runtime
+from edge.selftest import check_calibration, compare_rows, run_selftest
 from isthmus.bundle import (
     CALIBRATION,
     GOLDEN,
@@ -24,14 +28,18 @@ from isthmus.bundle import (
     parse_calibration,
     parse_manifest,
 )
-from isthmus.errors import NotFoundError, UnavailableError
+from isthmus.errors import InputError, NotFoundError, UnavailableError
 from isthmus.tensors import Array
+
+log = structlog.get_logger(__name__)
 
 
 class LiveModel:
     """One version, opened and self-tested. Used from the event loop only."""
 
-    def __init__(self, manifest: Manifest, variant: Variant, calibration: Calibration, worker: Worker) -> None:
+    def __init__(
+        self, manifest: Manifest, variant: Variant, calibration: Calibration, worker: Worker | Batcher
+    ) -> None:
         self.manifest = manifest
         self.variant = variant
         self.calibration = calibration
@@ -78,8 +86,24 @@ class LiveModel:
             self._worker.close()
 
 
-def open_model(slot: Path, variant_id: str, *, threads: int = 1, queue: int = 64) -> LiveModel:
+def open_model(
+    slot: Path,
+    variant_id: str,
+    *,
+    threads: int = 1,
+    queue: int = 64,
+    batch_delay_s: float = 0.0,
+    batch_rows: int = 16,
+) -> LiveModel:
     """Open the installed version in `slot` and run its self-test, which also warms the runtime up (blocks).
+
+    Args:
+        slot: The version's folder.
+        variant_id: The variant that is installed.
+        threads: Threads that one inference may use.
+        queue: Requests that may wait for the model.
+        batch_delay_s: How long requests may wait for others to share a batch; 0 for no batches.
+        batch_rows: Rows of such a batch.
 
     Raises:
         BundleError: The manifest, the calibration record or the model file is malformed.
@@ -98,10 +122,30 @@ def open_model(slot: Path, variant_id: str, *, threads: int = 1, queue: int = 64
     )
     try:
         run_selftest(runtime, manifest, variant, slot / GOLDEN)
+        batches = batch_delay_s > 0 and _may_batch(runtime, manifest, variant, slot / GOLDEN)
     except BaseException:
         runtime.close()
         raise
-    return LiveModel(manifest, variant, calibration, Worker(runtime, queue=queue))
+    worker = Worker(runtime, queue=queue)
+    if not batches:
+        return LiveModel(manifest, variant, calibration, worker)
+    max_rows = min(batch_rows, manifest.max_batch)
+    batcher = Batcher(worker, delay_s=batch_delay_s, max_rows=max_rows, queue=queue)
+    return LiveModel(manifest, variant, calibration, batcher)
+
+
+def _may_batch(runtime: Runtime, manifest: Manifest, variant: Variant, golden: Path) -> bool:
+    if not takes_batches(manifest):
+        log.info("no batching: not every tensor has a batch axis", model=manifest.name)
+        return False
+    try:
+        difference = compare_rows(runtime, manifest, golden)
+    except InputError:  # it takes the golden batch and no other
+        difference = math.inf
+    if difference > variant.tolerance:
+        log.warning("no batching: rows of a batch get other answers", model=manifest.name, difference=difference)
+        return False
+    return True
 
 
 class ServedModels:

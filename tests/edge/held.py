@@ -35,6 +35,7 @@ class Held:
 def hold(agent: Serving, *, queue: int = 64, takes_s: float = 0.0) -> Held:
     """Put the agent's light model behind a gate that is shut."""
     whole = agent.models.find(MODEL)
+    assert isinstance(whole._worker, Worker)
     held = Held(whole._worker._runtime, takes_s)
     agent.models._live[MODEL] = LiveModel(
         whole.manifest, whole.variant, whole.calibration, Worker(held, queue=queue)
