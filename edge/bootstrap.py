@@ -16,6 +16,7 @@ from edge.fleet import Desired, FleetLink
 from edge.identity import AccessToken, DeviceHome, Enrolment
 from edge.model import ServedModels, open_model
 from edge.plan import choose_variant
+from edge.response_cache import ResponseCache
 from edge.router import Router
 from edge.runtimes import is_installed
 from edge.server import AgentServer, InferenceService, is_local, may_use_all
@@ -54,12 +55,14 @@ def build_agent(settings: EdgeSettings) -> Agent:
         name: Spool(home.spool(name), limit_bytes=settings.capture_mib << 20) for name in names if settings.capture
     }
     spool_full = asyncio.Event()
+    cache = ResponseCache(settings.response_cache_mib << 20) if settings.response_cache_mib else None
     router = Router(
         models,
         uplink,
         default_deadline_s=settings.default_deadline_s,
         model_calls=settings.model_calls,
         capture=partial(_capture, spools, spool_full) if settings.capture else None,
+        cache=cache,
     )
     credentials, interceptors = _protection(settings, home, enrolment)
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use
@@ -87,7 +90,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         flush_s=settings.capture_flush_s,
         shutdown_s=settings.shutdown_s,
         ready_file=settings.ready_file,
-        metrics=_metrics(settings, enrolment.device_id, models, uplink, spools),
+        metrics=_metrics(settings, enrolment.device_id, models, uplink, spools, cache),
     )
 
 
@@ -165,14 +168,19 @@ def _protection(
 
 
 def _metrics(
-    settings: EdgeSettings, device_id: str, models: ServedModels, uplink: Uplink, spools: Mapping[str, Spool]
+    settings: EdgeSettings,
+    device_id: str,
+    models: ServedModels,
+    uplink: Uplink,
+    spools: Mapping[str, Spool],
+    cache: ResponseCache | None,
 ) -> MetricsListener | None:
     if settings.metrics_listen is None:
         return None
     from edge.metrics import AgentCollector, agent_registry
     from edge.metrics_server import MetricsServer
 
-    registry = agent_registry(AgentCollector(device_id, models, uplink, spools))
+    registry = agent_registry(AgentCollector(device_id, models, uplink, spools, cache))
     return MetricsServer(settings.metrics_listen, registry, public=settings.metrics_public)
 
 

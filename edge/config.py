@@ -52,6 +52,9 @@ class EdgeSettings(Settings):
     breaker_failures: int = Field(default=3, ge=1, le=1000, description="Failures in a row that open the breaker.")
     breaker_first_wait_s: float = Field(default=1.0, gt=0, description="Wait before the first probe, seconds.")
     breaker_longest_wait_s: float = Field(default=30.0, gt=0, description="Longest wait before a probe, seconds.")
+    response_cache_mib: int = Field(
+        default=0, ge=0, le=1 << 16, description="Memory for answers to requests that come again, MiB; 0 for none."
+    )
     capture: bool = Field(default=False, description="Keep escalated requests with the cloud's answers.")
     capture_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for captures, MiB a model.")
     capture_flush_s: float = Field(default=60.0, gt=0, description="Longest time a capture stays in memory, seconds.")

@@ -27,6 +27,7 @@ class RouteCount:
     """Answers of one route."""
 
     answers: int = 0
+    cached: int = 0  # of them, those that were given before
     rows: int = 0
     total_ns: int = 0
     reasons: Counter[str] = field(default_factory=Counter)  # adds up to `answers`
@@ -41,6 +42,7 @@ class Counters:
     failures: Counter[str] = field(default_factory=Counter)  # by reason
     error_ns: int = 0
     in_progress: int = 0
+    cache_misses: int = 0
     light_inferences: int = 0
     light_ns: int = 0
     compared_rows: int = 0  # rows that both models answered

@@ -5,6 +5,7 @@ loop, so that whatever adds up there adds up in every scrape:
 
     requests answered  = sum of isthmus_requests_total, and for each route the count of isthmus_request_seconds
     requests not       = sum of isthmus_request_errors_total
+    cloud answers      = isthmus_escalations_total succeeded + isthmus_cache_hits_total of the route cloud
     escalations        attempted = succeeded + failed + those in progress
 """
 
@@ -21,6 +22,7 @@ from prometheus_client.registry import Collector
 from edge.breaker import State
 from edge.counters import LATENCY_BOUNDS_S, Counters
 from edge.model import LiveModel, ServedModels
+from edge.response_cache import ResponseCache
 from edge.spool import Spool
 from edge.uplink import Uplink
 from isthmus import __version__
@@ -37,13 +39,22 @@ class AgentCollector(Collector):
         models: What is served.
         uplink: Where escalations are counted.
         spools: Captures by model.
+        cache: Answers of before, where there is a cache.
     """
 
-    def __init__(self, device_id: str, models: ServedModels, uplink: Uplink, spools: Mapping[str, Spool]) -> None:
+    def __init__(
+        self,
+        device_id: str,
+        models: ServedModels,
+        uplink: Uplink,
+        spools: Mapping[str, Spool],
+        cache: ResponseCache | None = None,
+    ) -> None:
         self._device_id = device_id
         self._models = models
         self._uplink = uplink
         self._spools = spools
+        self._cache = cache
 
     def collect(self) -> Iterator[Metric]:
         """Return every metric with its values as of now."""
@@ -54,6 +65,8 @@ class AgentCollector(Collector):
         yield from self._light()
         yield from self._versions()
         yield from self._escalations()
+        if self._cache is not None:
+            yield from self._cached(self._cache)
 
     def _counted(self) -> list[tuple[str, Counters]]:
         return [*self._models.counters.items(), (_UNSERVED, self._models.unserved)]
@@ -93,6 +106,17 @@ class AgentCollector(Collector):
             agreement.add_metric((model, "yes"), counters.agreed_rows)
             agreement.add_metric((model, "no"), counters.compared_rows - counters.agreed_rows)
         yield from (inferences, seconds, waiting, agreement)
+
+    def _cached(self, cache: ResponseCache) -> Iterator[Metric]:
+        hits = _counter("isthmus_cache_hits", "Answers that were given before.", "model", "route")
+        misses = _counter("isthmus_cache_misses", "Requests that were not found in the cache.", "model")
+        size = _gauge("isthmus_cache_bytes", "Memory that the kept answers take.")
+        size.add_metric((), cache.bytes)
+        for model, counters in self._models.counters.items():
+            misses.add_metric((model,), counters.cache_misses)
+            for route, counted in counters.routes.items():
+                hits.add_metric((model, route), counted.cached)
+        yield from (hits, misses, size)
 
     def _versions(self) -> Iterator[Metric]:
         version = _gauge("isthmus_model_version", "The version that serves, 0 for none.", "model")

@@ -23,6 +23,7 @@ import structlog
 from edge.agreement import count_agreement
 from edge.model import LiveModel, ServedModels
 from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide, score_request
+from edge.response_cache import ResponseCache, cache_key
 from edge.uplink import Answer, Failure
 from isthmus.errors import InputError, OverloadedError
 from isthmus.oip import override_fields, read_parameters, service_pb2, set_parameter
@@ -60,6 +61,7 @@ class Router:
         default_deadline_s: Deadline of requests that come without one.
         model_calls: Requests of one model that may be in progress.
         capture: Takes model, inputs and outputs of every cloud answer.
+        cache: Answers of before; None for no cache.
         clock: Monotonic seconds.
     """
 
@@ -71,6 +73,7 @@ class Router:
         default_deadline_s: float = 1.0,
         model_calls: int = 128,
         capture: Capture | None = None,
+        cache: ResponseCache | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = models
@@ -78,6 +81,7 @@ class Router:
         self._default_deadline_s = default_deadline_s
         self._model_calls = model_calls
         self._capture = capture
+        self._cache = cache
         self._clock = clock
 
     async def answer(self, raw: bytes, request: Any, remaining_s: float | None) -> Any:
@@ -115,6 +119,20 @@ class Router:
         return response
 
     async def _route(self, question: _Question, live: LiveModel) -> tuple[Any, Route, str]:
+        if self._cache is None:
+            return await self._compute(question, live)
+        counters = self._models.counters[live.manifest.name]
+        key = cache_key(live, question.wanted, question.route, question.inputs)
+        cached = self._cache.get(key)
+        if cached is not None:
+            counters.routes[cached.route].cached += 1
+            return cached.to_response(question.id), cached.route, cached.reason
+        counters.cache_misses += 1
+        response, route, reason = await self._compute(question, live)
+        self._cache.offer(key, response, route, reason)
+        return response, route, reason
+
+    async def _compute(self, question: _Question, live: LiveModel) -> tuple[Any, Route, str]:
         light = await self._light(question, live)
         point = live.operating_point
         score = score_request(light[live.calibration.output], point.temperature)

@@ -13,6 +13,7 @@ import tritonclient.grpc.aio as triton
 from edge.agent import describe_status
 from edge.breaker import Breaker
 from edge.model import LiveModel, ServedModels, open_model
+from edge.response_cache import ResponseCache
 from edge.router import Capture, Router
 from edge.server import AgentServer, InferenceService, may_use_all
 from edge.uplink import Uplink, open_channel
@@ -58,6 +59,7 @@ async def serving(
     may_use: Callable[[str], bool] = may_use_all,
     listen: str = "127.0.0.1:0",
     model_calls: int = 128,
+    cache: ResponseCache | None = None,
 ) -> AsyncIterator[Serving]:
     """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise."""
     if not (folder / "bundle").exists():
@@ -67,7 +69,9 @@ async def serving(
     models.swap(MODEL, open_variant(folder / "bundle"))
     async with faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
         uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
-        router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture, model_calls=model_calls)
+        router = Router(
+            models, uplink, default_deadline_s=default_deadline_s, capture=capture, model_calls=model_calls, cache=cache
+        )
         service = InferenceService(models, router, may_use=may_use)
         server = AgentServer(listen, service, lambda: describe_status("device-1", models, {}, uplink))
         address = await server.start()
