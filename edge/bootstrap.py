@@ -61,6 +61,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         uplink,
         default_deadline_s=settings.default_deadline_s,
         model_calls=settings.model_calls,
+        allow_non_finite=settings.allow_non_finite,
         capture=partial(_capture, spools, spool_full) if settings.capture else None,
         cache=cache,
     )
@@ -68,7 +69,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use
     server = AgentServer(
         settings.listen,
-        InferenceService(models, router, may_use=may_use),
+        InferenceService(models, router, may_use=may_use, stream_requests=settings.stream_requests),
         lambda: describe_status(enrolment.device_id, models, updaters, uplink),
         credentials=credentials,
         interceptors=interceptors,

@@ -34,6 +34,10 @@ class EdgeSettings(Settings):
         default=128, ge=1, le=4096, description="Requests of one model in progress; more are refused."
     )
     message_mib: int = Field(default=64, ge=1, le=1024, description="Largest message, MiB.")
+    allow_non_finite: bool = Field(default=False, description="Accept NaN and infinity in inputs.")
+    stream_requests: int = Field(
+        default=32, ge=1, le=4096, description="Requests of one stream in progress; the next ones wait unread."
+    )
     default_deadline_s: float = Field(
         default=1.0, gt=0, le=3600, description="Deadline of requests that come without one, seconds."
     )

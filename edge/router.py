@@ -22,7 +22,8 @@ import structlog
 
 from edge.agreement import count_agreement
 from edge.model import LiveModel, ServedModels
-from edge.policy import ROUTE_PARAMETER, Route, check_wanted, decide, score_request
+from edge.policy import ROUTE_PARAMETER, Route, decide, score_request
+from edge.request import check_form, check_values, read_options
 from edge.response_cache import ResponseCache, cache_key
 from edge.uplink import Answer, Failure
 from isthmus.errors import InputError, OverloadedError
@@ -60,6 +61,7 @@ class Router:
         uplink: Where hard requests go.
         default_deadline_s: Deadline of requests that come without one.
         model_calls: Requests of one model that may be in progress.
+        allow_non_finite: Accept NaN and infinity in inputs.
         capture: Takes model, inputs and outputs of every cloud answer.
         cache: Answers of before; None for no cache.
         clock: Monotonic seconds.
@@ -72,6 +74,7 @@ class Router:
         *,
         default_deadline_s: float = 1.0,
         model_calls: int = 128,
+        allow_non_finite: bool = False,
         capture: Capture | None = None,
         cache: ResponseCache | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -80,6 +83,7 @@ class Router:
         self._uplink = uplink
         self._default_deadline_s = default_deadline_s
         self._model_calls = model_calls
+        self._allow_non_finite = allow_non_finite
         self._capture = capture
         self._cache = cache
         self._clock = clock
@@ -98,7 +102,6 @@ class Router:
             OverloadedError: Too many of its requests are in progress or wait for the light model.
         """
         started = self._clock()
-        deadline = started + (self._default_deadline_s if remaining_s is None else remaining_s)
         counters = self._models.counters_of(request.model_name)
         counters.in_progress += 1
         try:
@@ -106,7 +109,7 @@ class Router:
             if counters.in_progress > self._model_calls:
                 raise OverloadedError(f"model {live.manifest.name!r}: {self._model_calls} requests are in progress")
             with live.in_use():
-                question = _read(raw, request, live, deadline)
+                question = self._read(raw, request, live, started, remaining_s)
                 response, route, reason = await self._route(question, live)
         except BaseException as error:
             counters.failed(error, int((self._clock() - started) * 1e9))
@@ -117,6 +120,23 @@ class Router:
         counters.answered(route, reason, _rows(question.inputs), elapsed_ns, time.time_ns() // 1_000_000)
         log.debug("answered", request_id=question.id[:128], model=live.manifest.name, route=route)
         return response
+
+    def _read(self, raw: bytes, request: Any, live: LiveModel, started: float, remaining_s: float | None) -> _Question:
+        manifest = live.manifest
+        options = read_options(request)
+        check_form(request, manifest.inputs, manifest.outputs)
+        inputs = decode_inputs(request, manifest.inputs, max_batch=manifest.max_batch, max_length=manifest.max_length)
+        check_values(inputs, allow_non_finite=self._allow_non_finite)
+        wanted = frozenset(output.name for output in request.outputs)
+        limits = [limit for limit in (remaining_s, options.timeout_s) if limit is not None]
+        return _Question(
+            raw=raw,
+            inputs=inputs,
+            wanted=wanted or frozenset(spec.name for spec in manifest.outputs),
+            route=options.route,
+            deadline=started + min(limits, default=self._default_deadline_s),
+            id=request.id or secrets.token_hex(8),
+        )
 
     async def _route(self, question: _Question, live: LiveModel) -> tuple[Any, Route, str]:
         if self._cache is None:
@@ -207,27 +227,6 @@ def check_cloud_answer(response: Any, expected: Mapping[str, Array]) -> dict[str
         if not np.isfinite(got).all():
             raise InputError(f"cloud answer: output {name}: expected finite numbers")
     return outputs
-
-
-def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Question:
-    manifest = live.manifest
-    names = [spec.name for spec in manifest.outputs]
-    for output in request.outputs:
-        if output.name not in names:
-            raise InputError(f"unknown output {output.name[:80]!r}; the model's outputs are {', '.join(names)}")
-        if output.parameters:
-            raise InputError(
-                f"output {output.name!r}: expected no parameters, got {', '.join(sorted(output.parameters))[:80]}"
-            )
-    route = read_parameters(request.parameters).get(ROUTE_PARAMETER)
-    return _Question(
-        raw=raw,
-        inputs=decode_inputs(request, manifest.inputs, max_batch=manifest.max_batch, max_length=manifest.max_length),
-        wanted=frozenset(output.name for output in request.outputs) or frozenset(names),
-        route=None if route is None else check_wanted(route),
-        deadline=deadline,
-        id=request.id or secrets.token_hex(8),
-    )
 
 
 def _light_response(question: _Question, light: Mapping[str, Array]) -> Any:

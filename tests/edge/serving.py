@@ -32,6 +32,7 @@ class Serving:
     models: ServedModels
     uplink: Uplink
     cloud: FaultyCloud
+    service: InferenceService
 
     async def infer(self, x: Array, *, model: str = MODEL, **kwargs: Any) -> triton.InferResult:
         tensor = triton.InferInput("x", list(x.shape), "FP32")
@@ -59,6 +60,9 @@ async def serving(
     may_use: Callable[[str], bool] = may_use_all,
     listen: str = "127.0.0.1:0",
     model_calls: int = 128,
+    stream_requests: int = 32,
+    allow_non_finite: bool = False,
+    message_bytes: int = 64 << 20,
     cache: ResponseCache | None = None,
 ) -> AsyncIterator[Serving]:
     """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise."""
@@ -70,15 +74,23 @@ async def serving(
     async with faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
         uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
         router = Router(
-            models, uplink, default_deadline_s=default_deadline_s, capture=capture, model_calls=model_calls, cache=cache
+            models,
+            uplink,
+            default_deadline_s=default_deadline_s,
+            capture=capture,
+            model_calls=model_calls,
+            allow_non_finite=allow_non_finite,
+            cache=cache,
         )
-        service = InferenceService(models, router, may_use=may_use)
-        server = AgentServer(listen, service, lambda: describe_status("device-1", models, {}, uplink))
+        service = InferenceService(models, router, may_use=may_use, stream_requests=stream_requests)
+        server = AgentServer(
+            listen, service, lambda: describe_status("device-1", models, {}, uplink), message_bytes=message_bytes
+        )
         address = await server.start()
         await server.set_ready(ready=True)
         client = triton.InferenceServerClient(address)
         try:
-            yield Serving(address, client, models, uplink, cloud)
+            yield Serving(address, client, models, uplink, cloud, service)
         finally:
             await client.close()
             await server.stop(0)
