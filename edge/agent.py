@@ -12,14 +12,15 @@ import json
 import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Protocol
 
 import grpc
 import structlog
 
+from edge.audit import Audit
 from edge.backoff import Backoff
 from edge.deferred.assembly import Deferred
 from edge.fleet import Desired, FleetLink
@@ -36,6 +37,18 @@ from isthmus.v1 import agent_pb2
 _RESTART_S: Final = 60.0  # longest pause before a loop that failed starts again
 
 log = structlog.get_logger(__name__)
+
+
+class MetricsListener(Protocol):
+    """Where metrics are read (edge.metrics_server); loaded only by an agent that has one."""
+
+    async def start(self) -> str:
+        """Listen; return the address."""
+        ...
+
+    async def stop(self) -> None:
+        """Take no more scrapes."""
+        ...
 
 
 @dataclass(slots=True)
@@ -57,6 +70,8 @@ class Agent:
     shutdown_s: float
     ready_file: Path | None = None
     deferred: Deferred | None = None
+    metrics: MetricsListener | None = None
+    audit: Audit | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set.
@@ -66,8 +81,9 @@ class Agent:
         """
         try:
             address = await self.server.start()
-            log.info("listening", address=address)
-            self._tell_ready(address)
+            metrics = None if self.metrics is None else await self.metrics.start()
+            log.info("listening", address=address, metrics=metrics)
+            self._tell_ready(address, metrics)
             async with asyncio.TaskGroup() as group:
                 loops = [group.create_task(_outlasting(name, loop)) for name, loop in self._loops().items()]
                 await stop.wait()
@@ -80,11 +96,12 @@ class Agent:
         finally:
             await self._close()
 
-    def _tell_ready(self, address: str) -> None:
+    def _tell_ready(self, address: str, metrics: str | None) -> None:
         if self.ready_file is None:
             return
+        told = {"address": address, "pid": os.getpid()} | ({} if metrics is None else {"metrics": metrics})
         try:
-            write_atomically(self.ready_file, json.dumps({"address": address, "pid": os.getpid()}).encode() + b"\n")
+            write_atomically(self.ready_file, json.dumps(told).encode() + b"\n")
         except OSError as error:
             raise ConfigError(
                 f"ready_file: cannot write {self.ready_file}: {error.strerror}", hint="expected a folder that exists"
@@ -167,6 +184,10 @@ class Agent:
 
     async def _close(self) -> None:
         await self.server.stop(0)  # a no-op after an orderly stop
+        if self.audit is not None:
+            await self.audit.stop()
+        if self.metrics is not None:
+            await self.metrics.stop()
         for spool in self.spools.values():
             await spool.flush()
         for name, _ in self.models:
@@ -202,6 +223,7 @@ def describe_status(
     updaters: Mapping[str, Updater],
     uplink: Uplink,
     deferred: Deferred | None = None,
+    audit: Audit | None = None,
 ) -> agent_pb2.GetStatusResponse:
     """Return the agent's counters and versions."""
     counters = uplink.counters
@@ -233,7 +255,9 @@ def describe_status(
         model.answers.update({route: count.answers for route, count in counted.routes.items()})
         if live is not None:
             model.variant, model.calibration = live.variant.id, live.calibration_id
-            model.threshold = live.operating_point.threshold
+            model.threshold = live.operating_point.threshold if live.policy.threshold is None else live.policy.threshold
+            if audit is not None:
+                model.audit.CopyFrom(agent_pb2.AuditStatus(**asdict(audit.report(live))))
         if name in updaters:
             _add_update(model, updaters[name])
     return status

@@ -8,7 +8,8 @@ from functools import partial
 
 import grpc
 
-from edge.agent import Agent, describe_status
+from edge.agent import Agent, MetricsListener, describe_status
+from edge.audit import Audit
 from edge.breaker import Breaker
 from edge.config import EdgeSettings
 from edge.deferred.assembly import Deferred, open_deferred
@@ -20,6 +21,8 @@ from edge.hedge import Hedge
 from edge.identity import AccessToken, DeviceHome, Enrolment
 from edge.model import ServedModels, open_model
 from edge.plan import choose_variant
+from edge.question import Limits as QuestionLimits
+from edge.response_cache import ResponseCache
 from edge.retry import QuotaPause, RetryBudget
 from edge.router import Router
 from edge.runtimes import is_installed
@@ -31,6 +34,7 @@ from edge.uplink import Uplink, open_channel
 from isthmus.bundle import check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
+from isthmus.policies import check_serving
 from isthmus.tensors import Array
 from security.interceptors import AuthInterceptor, current_claims
 from security.tls import server_credentials
@@ -44,6 +48,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         ConfigError: The device is not enrolled, or the settings cannot work.
         ConflictError: Another agent runs in the device's folder.
     """
+    check_serving(settings.policy)
     home = DeviceHome(settings.home)
     enrolment = home.enrolment()
     names = _model_names(settings)
@@ -60,20 +65,25 @@ def build_agent(settings: EdgeSettings) -> Agent:
     }
     spool_full = asyncio.Event()
     deferred = _deferred(settings, home, uplink)
+    cache = ResponseCache(settings.response_cache_mib << 20) if settings.response_cache_mib else None
+    audit = Audit(uplink, share=settings.audit_share) if settings.audit_share else None
     router = Router(
         models,
         uplink,
-        default_deadline_s=settings.default_deadline_s,
+        limits=QuestionLimits(settings.default_deadline_s, settings.allow_non_finite),
+        model_calls=settings.model_calls,
         capture=partial(_capture, spools, spool_full) if settings.capture else None,
         hedge=Hedge(above=settings.hedge_above) if settings.hedge else None,
         deferral=None if deferred is None else deferred.deferral,
+        cache=cache,
+        audit=audit,
     )
     credentials, interceptors = _protection(settings, home, enrolment)
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use
     server = AgentServer(
         settings.listen,
-        InferenceService(models, router, may_use=may_use),
-        lambda: describe_status(enrolment.device_id, models, updaters, uplink, deferred),
+        InferenceService(models, router, may_use=may_use, stream_requests=settings.stream_requests),
+        lambda: describe_status(enrolment.device_id, models, updaters, uplink, deferred, audit),
         credentials=credentials,
         deferred=absent_handlers() if deferred is None else deferred.service.handlers(),
         interceptors=interceptors,
@@ -96,6 +106,8 @@ def build_agent(settings: EdgeSettings) -> Agent:
         shutdown_s=settings.shutdown_s,
         ready_file=settings.ready_file,
         deferred=deferred,
+        audit=audit,
+        metrics=_metrics(settings, enrolment.device_id, models, uplink, spools, cache, audit),
     )
 
 
@@ -152,7 +164,14 @@ def _updaters(
                 bfloat16=computes_bfloat16(),
                 installed=is_installed,
             ),
-            open_slot=partial(open_model, threads=settings.threads, queue=settings.queue),
+            open_slot=partial(
+                open_model,
+                threads=settings.threads,
+                queue=settings.queue,
+                batch_delay_s=settings.batch_delay_us / 1e6,
+                policy=settings.policy,
+                batch_rows=settings.batch_rows,
+            ),
             report=fleet.report,
         )
         for name, _ in models
@@ -185,6 +204,24 @@ def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink) -> Defer
 
 def _caller() -> str:
     return current_claims().subject
+
+
+def _metrics(
+    settings: EdgeSettings,
+    device_id: str,
+    models: ServedModels,
+    uplink: Uplink,
+    spools: Mapping[str, Spool],
+    cache: ResponseCache | None,
+    audit: Audit | None,
+) -> MetricsListener | None:
+    if settings.metrics_listen is None:
+        return None
+    from edge.metrics import AgentCollector, agent_registry
+    from edge.metrics_server import MetricsServer
+
+    registry = agent_registry(AgentCollector(device_id, models, uplink, spools, cache, audit))
+    return MetricsServer(settings.metrics_listen, registry, public=settings.metrics_public)
 
 
 def _caller_may_use(model: str) -> bool:

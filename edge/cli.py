@@ -109,7 +109,19 @@ def _told(model: dict[str, Any]) -> dict[str, Any]:
     plain = {name: model[name] for name in ("version", "variant", "threshold")}
     answers = {f"answers {route}": count for route, count in model["answers"].items()}
     update_told = {"last update": update, "bytes fetched": last.get("bytes_fetched")}
-    return {**plain, **answers, "errors": model["errors"], **update_told}
+    return {**plain, **answers, "errors": model["errors"], **_told_audit(model.get("audit")), **update_told}
+
+
+def _told_audit(audit: dict[str, Any] | None) -> dict[str, Any]:
+    if audit is None:
+        return {}
+    told = f"{audit['low']:.1%} to {audit['high']:.1%}" if audit["audited"] else None
+    return {
+        "audited answers": audit["audited"],
+        "disagreement": told,
+        "disagreement expected": f"{audit['expected']:.1%}",
+        "audit alarm": audit["alarm"],
+    }
 
 
 @captures_app.command()

@@ -18,11 +18,32 @@ class EdgeSettings(Settings):
     home: Path = Field(default=Path("device"), description="Folder with the device's identity and models.")
     models: tuple[str, ...] = Field(default=(), description="Names of the models to serve.")
     listen: str = Field(default="127.0.0.1:8001", description="HOST:PORT or unix:PATH; TLS and tokens beyond loopback.")
+    metrics_listen: str | None = Field(default=None, description="HOST:PORT for Prometheus; off when unset.")
+    metrics_public: bool = Field(
+        default=False, description="Allow metrics_listen beyond loopback, without TLS or tokens."
+    )
     variant: str | None = Field(default=None, description="Variant to install; the first that fits when unset.")
     threads: int = Field(default=1, ge=1, le=256, description="Threads that one light inference may use.")
     queue: int = Field(default=64, ge=1, le=4096, description="Light inferences that may wait for their turn.")
+    policy: str = Field(
+        default="threshold", description="What decides which requests escalate, NAME or NAME:KEY=VALUE,..."
+    )
+    audit_share: float = Field(
+        default=0.01, ge=0, le=1, description="Share of confident answers that is compared with the cloud's, unseen."
+    )
+    batch_delay_us: int = Field(
+        default=0, ge=0, le=1_000_000, description="Wait for requests that share a batch, microseconds; 0 for none."
+    )
+    batch_rows: int = Field(default=16, ge=2, le=65536, description="Rows of such a batch.")
     concurrent_calls: int = Field(default=128, ge=1, le=4096, description="Calls in progress; more are refused.")
+    model_calls: int = Field(
+        default=128, ge=1, le=4096, description="Requests of one model in progress; more are refused."
+    )
     message_mib: int = Field(default=64, ge=1, le=1024, description="Largest message, MiB.")
+    allow_non_finite: bool = Field(default=False, description="Accept NaN and infinity in inputs.")
+    stream_requests: int = Field(
+        default=32, ge=1, le=4096, description="Requests of one stream in progress; the next ones wait unread."
+    )
     default_deadline_s: float = Field(
         default=1.0, gt=0, le=3600, description="Deadline of requests that come without one, seconds."
     )
@@ -48,6 +69,9 @@ class EdgeSettings(Settings):
     hedge: bool = Field(default=False, description="Ask the cloud early where a request will probably escalate.")
     hedge_above: float = Field(
         default=0.5, ge=0, le=1, description="Share of recent escalations above which the next request is hedged."
+    )
+    response_cache_mib: int = Field(
+        default=0, ge=0, le=1 << 16, description="Memory for answers to requests that come again, MiB; 0 for none."
     )
     capture: bool = Field(default=False, description="Keep escalated requests with the cloud's answers.")
     capture_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for captures, MiB a model.")

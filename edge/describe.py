@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from edge.model import Counters, LiveModel, RouteCount, ServedModels
+from edge.batching import takes_batches
+from edge.counters import Counters, RouteCount
+from edge.model import LiveModel, ServedModels
 from isthmus.bundle import TensorSpec
 from isthmus.oip import model_config_pb2, service_pb2
 
@@ -25,7 +27,7 @@ def metadata(live: LiveModel) -> Any:
 def config(live: LiveModel) -> Any:
     """Return a model's ModelConfigResponse; a symbolic first axis becomes Triton's batch."""
     manifest = live.manifest
-    batched = all(spec.shape[:1] == (-1,) for spec in (*manifest.inputs, *manifest.outputs))
+    batched = takes_batches(manifest)
     model = model_config_pb2.ModelConfig(
         name=manifest.name, platform=live.variant.runtime, max_batch_size=manifest.max_batch if batched else 0
     )

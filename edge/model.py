@@ -6,15 +6,19 @@ of a retired version closes when the last of them is done: no request is lost, a
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, Self
 
-from edge.policy import ROUTES, Route
-from edge.runtimes import Worker, open_runtime
-from edge.selftest import check_calibration, run_selftest
+import structlog
+
+from edge.batching import Batcher, takes_batches
+from edge.counters import Counters
+from edge.runtimes import Runtime, Worker, open_runtime
+from edge.selftest import check_calibration, compare_rows, run_selftest
 from isthmus.bundle import (
     CALIBRATION,
     GOLDEN,
@@ -26,10 +30,13 @@ from isthmus.bundle import (
     parse_calibration,
     parse_manifest,
 )
-from isthmus.errors import NotFoundError, UnavailableError
+from isthmus.errors import InputError, NotFoundError, UnavailableError
+from isthmus.oip import service_pb2, set_parameter
 from isthmus.policies import Policy, make_policy
 from isthmus.scores import HEAD, Score, ScoreOptions, open_score
 from isthmus.tensors import Array
+
+log = structlog.get_logger(__name__)
 
 
 class LiveModel:
@@ -40,7 +47,7 @@ class LiveModel:
         manifest: Manifest,
         variant: Variant,
         calibration: Calibration,
-        worker: Worker,
+        worker: Worker | Batcher,
         score: Score,
         policy: Policy,
     ) -> None:
@@ -49,6 +56,8 @@ class LiveModel:
         self.calibration = calibration
         self.calibration_id = calibration.id
         self.policy = policy
+        self.outputs = frozenset(spec.name for spec in manifest.outputs)
+        self.signature = _signature(self)
         self._worker = worker
         self._score = score
         self._requests = 0
@@ -59,21 +68,28 @@ class LiveModel:
         """Return temperature and threshold of this variant."""
         return self.calibration.variants[self.variant.id]
 
-    @contextmanager
-    def in_use(self) -> Iterator[LiveModel]:
+    def in_use(self) -> AbstractContextManager[LiveModel]:
         """Keep the runtime open for the duration of one request."""
+        return self
+
+    def __enter__(self) -> Self:
         self._requests += 1
-        try:
-            yield self
-        finally:
-            self._requests -= 1
-            self._close_if_done()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._requests -= 1
+        self._close_if_done()
+
+    @property
+    def waiting(self) -> int:
+        """Return the light inferences that wait or run."""
+        return self._worker.pending
 
     async def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the light answer; call it inside `in_use`.
 
         Raises:
-            UnavailableError: Too many requests are waiting.
+            OverloadedError: Too many requests are waiting.
         """
         return await self._worker.infer(inputs)
 
@@ -91,16 +107,34 @@ class LiveModel:
             self._worker.close()
 
 
+def _signature(live: LiveModel) -> Any:
+    """Return what all answers of this version share, as a ModelInferResponse."""
+    manifest = live.manifest
+    signature = service_pb2.ModelInferResponse(model_name=manifest.name, model_version=str(manifest.version))
+    set_parameter(signature, "isthmus.calibration", live.calibration_id)
+    set_parameter(signature, "isthmus.edge_version", manifest.version)
+    return signature
+
+
 def open_model(
-    slot: Path, variant_id: str, *, threads: int = 1, queue: int = 64, policy: str = "threshold"
+    slot: Path,
+    variant_id: str,
+    *,
+    threads: int = 1,
+    queue: int = 64,
+    batch_delay_s: float = 0.0,
+    batch_rows: int = 16,
+    policy: str = "threshold",
 ) -> LiveModel:
     """Open the installed version in `slot` and run its self-test, which also warms the runtime up (blocks).
 
     Args:
-        slot: The installed version.
-        variant_id: The variant in it.
-        threads: Threads that one light inference may use.
-        queue: Light inferences that may wait.
+        slot: The version's folder.
+        variant_id: The variant that is installed.
+        threads: Threads that one inference may use.
+        queue: Requests that may wait for the model.
+        batch_delay_s: How long requests may wait for others to share a batch; 0 for no batches.
+        batch_rows: Rows of such a batch.
         policy: What decides which requests escalate, see `isthmus.policies.make_policy`.
 
     Raises:
@@ -124,10 +158,14 @@ def open_model(
         score = _open_score(slot, variant, calibration)
         outputs = run_selftest(runtime, manifest, variant, slot / GOLDEN)
         score(outputs)  # an output or a feature that is missing shows here, not in the first request
+        batches = batch_delay_s > 0 and _may_batch(runtime, manifest, variant, slot / GOLDEN)
     except BaseException:
         runtime.close()
         raise
-    return LiveModel(manifest, variant, calibration, Worker(runtime, queue=queue), score, decider)
+    worker = Worker(runtime, queue=queue)
+    max_rows = min(batch_rows, manifest.max_batch)
+    batcher = Batcher(worker, delay_s=batch_delay_s, max_rows=max_rows, queue=queue) if batches else None
+    return LiveModel(manifest, variant, calibration, batcher or worker, score, decider)
 
 
 def _open_score(slot: Path, variant: Variant, calibration: Calibration) -> Score:
@@ -141,33 +179,18 @@ def _open_score(slot: Path, variant: Variant, calibration: Calibration) -> Score
     return open_score(calibration.score, options)
 
 
-@dataclass(slots=True)
-class RouteCount:
-    """Answers of one route."""
-
-    answers: int = 0
-    rows: int = 0
-    total_ns: int = 0
-
-
-@dataclass(slots=True)
-class Counters:
-    """What became of a model's requests since the agent started; every request is counted once."""
-
-    routes: dict[Route, RouteCount] = field(default_factory=lambda: {route: RouteCount() for route in ROUTES})
-    errors: int = 0
-    error_ns: int = 0
-    light_inferences: int = 0
-    light_ns: int = 0
-    last_ms: int = 0  # wall clock of the last answer
-
-    def answered(self, route: Route, rows: int, elapsed_ns: int, now_ms: int) -> None:
-        """Count one answer."""
-        count = self.routes[route]
-        count.answers += 1
-        count.rows += rows
-        count.total_ns += elapsed_ns
-        self.last_ms = now_ms
+def _may_batch(runtime: Runtime, manifest: Manifest, variant: Variant, golden: Path) -> bool:
+    if not takes_batches(manifest):
+        log.info("no batching: not every tensor has a batch axis", model=manifest.name)
+        return False
+    try:
+        difference = compare_rows(runtime, manifest, golden)
+    except InputError:  # it takes the golden batch and no other
+        difference = math.inf
+    if difference > variant.tolerance:
+        log.warning("no batching: rows of a batch get other answers", model=manifest.name, difference=difference)
+        return False
+    return True
 
 
 class ServedModels:
@@ -176,6 +199,7 @@ class ServedModels:
     def __init__(self, names: tuple[str, ...]) -> None:
         self._live: dict[str, LiveModel | None] = dict.fromkeys(names)
         self.counters = {name: Counters() for name in names}
+        self.unserved = Counters()  # requests that name no model of these
 
     def __iter__(self) -> Iterator[tuple[str, LiveModel | None]]:
         return iter(self._live.items())
@@ -189,6 +213,10 @@ class ServedModels:
         """Return the version that serves, 0 for none."""
         live = self._live[name]
         return 0 if live is None else live.manifest.version
+
+    def counters_of(self, name: str) -> Counters:
+        """Return where a request that names this model is counted."""
+        return self.counters.get(name, self.unserved)
 
     def find(self, name: str, version: str = "") -> LiveModel:
         """Return the live version of a model.

@@ -71,6 +71,26 @@ def run_selftest(runtime: Runtime, manifest: Manifest, variant: Variant, golden:
     return actual
 
 
+def compare_rows(runtime: Runtime, manifest: Manifest, golden: Path, *, limit: int = 8) -> float:
+    """Return the largest difference between golden inputs computed as one batch and row by row.
+
+    Args:
+        runtime: Has passed the self-test.
+        manifest: Of a model whose first axes are all the batch.
+        golden: The bundle's golden file.
+        limit: Rows to compare.
+    """
+    tensors = _load(golden)
+    inputs = {spec.name: tensors[f"input.{spec.name}"][:limit] for spec in manifest.inputs}
+    together = runtime.infer(inputs)
+    rows = len(next(iter(inputs.values())))
+    alone = [runtime.infer({name: array[i : i + 1] for name, array in inputs.items()}) for i in range(rows)]
+    return max(
+        _difference(spec.name, np.concatenate([row[spec.name] for row in alone]), together[spec.name])
+        for spec in manifest.outputs
+    )
+
+
 def _load(golden: Path) -> Mapping[str, Array]:
     try:
         tensors: dict[str, Array] = load_file(golden)

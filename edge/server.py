@@ -7,28 +7,36 @@ tables answer UNIMPLEMENTED. Without TLS the listener binds loopback addresses a
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import grpc
+import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from edge import describe
 from edge.messages import parse_message, serialize_message
 from edge.model import LiveModel, ServedModels
+from edge.request import FINAL_RESPONSE_PARAMETER
 from edge.router import Router
+from edge.stream import answer_stream
+from edge.unoffered import UNOFFERED
 from isthmus import __version__
 from isthmus.address import UNIX, check_free, split_address
-from isthmus.errors import ConfigError, NotFoundError, UnavailableError
-from isthmus.oip import SERVICE, service_pb2
-from isthmus.status import StatusInterceptor
+from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError, UnavailableError
+from isthmus.oip import SERVICE, service_pb2, set_parameter
+from isthmus.status import StatusInterceptor, status_of
 from isthmus.v1 import agent_pb2
+
+log = structlog.get_logger(__name__)
 
 AGENT_SERVICE: Final = "isthmus.v1.AgentService"
 
 Handler = Callable[[bytes, Any], Awaitable[Any]]
+StreamHandler = Callable[[AsyncIterator[bytes], Any], Awaitable[None]]
 
 
 def is_local(address: str, what: str = "listen") -> bool:
@@ -59,12 +67,22 @@ class InferenceService:
         models: What is served.
         router: Answers inference requests.
         may_use: Returns whether the caller of the current rpc may use a model; others do not exist for it.
+        stream_requests: Requests of one stream in progress.
     """
 
-    def __init__(self, models: ServedModels, router: Router, *, may_use: Callable[[str], bool] = may_use_all) -> None:
+    def __init__(
+        self,
+        models: ServedModels,
+        router: Router,
+        *,
+        may_use: Callable[[str], bool] = may_use_all,
+        stream_requests: int = 32,
+    ) -> None:
         self._models = models
         self._router = router
         self._may_use = may_use
+        self._stream_requests = stream_requests
+        self._stopping = asyncio.Event()
 
     def handlers(self) -> dict[str, Handler]:
         """Return the table of methods."""
@@ -79,13 +97,56 @@ class InferenceService:
             "ModelStatistics": _parsed(pb.ModelStatisticsRequest, self.model_statistics),
             "RepositoryIndex": _parsed(pb.RepositoryIndexRequest, self.repository_index),
             "ModelInfer": self.model_infer,
+            **{method: _unoffered(instead) for method, instead in UNOFFERED.items()},
         }
+
+    def stream_handlers(self) -> dict[str, StreamHandler]:
+        """Return the table of methods that take and return streams."""
+        return {"ModelStreamInfer": self.model_stream_infer}
+
+    def stop(self) -> None:
+        """End the streams after the requests that were read from them."""
+        self._stopping.set()
 
     async def model_infer(self, raw: bytes, context: Any) -> Any:
         """Answer one inference request."""
-        request = parse_message(service_pb2.ModelInferRequest, raw)
-        self._check_allowed(request.model_name)
+        return await self._infer(self._read(raw), raw, context)
+
+    async def model_stream_infer(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        """Answer inference requests as they come."""
+
+        async def answer(raw: bytes) -> Any:
+            request_id = ""
+            try:
+                request = self._read(raw)
+                request_id = request.id
+                response = await self._infer(request, raw, context)
+            except IsthmusError as error:
+                told = f"{status_of(error).name}: {error.message}"
+                failed = service_pb2.ModelInferResponse(id=request_id)
+                return service_pb2.ModelStreamInferResponse(error_message=told, infer_response=failed)
+            except Exception:  # a defect costs this request its answer, not the others their stream
+                log.exception("internal error")
+                return service_pb2.ModelStreamInferResponse(
+                    error_message="INTERNAL: internal error; see the agent's log"
+                )
+            if FINAL_RESPONSE_PARAMETER in request.parameters:
+                set_parameter(response, "triton_final_response", True)
+            return service_pb2.ModelStreamInferResponse(infer_response=response)
+
+        await answer_stream(requests, answer, context.write, in_progress=self._stream_requests, stopping=self._stopping)
+
+    async def _infer(self, request: Any, raw: bytes, context: Any) -> Any:
         return await self._router.answer(raw, request, context.time_remaining())
+
+    def _read(self, raw: bytes) -> Any:
+        try:
+            request = parse_message(service_pb2.ModelInferRequest, raw)
+            self._check_allowed(request.model_name)
+        except InputError as error:
+            self._models.unserved.failed(error, 0)
+            raise
+        return request
 
     async def server_live(self, request: Any) -> Any:
         """Say that the process answers."""
@@ -146,13 +207,28 @@ def _parsed(kind: Any, method: Callable[[Any], Awaitable[Any]]) -> Handler:
     return call
 
 
+def _unoffered(instead: str) -> Handler:
+    async def refuse(raw: bytes, context: Any) -> Any:
+        del raw
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, instead)
+
+    return refuse
+
+
 def _generic(
-    service: str, methods: dict[str, Handler], others: Mapping[str, grpc.RpcMethodHandler[bytes, Any]] | None = None
+    service: str,
+    methods: dict[str, Handler],
+    *,
+    streams: Mapping[str, StreamHandler] | None = None,
+    others: Mapping[str, grpc.RpcMethodHandler[bytes, Any]] | None = None,
 ) -> Any:
     handlers: dict[str, grpc.RpcMethodHandler[bytes, Any]] = {
         name: grpc.unary_unary_rpc_method_handler(method, response_serializer=serialize_message)
         for name, method in methods.items()
     }
+    for name, stream in (streams or {}).items():
+        handler: Any = grpc.stream_stream_rpc_method_handler
+        handlers[name] = handler(stream, response_serializer=serialize_message)
     return grpc.method_handlers_generic_handler(service, handlers | dict(others or {}))
 
 
@@ -185,6 +261,7 @@ class AgentServer:
         if credentials is None and not is_local(listen):
             raise ConfigError(f"{listen} can be reached from other machines: expected TLS credentials, got none")
         self._listen = listen
+        self._service = service
         self._credentials = credentials
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -202,9 +279,8 @@ class AgentServer:
             return status()
 
         agent = {"GetStatus": _parsed(agent_pb2.GetStatusRequest, get_status)}
-        self._server.add_generic_rpc_handlers(
-            (_generic(SERVICE, service.handlers()), _generic(AGENT_SERVICE, agent, deferred))
-        )
+        inference = _generic(SERVICE, service.handlers(), streams=service.stream_handlers())
+        self._server.add_generic_rpc_handlers((inference, _generic(AGENT_SERVICE, agent, others=deferred)))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, AGENT_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -238,4 +314,5 @@ class AgentServer:
     async def stop(self, grace_s: float) -> None:
         """Take no new calls; give those in progress `grace_s` seconds."""
         await self._health.enter_graceful_shutdown()
+        self._service.stop()
         await self._server.stop(grace_s)

@@ -97,7 +97,12 @@ def _read_token(path: Path) -> str:
 
 def _plain(status: agent_pb2.GetStatusResponse) -> dict[str, Any]:
     models = [
-        _fields(model) | {"answers": {route: model.answers[route] for route in ROUTES}, "last_update": _update(model)}
+        _fields(model)
+        | {
+            "answers": {route: model.answers[route] for route in ROUTES},
+            "last_update": _update(model),
+            "audit": _fields(model.audit) if model.HasField("audit") else None,
+        }
         for model in status.models
     ]
     deferred = _fields(status.deferred) if status.HasField("deferred") else None

@@ -51,9 +51,11 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from edge.breaker import Breaker
+from edge.link import LinkMeter
 from edge.retry import QuotaPause, RetryBudget
 from isthmus.errors import IsthmusError
 from isthmus.oip import MODEL_INFER, service_pb2
+from isthmus.policies import Link
 from security.tls import channel_credentials
 
 FailureReason = Literal["deadline", "refused", "unavailable", "unauthenticated", "quota", "bad-response"]
@@ -192,7 +194,14 @@ class Uplink:
         self._quota = quota or QuotaPause()
         self._clock = clock
         self._pace_s = 0.0  # usual time of an answer
+        self._meter = LinkMeter()
+        self._waiting = 0  # escalations in progress
         self._model_infer: Any = channel.unary_unary(MODEL_INFER)  # bytes in, bytes out
+
+    @property
+    def link(self) -> Link:
+        """Return what an escalation costs now, as measured on those before it."""
+        return self._meter.link(waiting=self._waiting)
 
     async def escalate(self, request: bytes, *, remaining_s: float, check: Check) -> Answer | Failure:
         """Ask the cloud.
@@ -222,11 +231,13 @@ class Uplink:
         self.counters.attempts += 1
         self.counters.hedged += not needed.done()
         settled = False
+        self._waiting += 1
         try:
             outcome = await self._ask(request, admission, needed)
             await needed
             settled = True
         finally:
+            self._waiting -= 1
             if not settled:
                 self.counters.cancelled += 1
                 admission.breaker.abandon(admission.ticket)
@@ -276,6 +287,7 @@ class Uplink:
         except Exception:  # the light answer is there: nothing that happens on this side of it may take it away
             log.exception("escalation failed")
             return Failure("unavailable", "agent-error")
+        self._meter.note(len(request), took_s)
         self._pace_s = took_s if not self._pace_s else self._pace_s + _PACE_WEIGHT * (took_s - self._pace_s)
         return Answer(response)
 

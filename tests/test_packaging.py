@@ -31,6 +31,7 @@ DISTRIBUTION = {
     "torchvision": "",  # the same
     "triton_python_backend_utils": "",  # provided by Triton to the models that it runs
     "mlflow": "mlflow-skinny",
+    "prometheus_client": "prometheus-client",
     "tvm": "apache-tvm",
     "tvm_ffi": "apache-tvm-ffi",
     "yaml": "pyyaml",
@@ -116,7 +117,9 @@ def test_the_edge_command_line_loads_no_runtime_and_no_server() -> None:
 
 @pytest.mark.slow
 def test_a_running_agent_loads_nothing_of_the_other_programs() -> None:
-    assert not loaded_by("import edge.bootstrap") & (NOT_ON_A_DEVICE | {"cloud", "compiler", "openvino", "onnxruntime"})
+    assert not loaded_by("import edge.bootstrap") & (
+        NOT_ON_A_DEVICE | {"cloud", "compiler", "openvino", "onnxruntime", "prometheus_client"}
+    )
 
 
 @pytest.mark.slow

@@ -18,12 +18,13 @@ from typing import Any, Final
 import numpy as np
 import structlog
 
+from edge.answers import check_cloud_answer
 from edge.backoff import Backoff
 from edge.deferred.deferral import FINAL, Deferral
 from edge.deferred.index import Pending
 from edge.deferred.store import Ending
 from edge.deferred.wish import PROVISIONAL
-from edge.router import Escalator, check_cloud_answer
+from edge.router import Escalator
 from edge.uplink import Failure
 from isthmus.oip import read_parameters, service_pb2, set_parameter
 from isthmus.tensors import DTYPES, Array

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol
 
-from isthmus.errors import BundleError, ConfigError, MissingExtraError, UnavailableError
+from isthmus.errors import BundleError, ConfigError, MissingExtraError, OverloadedError
 from isthmus.tensors import Array
 
 RUNTIMES: Final[Mapping[str, str]] = {
@@ -85,24 +85,22 @@ class Worker:
     def __init__(self, runtime: Runtime, *, queue: int = 64) -> None:
         self._runtime = runtime
         self._limit = queue + 1  # the one that runs
-        self._pending = 0
+        self.pending = 0  # calls that wait or run
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="light-model")
 
     async def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs; a caller that is cancelled while it waits frees its place in the queue.
 
         Raises:
-            UnavailableError: The queue is full.
+            OverloadedError: The queue is full.
         """
-        if self._pending >= self._limit:
-            raise UnavailableError(
-                f"the light model is busy: {self._pending} requests are waiting", reason="overloaded"
-            )
-        self._pending += 1
+        if self.pending >= self._limit:
+            raise OverloadedError(f"the light model is busy: {self.pending} requests are waiting")
+        self.pending += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, self._runtime.infer, inputs)
         finally:
-            self._pending -= 1
+            self.pending -= 1
 
     def close(self) -> None:
         """Close the runtime after the calls that are queued; returns at once."""

@@ -14,6 +14,7 @@ IsthmusError
  ├── DeltaError              whoever built or carried the delta
  ├── VerificationError       the compiler or a self-test: a model that got worse
  └── UnavailableError        nobody, or the operator: the other side is not there now
+      └── OverloadedError    the caller: it is there, and has all the work that it can take
 
 Every error carries a machine-readable `reason` (kebab case), a message that says what was expected and what came,
 and may carry a `hint`: the next thing for a person to do. Errors know nothing of gRPC; isthmus.status does.
@@ -133,3 +134,9 @@ class UnavailableError(IsthmusError):
 
     reason = "unavailable"
     exit_code = 7
+
+
+class OverloadedError(UnavailableError):
+    """All the work that may be in progress or wait is there already; less of it, or later, may do."""
+
+    reason = "overloaded"

@@ -31,6 +31,7 @@ STATUS_OF: Final[tuple[tuple[type[errors.IsthmusError], grpc.StatusCode], ...]] 
     (errors.BundleError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.DeltaError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.VerificationError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
 )
 _KIND_OF: Final = {  # for codes that say enough; a peer that sends no class is translated by its code alone
@@ -148,9 +149,9 @@ def _translated(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             result = behaviour(request, context)
             return await result if inspect.isawaitable(result) else result
         except errors.IsthmusError as error:
-            await _abort(context, error)
+            _fail(context, error)
         except Exception as error:
-            await _abort_internal(context, error)
+            _fail_internal(context, error)
 
     return call
 
@@ -165,19 +166,26 @@ def _translated_stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             async for response in result:
                 yield response
         except errors.IsthmusError as error:
-            await _abort(context, error)
+            _fail(context, error)
         except Exception as error:
-            await _abort_internal(context, error)
+            _fail_internal(context, error)
 
     return call
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.IsthmusError) -> None:
-    await context.abort(status_of(error), error.message[:_MAX_MESSAGE], trailing_metadata(error))
+# Not `context.abort`: its exception is kept by the call that it ended, with every frame that it has passed, and so with
+# the request, until the garbage collector comes by. That is seldom, and a request can be megabytes.
 
 
-async def _abort_internal(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+def _fail(context: grpc.aio.ServicerContext[Any, Any], error: errors.IsthmusError) -> None:
+    context.set_trailing_metadata(trailing_metadata(error))
+    context.set_details(error.message[:_MAX_MESSAGE])
+    context.set_code(status_of(error))
+
+
+def _fail_internal(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError | grpc.aio.AioRpcError):
         raise error
     log.exception("internal error", kind=type(error).__name__)
-    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+    context.set_details("internal error; the server's log has the details")
+    context.set_code(grpc.StatusCode.INTERNAL)

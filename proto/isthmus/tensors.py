@@ -35,7 +35,8 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 }
 DATATYPE_OF: Final[Mapping[np.dtype[Any], str]] = {dtype: name for name, dtype in DTYPES.items()}
 
-_CONTENTS: Final[Mapping[str, str]] = {
+# The field of InferTensorContents that holds a datatype's values; a datatype that has none comes raw.
+CONTENTS_OF: Final[Mapping[str, str]] = {
     "BOOL": "bool_contents",
     "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents", "UINT64": "uint64_contents",
     "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents", "INT64": "int64_contents",
@@ -103,7 +104,7 @@ def _from_raw(data: bytes, tensor: Any, spec: TensorSpec) -> Array:
 
 
 def _from_typed(tensor: Any, spec: TensorSpec) -> Array:
-    field = _CONTENTS.get(spec.datatype)
+    field = CONTENTS_OF.get(spec.datatype)
     if field is None:
         raise InputError(f"input {spec.name!r}: datatype {spec.datatype} must be sent as raw_input_contents")
     values = getattr(tensor.contents, field)

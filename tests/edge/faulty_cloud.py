@@ -130,6 +130,13 @@ async def twice(raw: bytes, context: Any) -> bytes:
     return bytes(response.SerializeToString())
 
 
+def answering(logits: Array) -> Behaviour:
+    async def answer(raw: bytes, context: Any) -> bytes:
+        return bytes(heavy_response(raw, logits=logits).SerializeToString())
+
+    return answer
+
+
 def refusing(code: grpc.StatusCode, *hints: tuple[str, str]) -> Behaviour:
     async def refuse(raw: bytes, context: Any) -> bytes:
         await context.abort(code, "no", hints)

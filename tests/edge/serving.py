@@ -11,16 +11,19 @@ from typing import Any
 
 import tritonclient.grpc.aio as triton
 
+from edge.agent import describe_status
+from edge.audit import Audit
 from edge.breaker import Breaker
 from edge.hedge import Hedge
 from edge.model import LiveModel, ServedModels, open_model
+from edge.question import Limits
+from edge.response_cache import ResponseCache
 from edge.router import Capture, Router
 from edge.runtimes import Worker
 from edge.server import AgentServer, InferenceService, may_use_all
 from edge.uplink import Uplink, open_channel, watch_connection
 from isthmus.oip import read_parameters
 from isthmus.tensors import Array
-from isthmus.v1 import agent_pb2
 from tests.edge import bundles
 from tests.edge.faulty_cloud import FaultyCloud, Identity, faulty_cloud, make_identity
 
@@ -34,11 +37,12 @@ class Serving:
     models: ServedModels
     uplink: Uplink
     cloud: FaultyCloud
+    service: InferenceService
 
-    async def infer(self, x: Array, **kwargs: Any) -> triton.InferResult:
+    async def infer(self, x: Array, *, model: str = MODEL, **kwargs: Any) -> triton.InferResult:
         tensor = triton.InferInput("x", list(x.shape), "FP32")
         tensor.set_data_from_numpy(x)
-        return await self.client.infer(MODEL, [tensor], **kwargs)
+        return await self.client.infer(model, [tensor], **kwargs)
 
 
 def explanation(result: triton.InferResult) -> dict[str, Any]:
@@ -67,6 +71,12 @@ async def serving(
     listen: str = "127.0.0.1:0",
     hedge: Hedge | None = None,
     outside: tuple[str, Identity] | None = None,
+    model_calls: int = 128,
+    stream_requests: int = 32,
+    allow_non_finite: bool = False,
+    audit_share: float = 0.0,
+    message_bytes: int = 64 << 20,
+    cache: ResponseCache | None = None,
 ) -> AsyncIterator[Serving]:
     """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise.
 
@@ -80,14 +90,26 @@ async def serving(
     async with faulty_cloud(identity) as cloud:
         channel = open_channel(outside[0] if outside else cloud.address, identity.ca)
         uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
-        router = Router(models, uplink, default_deadline_s=default_deadline_s, capture=capture, hedge=hedge)
+        router = Router(
+            models,
+            uplink,
+            limits=Limits(default_deadline_s, allow_non_finite),
+            capture=capture,
+            hedge=hedge,
+            model_calls=model_calls,
+            audit=Audit(uplink, share=audit_share) if audit_share else None,
+            cache=cache,
+        )
         connection = asyncio.ensure_future(watch_connection(channel, uplink.nudge))
-        server = AgentServer(listen, InferenceService(models, router, may_use=may_use), agent_pb2.GetStatusResponse)
+        service = InferenceService(models, router, may_use=may_use, stream_requests=stream_requests)
+        server = AgentServer(
+            listen, service, lambda: describe_status("device-1", models, {}, uplink), message_bytes=message_bytes
+        )
         address = await server.start()
         await server.set_ready(ready=True)
         client = triton.InferenceServerClient(address)
         try:
-            yield Serving(address, client, models, uplink, cloud)
+            yield Serving(address, client, models, uplink, cloud, service)
         finally:
             await client.close()
             await server.stop(0)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -207,6 +208,30 @@ def test_captures_are_what_the_cloud_answered(tmp_path: Path) -> None:
     captures = load_file(tmp_path / "captures.safetensors")
     np.testing.assert_array_equal(captures["input.x"], np.concatenate([bundles.HARD, bundles.SURE]))
     np.testing.assert_array_equal(captures["output.logits"], captures["input.x"] + np.float32(100))
+
+
+def test_metrics_are_told_where_the_ready_file_says(tmp_path: Path) -> None:
+    home = tmp_path / "device"
+
+    def scrape() -> str:
+        address = json.loads((home / "ready.json").read_bytes())["metrics"]
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+            return str(response.read().decode())
+
+    async def scenario() -> None:
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            cloud.publish(1)
+            cloud.release(1)
+            async with running(home, metrics_listen="127.0.0.1:0", capture=True) as agent:
+                await agent.serves(1)
+                await agent.infer(bundles.HARD)
+                told = await asyncio.to_thread(scrape)
+        assert 'isthmus_requests_total{model="triage",reason="uncertain",route="cloud"} 1.0' in told
+        assert 'isthmus_captures_dropped_rows_total{model="triage"} 0.0' in told
+        assert f'isthmus_agent_info{{device="{DEVICE}",version=' in told
+
+    asyncio.run(scenario())
 
 
 def test_listener_beyond_loopback_wants_tls_and_a_token(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class Gated:
 def gated(agent: Serving) -> threading.Event:
     """Put a gate before the agent's light model."""
     live = agent.models.find(MODEL)
+    assert isinstance(live._worker, Worker)
     model = Gated(live._worker._runtime)
     agent.models._live[MODEL] = computed_by(live, Worker(model))
     return model.gate

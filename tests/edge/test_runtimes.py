@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edge.runtimes import RUNTIMES, Worker, open_runtime
-from isthmus.errors import BundleError, ConfigError, InputError, MissingExtraError, UnavailableError
+from isthmus.errors import BundleError, ConfigError, InputError, MissingExtraError, OverloadedError
 from isthmus.tensors import Array
 from tests.edge import bundles
 
@@ -141,7 +141,7 @@ def test_worker_queue_is_bounded_and_uses_one_thread() -> None:
         worker = Worker(gate, queue=2)
         calls = [asyncio.ensure_future(worker.infer({"x": SOME})) for _ in range(3)]
         await asyncio.sleep(0)
-        with pytest.raises(UnavailableError, match="busy") as caught:
+        with pytest.raises(OverloadedError, match="busy") as caught:
             await worker.infer({"x": SOME})
         assert caught.value.reason == "overloaded"
         gate.open.set()

@@ -256,7 +256,7 @@ def test_without_a_token_nothing_is_sent(tmp_path: Path) -> None:
 def test_cloud_that_was_asked_for_and_is_not_there_is_an_honest_error(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path) as agent:
-            asked = {"parameters": {"isthmus.route": "cloud"}, "client_timeout": DEADLINE_S}
+            asked: dict[str, Any] = {"parameters": {"isthmus.route": "cloud"}, "client_timeout": DEADLINE_S}
             assert explanation(await agent.infer(bundles.SURE, **asked))["isthmus.route"] == "cloud"
             for behaviour, why in (
                 (faulty_cloud.garbage, "bad-response (unparsable)"),

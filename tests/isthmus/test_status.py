@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import pytest
@@ -109,6 +111,40 @@ def test_a_class_that_does_not_go_with_the_code_is_not_believed(named: str) -> N
     metadata = grpc.aio.Metadata(("isthmus-error", named))
     refused = grpc.aio.AioRpcError(grpc.StatusCode.FAILED_PRECONDITION, grpc.aio.Metadata(), metadata, details="no")
     assert type(from_rpc(refused, "asking")) is errors.TrustError
+
+
+class Kept:
+    """A request that is known to be alive or not."""
+
+    alive: ClassVar[weakref.WeakSet[Kept]] = weakref.WeakSet()
+
+    def __init__(self, serialized: bytes) -> None:
+        self.alive.add(self)
+
+
+def test_refused_request_is_let_go_without_the_garbage_collector() -> None:
+    async def refuse(request: Kept, context: Any) -> bytes:
+        raise errors.InputError("no")
+
+    async def scenario() -> None:
+        server = grpc.aio.server(interceptors=[StatusInterceptor()])
+        handler: Any = grpc.unary_unary_rpc_method_handler(refuse, request_deserializer=Kept)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Service", {"Unary": handler})])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = channel.unary_unary("/test.Service/Unary")
+            for _ in range(3):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await stub(b"")
+        await server.stop(None)
+
+    gc.disable()
+    try:
+        asyncio.run(scenario())
+        assert not Kept.alive
+    finally:
+        gc.enable()
 
 
 def test_every_error_class_has_a_status() -> None:

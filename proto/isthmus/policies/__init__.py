@@ -95,6 +95,17 @@ def make_policy(text: str, point: VariantCalibration, *, chance: random.Random |
     return policy
 
 
+def check_serving(text: str) -> None:
+    """Check that a device may run the policy that a text names; its parameters are checked when a model is opened.
+
+    Raises:
+        ConfigError: There is no such policy, or it is one that needs to know the truth.
+    """
+    name = text.partition(":")[0]
+    if name not in SERVING:
+        raise ConfigError(f"policy: no policy {name[:40]!r} for a device; there are {', '.join(SERVING)}")
+
+
 def _parameters(name: str, text: str, known: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in filter(None, text.split(",")):

@@ -346,6 +346,7 @@ class ModelStatus(_message.Message):
     ANSWERS_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
     LAST_UPDATE_FIELD_NUMBER: _builtins.int
+    AUDIT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     version: _builtins.int
     """The version that serves; 0 when none does."""
@@ -362,6 +363,10 @@ class ModelStatus(_message.Message):
     def last_update(self) -> Global___UpdateStatus:
         """What the last update attempt did."""
 
+    @_builtins.property
+    def audit(self) -> Global___AuditStatus:
+        """What comparing confident answers with the cloud's has found; absent when nothing is compared."""
+
     def __init__(
         self,
         *,
@@ -373,14 +378,64 @@ class ModelStatus(_message.Message):
         answers: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         errors: _builtins.int = ...,
         last_update: Global___UpdateStatus | None = ...,
+        audit: Global___AuditStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_update", b"last_update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "last_update", b"last_update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "calibration", b"calibration", "errors", b"errors", "last_update", b"last_update", "model", b"model", "threshold", b"threshold", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "audit", b"audit", "calibration", b"calibration", "errors", b"errors", "last_update", b"last_update", "model", b"model", "threshold", b"threshold", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
+
+@_typing.final
+class AuditStatus(_message.Message):
+    """Confident answers that were compared with the heavy model's, of the version that serves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUDITED_FIELD_NUMBER: _builtins.int
+    DISAGREED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    RISK_FIELD_NUMBER: _builtins.int
+    ALARM_FIELD_NUMBER: _builtins.int
+    audited: _builtins.int
+    disagreed: _builtins.int
+    failed: _builtins.int
+    """Drawn, and not compared: there was no cloud answer."""
+    low: _builtins.float
+    """95 % interval of the rate of disagreement, over the newest 1,000."""
+    high: _builtins.float
+    expected: _builtins.float
+    """The rate by the calibration record, with its own uncertainty."""
+    risk: _builtins.float
+    """Estimated share of errors among the answers that stay on the edge; absent when the record does not say."""
+    alarm: _builtins.bool
+    """Whether they disagree more often than expected."""
+    def __init__(
+        self,
+        *,
+        audited: _builtins.int = ...,
+        disagreed: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+        expected: _builtins.float = ...,
+        risk: _builtins.float | None = ...,
+        alarm: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_risk", b"_risk", "risk", b"risk"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_risk", b"_risk", "alarm", b"alarm", "audited", b"audited", "disagreed", b"disagreed", "expected", b"expected", "failed", b"failed", "high", b"high", "low", b"low", "risk", b"risk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__risk: _TypeAlias = _typing.Literal["risk"]  # noqa: Y015
+    _WhichOneofArgType__risk: _TypeAlias = _typing.Literal["_risk", b"_risk"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__risk) -> _WhichOneofReturnType__risk | None: ...
+
+Global___AuditStatus: _TypeAlias = AuditStatus  # noqa: Y015
 
 @_typing.final
 class UpdateStatus(_message.Message):

@@ -86,15 +86,15 @@ def test_the_records_threshold_is_the_default_and_a_score_at_it_stays() -> None:
 
 def drifting(kind: str, count: int, seed: int) -> Array:
     rng, t = np.random.default_rng(seed), np.linspace(0, 1, count)
-    if kind == "jump":
-        return np.where(t < 0.5, rng.beta(8, 2, count), rng.beta(2, 6, count))
-    if kind == "drift":
-        return rng.beta(8 - 6 * t, 2)
-    if kind == "waves":
-        return np.clip(rng.normal(0.6 + 0.3 * np.sin(t * 40), 0.1), 0, 1)
-    if kind == "plateaus":
-        return np.round(rng.random(count) * 4) / 4
-    return np.sort(rng.random(count))[::-1] if kind == "sorted" else np.full(count, 0.7)
+    scores: dict[str, Array] = {
+        "jump": np.where(t < 0.5, rng.beta(8, 2, count), rng.beta(2, 6, count)),
+        "drift": rng.beta(8 - 6 * t, 2),
+        "waves": np.clip(rng.normal(0.6 + 0.3 * np.sin(t * 40), 0.1), 0, 1),
+        "plateaus": np.round(rng.random(count) * 4) / 4,
+        "sorted": np.sort(rng.random(count))[::-1],
+        "constant": np.full(count, 0.7),
+    }
+    return scores[kind]
 
 
 @pytest.mark.parametrize("kind", ["jump", "drift", "waves", "plateaus", "sorted", "constant"])
