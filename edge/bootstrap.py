@@ -71,6 +71,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         settings.listen,
         InferenceService(models, router, may_use=may_use, stream_requests=settings.stream_requests),
         lambda: describe_status(enrolment.device_id, models, updaters, uplink),
+        unix_socket=settings.unix_socket,
         credentials=credentials,
         interceptors=interceptors,
         concurrent_calls=settings.concurrent_calls,

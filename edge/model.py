@@ -16,7 +16,7 @@ import structlog
 from edge.batching import Batcher, takes_batches
 from edge.counters import Counters
 from edge.runtimes import Runtime, Worker, open_runtime
-from edge.selftest import check_calibration, compare_rows, run_selftest
+from edge.selftest import check_calibration, compare_rows, run_selftest, warm_up
 from isthmus.bundle import (
     CALIBRATION,
     GOLDEN,
@@ -95,7 +95,7 @@ def open_model(
     batch_delay_s: float = 0.0,
     batch_rows: int = 16,
 ) -> LiveModel:
-    """Open the installed version in `slot` and run its self-test, which also warms the runtime up (blocks).
+    """Open the installed version in `slot`, run its self-test and warm the runtime up (blocks).
 
     Args:
         slot: The version's folder.
@@ -122,6 +122,7 @@ def open_model(
     )
     try:
         run_selftest(runtime, manifest, variant, slot / GOLDEN)
+        warm_up(runtime, manifest, slot / GOLDEN)
         batches = batch_delay_s > 0 and _may_batch(runtime, manifest, variant, slot / GOLDEN)
     except BaseException:
         runtime.close()

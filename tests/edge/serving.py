@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ async def serving(
     stream_requests: int = 32,
     allow_non_finite: bool = False,
     message_bytes: int = 64 << 20,
+    unix_socket: Path | None = None,
     cache: ResponseCache | None = None,
 ) -> AsyncIterator[Serving]:
     """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise."""
@@ -83,9 +85,8 @@ async def serving(
             cache=cache,
         )
         service = InferenceService(models, router, may_use=may_use, stream_requests=stream_requests)
-        server = AgentServer(
-            listen, service, lambda: describe_status("device-1", models, {}, uplink), message_bytes=message_bytes
-        )
+        status = partial(describe_status, "device-1", models, {}, uplink)
+        server = AgentServer(listen, service, status, message_bytes=message_bytes, unix_socket=unix_socket)
         address = await server.start()
         await server.set_ready(ready=True)
         client = triton.InferenceServerClient(address)
