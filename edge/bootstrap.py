@@ -84,6 +84,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         settings.listen,
         InferenceService(models, router, may_use=may_use, stream_requests=settings.stream_requests),
         lambda: describe_status(enrolment.device_id, models, updaters, uplink, deferred, audit),
+        unix_socket=settings.unix_socket,
         credentials=credentials,
         deferred=absent_handlers() if deferred is None else deferred.service.handlers(),
         interceptors=interceptors,

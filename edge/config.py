@@ -18,6 +18,7 @@ class EdgeSettings(Settings):
     home: Path = Field(default=Path("device"), description="Folder with the device's identity and models.")
     models: tuple[str, ...] = Field(default=(), description="Names of the models to serve.")
     listen: str = Field(default="127.0.0.1:8001", description="HOST:PORT or unix:PATH; TLS and tokens beyond loopback.")
+    unix_socket: Path | None = Field(default=None, description="Unix socket to listen on as well as on `listen`.")
     metrics_listen: str | None = Field(default=None, description="HOST:PORT for Prometheus; off when unset.")
     metrics_public: bool = Field(
         default=False, description="Allow metrics_listen beyond loopback, without TLS or tokens."

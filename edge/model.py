@@ -18,7 +18,7 @@ import structlog
 from edge.batching import Batcher, takes_batches
 from edge.counters import Counters
 from edge.runtimes import Runtime, Worker, open_runtime
-from edge.selftest import check_calibration, compare_rows, run_selftest
+from edge.selftest import check_calibration, compare_rows, run_selftest, warm_up
 from isthmus.bundle import (
     CALIBRATION,
     GOLDEN,
@@ -126,7 +126,7 @@ def open_model(
     batch_rows: int = 16,
     policy: str = "threshold",
 ) -> LiveModel:
-    """Open the installed version in `slot` and run its self-test, which also warms the runtime up (blocks).
+    """Open the installed version in `slot`, run its self-test and warm the runtime up (blocks).
 
     Args:
         slot: The version's folder.
@@ -158,6 +158,7 @@ def open_model(
         score = _open_score(slot, variant, calibration)
         outputs = run_selftest(runtime, manifest, variant, slot / GOLDEN)
         score(outputs)  # an output or a feature that is missing shows here, not in the first request
+        warm_up(runtime, manifest, slot / GOLDEN)
         batches = batch_delay_s > 0 and _may_batch(runtime, manifest, variant, slot / GOLDEN)
     except BaseException:
         runtime.close()

@@ -84,24 +84,13 @@ def check_form(request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[Ten
         InputError: Contents come in two ways or in the wrong field, an output is unknown or asked for twice, or a
             tensor has parameters.
     """
-    datatypes = {spec.name: spec.datatype for spec in inputs}
-    raw = len(request.raw_input_contents)
     for tensor in request.inputs:
-        _check_bare(tensor, "input")
-        if not tensor.HasField("contents"):
-            continue
-        if raw:
-            raise InputError(f"input {tensor.name[:80]!r}: expected raw_input_contents or contents, got both")
-        _check_field(tensor, datatypes.get(tensor.name, ""))
-    asked: set[str] = set()
-    names = [spec.name for spec in outputs]
-    for output in request.outputs:
-        if output.name not in names:
-            raise InputError(f"unknown output {output.name[:80]!r}; the model's outputs are {', '.join(names)}")
-        if output.name in asked:
-            raise InputError(f"output {output.name!r} is asked for twice")
-        asked.add(output.name)
-        _check_bare(output, "output")
+        if tensor.parameters:
+            raise _has_parameters(tensor, "input")
+        if tensor.HasField("contents"):
+            _check_typed(request, tensor, inputs)
+    if request.outputs:
+        _check_outputs(request, [spec.name for spec in outputs])
 
 
 def check_values(inputs: Mapping[str, Array], *, allow_non_finite: bool = False) -> None:
@@ -118,17 +107,32 @@ def check_values(inputs: Mapping[str, Array], *, allow_non_finite: bool = False)
             raise InputError(f"input {name!r}: expected BOOL bytes of 0 and 1, got {array.view(np.uint8).max()}")
 
 
-def _check_bare(tensor: Any, what: str) -> None:
-    if tensor.parameters:
-        names = ", ".join(sorted(tensor.parameters))
-        raise InputError(f"{what} {tensor.name[:80]!r}: expected no parameters, got {names[:80]}")
-
-
-def _check_field(tensor: Any, datatype: str) -> None:
-    expected = CONTENTS_OF.get(datatype)
+def _check_typed(request: Any, tensor: Any, inputs: Sequence[TensorSpec]) -> None:
+    name = tensor.name[:80]
+    if request.raw_input_contents:
+        raise InputError(f"input {name!r}: expected raw_input_contents or contents, got both")
+    datatype = next((spec.datatype for spec in inputs if spec.name == tensor.name), None)
+    expected = None if datatype is None else CONTENTS_OF.get(datatype)
     given = [field.name for field, _ in tensor.contents.ListFields()]
     if expected is not None and given and given != [expected]:
-        raise InputError(f"input {tensor.name[:80]!r}: {datatype} is expected in {expected}, got {' and '.join(given)}")
+        raise InputError(f"input {name!r}: {datatype} is expected in {expected}, got {' and '.join(given)}")
+
+
+def _check_outputs(request: Any, names: Sequence[str]) -> None:
+    asked: set[str] = set()
+    for output in request.outputs:
+        if output.name not in names:
+            raise InputError(f"unknown output {output.name[:80]!r}; the model's outputs are {', '.join(names)}")
+        if output.name in asked:
+            raise InputError(f"output {output.name!r} is asked for twice")
+        asked.add(output.name)
+        if output.parameters:
+            raise _has_parameters(output, "output")
+
+
+def _has_parameters(tensor: Any, what: str) -> InputError:
+    names = ", ".join(sorted(tensor.parameters))
+    return InputError(f"{what} {tensor.name[:80]!r}: expected no parameters, got {names[:80]}")
 
 
 def _check_timeout(name: str, value: Any) -> None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import numpy as np
+import structlog
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -22,6 +24,10 @@ from edge.runtimes import Runtime
 from isthmus.bundle import GOLDEN, Calibration, Manifest, Variant
 from isthmus.errors import InputError, VerificationError
 from isthmus.tensors import DATATYPE_OF, Array
+
+_WARM_UPS: Final = 4
+
+log = structlog.get_logger(__name__)
 
 
 def check_calibration(manifest: Manifest, variant: Variant, calibration: Calibration) -> None:
@@ -69,6 +75,26 @@ def run_selftest(runtime: Runtime, manifest: Manifest, variant: Variant, golden:
         if features is None or DATATYPE_OF.get(features.dtype) != spec.datatype or not np.isfinite(features).all():
             raise VerificationError(f"features {spec.name!r}: expected finite {spec.datatype}", reason="golden-shape")
     return actual
+
+
+def warm_up(runtime: Runtime, manifest: Manifest, golden: Path) -> None:
+    """Run the smallest request a few times: what a runtime prepares for a new shape may take 100 times as long.
+
+    Args:
+        runtime: Has passed the self-test.
+        manifest: Of the model.
+        golden: The bundle's golden file.
+    """
+    tensors = _load(golden)
+    inputs = {
+        spec.name: tensors[f"input.{spec.name}"][:1] if spec.shape[:1] == (-1,) else tensors[f"input.{spec.name}"]
+        for spec in manifest.inputs
+    }
+    try:
+        for _ in range(_WARM_UPS):
+            runtime.infer(inputs)
+    except InputError as error:  # no verdict on the version: it has passed
+        log.info("no warm-up with one row", model=manifest.name, error=error.message)
 
 
 def compare_rows(runtime: Runtime, manifest: Manifest, golden: Path, *, limit: int = 8) -> float:

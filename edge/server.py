@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -237,6 +238,7 @@ class AgentServer:
 
     Args:
         listen: HOST:PORT or unix:PATH.
+        unix_socket: One to listen on as well, in plain text; callers need tokens where those of `listen` do.
         service: Answers the inference protocol.
         status: Returns the agent's counters and versions.
         credentials: TLS; may be None for local addresses only.
@@ -252,6 +254,7 @@ class AgentServer:
         service: InferenceService,
         status: Callable[[], agent_pb2.GetStatusResponse],
         *,
+        unix_socket: Path | None = None,
         credentials: grpc.ServerCredentials | None = None,
         deferred: Mapping[str, grpc.RpcMethodHandler[bytes, Any]] | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
@@ -261,6 +264,7 @@ class AgentServer:
         if credentials is None and not is_local(listen):
             raise ConfigError(f"{listen} can be reached from other machines: expected TLS credentials, got none")
         self._listen = listen
+        self._socket = None if unix_socket is None else f"{UNIX}{unix_socket}"
         self._service = service
         self._credentials = credentials
         self._health = health.aio.HealthServicer()
@@ -292,14 +296,19 @@ class AgentServer:
             ConfigError: The address cannot be bound.
         """
         check_free(self._listen, "listen")
+        if self._socket is not None:
+            check_free(self._socket, "unix_socket")
         try:
+            if self._socket is not None:
+                self._server.add_insecure_port(self._socket)
             if self._credentials is None:
                 port = self._server.add_insecure_port(self._listen)
             else:
                 port = self._server.add_secure_port(self._listen, self._credentials)
-        except RuntimeError as error:  # what check_free does not see, such as the missing folder of a unix:PATH
+        except RuntimeError as error:  # what check_free does not see, such as a path that is no place for a socket
+            addresses = self._listen if self._socket is None else f"{self._listen} and {self._socket}"
             raise ConfigError(
-                f"listen: cannot listen on {self._listen}", hint="expected HOST:PORT or unix:PATH of this machine"
+                f"listen: cannot listen on {addresses}", hint="expected HOST:PORT or unix:PATH of this machine"
             ) from error
         await self.set_ready(ready=False)
         await self._server.start()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ async def serving(
     allow_non_finite: bool = False,
     audit_share: float = 0.0,
     message_bytes: int = 64 << 20,
+    unix_socket: Path | None = None,
     cache: ResponseCache | None = None,
 ) -> AsyncIterator[Serving]:
     """Serve version 1 from `folder`, with a cloud that answers right until it is told otherwise.
@@ -102,9 +104,8 @@ async def serving(
         )
         connection = asyncio.ensure_future(watch_connection(channel, uplink.nudge))
         service = InferenceService(models, router, may_use=may_use, stream_requests=stream_requests)
-        server = AgentServer(
-            listen, service, lambda: describe_status("device-1", models, {}, uplink), message_bytes=message_bytes
-        )
+        status = partial(describe_status, "device-1", models, {}, uplink)
+        server = AgentServer(listen, service, status, message_bytes=message_bytes, unix_socket=unix_socket)
         address = await server.start()
         await server.set_ready(ready=True)
         client = triton.InferenceServerClient(address)

@@ -21,6 +21,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc.aio as triton
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.numpy import load_file
 
 from edge.bootstrap import build_agent
@@ -358,6 +359,53 @@ def test_agent_that_cannot_start_lets_go_of_everything(tmp_path: Path) -> None:
                 await agent.run(asyncio.Event())
             async with running(home, listen=f"127.0.0.1:{port}"):
                 pass
+
+    asyncio.run(scenario())
+
+
+def test_sigterm_lets_requests_end_and_takes_no_new_ones(tmp_path: Path) -> None:
+    home, ready = tmp_path / "device", tmp_path / "ready.json"
+    command = [sys.executable, "-m", "isthmus", "edge", "run", "--home", str(home), "--model", "triage"]
+    environment = os.environ | {"PYTHONPATH": ".:proto", "ISTHMUS_EDGE_SHUTDOWN_S": "30"}
+
+    async def scenario() -> None:
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            cloud.publish(1)
+            cloud.release(1)
+            cloud.inference.behaviour = faulty_cloud.black_hole
+            agent = await asyncio.create_subprocess_exec(
+                *command, "--listen", "127.0.0.1:0", "--ready-file", str(ready), env=environment
+            )
+            await until(ready.exists)
+            address = json.loads(ready.read_bytes())["address"]
+            async with triton.InferenceServerClient(address) as client, grpc.aio.insecure_channel(address) as channel:
+                running_agent = Running(address, client)
+                await running_agent.serves(1)
+                health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+                states = aiter(health)
+                while (await anext(states)).status is not health_pb2.HealthCheckResponse.SERVING:
+                    pass
+                hard = asyncio.create_task(running_agent.infer(bundles.HARD, client_timeout=4))
+                await until(lambda: len(cloud.inference.requests) == 1)
+                agent.send_signal(signal.SIGTERM)
+                assert (await anext(states)).status is health_pb2.HealthCheckResponse.NOT_SERVING
+                health.cancel()
+                await until(lambda: refuses(address))
+                assert not hard.done()
+                told = await hard
+                assert (told["isthmus.route"], told["isthmus.reason"]) == ("fallback", "cloud-timeout")
+            async with asyncio.timeout(10):
+                assert await agent.wait() == 0
+
+    async def refuses(address: str) -> bool:
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            try:
+                await stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=2)
+            except grpc.aio.AioRpcError as error:
+                return error.code() is grpc.StatusCode.UNAVAILABLE
+            return False
 
     asyncio.run(scenario())
 

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from edge.model import open_model
+from edge.runtimes import Runtime, open_runtime
 from edge.selftest import run_selftest
 from isthmus.bundle import Manifest, TensorSpec
 from isthmus.errors import BundleError, InputError, VerificationError
@@ -55,6 +56,26 @@ def test_real_runtime_passes_on_its_own_bundle(bundle: tuple[Path, Manifest], ru
     live = open_model(bundle[0], f"{runtime}-fp32")
     assert live.operating_point.threshold == bundles.THRESHOLD
     live.retire()
+
+
+@pytest.mark.parametrize("runtime", bundles.VARIANTS.values())
+def test_version_that_is_opened_has_computed_single_rows(
+    bundle: tuple[Path, Manifest], runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    class Counting:
+        def __init__(self, opened: Runtime) -> None:
+            self.close = opened.close
+            self._infer = opened.infer
+
+        def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+            rows.append(len(inputs["x"]))
+            return self._infer(inputs)
+
+    monkeypatch.setattr("edge.model.open_runtime", lambda *args, **kwargs: Counting(open_runtime(*args, **kwargs)))
+    open_model(bundle[0], f"{runtime}-fp32").retire()
+    assert rows == [4, 1, 1, 1, 1]
 
 
 def test_difference_up_to_the_tolerance_passes(bundle: tuple[Path, Manifest]) -> None:

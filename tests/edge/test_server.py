@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as sync_triton
+import tritonclient.grpc.aio as aio_triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
@@ -318,6 +319,24 @@ def test_socket_in_a_missing_folder_is_a_configuration_error(tmp_path: Path) -> 
         with pytest.raises(ConfigError, match="cannot listen on unix:") as caught:
             await server.start()
         assert "GRPC_VERBOSITY" not in caught.value.message
+
+    asyncio.run(scenario())
+
+
+def test_unix_socket_and_tcp_at_once(tmp_path: Path) -> None:
+    socket = tmp_path / "agent.sock"
+
+    async def scenario() -> None:
+        async with serving(tmp_path, unix_socket=socket) as agent:
+            async with aio_triton.InferenceServerClient(f"unix:{socket}") as client:
+                assert await client.is_server_ready()
+                assert await agent.client.is_server_ready()
+            service = InferenceService(agent.models, None)  # type: ignore[arg-type]
+            second = AgentServer(
+                "127.0.0.1:0", service, agent_pb2.GetStatusResponse, unix_socket=tmp_path / "nothere" / "agent.sock"
+            )
+            with pytest.raises(ConfigError, match="unix_socket: cannot listen on"):
+                await second.start()
 
     asyncio.run(scenario())
 
