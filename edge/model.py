@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edge.policy import ROUTES, Route
 from edge.runtimes import Worker, open_runtime
@@ -26,6 +27,7 @@ from isthmus.bundle import (
     parse_manifest,
 )
 from isthmus.errors import NotFoundError, UnavailableError
+from isthmus.oip import service_pb2, set_parameter
 from isthmus.tensors import Array
 
 
@@ -37,6 +39,7 @@ class LiveModel:
         self.variant = variant
         self.calibration = calibration
         self.calibration_id = calibration.id
+        self.signature = _signature(self)
         self._worker = worker
         self._requests = 0
         self._retired = False
@@ -72,6 +75,16 @@ class LiveModel:
     def _close_if_done(self) -> None:
         if self._retired and self._requests == 0:
             self._worker.close()
+
+
+def _signature(live: LiveModel) -> Any:
+    """Return what all answers of this version share, as a ModelInferResponse."""
+    manifest = live.manifest
+    signature = service_pb2.ModelInferResponse(model_name=manifest.name, model_version=str(manifest.version))
+    set_parameter(signature, "isthmus.threshold", live.operating_point.threshold)
+    set_parameter(signature, "isthmus.calibration", live.calibration_id)
+    set_parameter(signature, "isthmus.edge_version", manifest.version)
+    return signature
 
 
 def open_model(slot: Path, variant_id: str, *, threads: int = 1, queue: int = 64) -> LiveModel:

@@ -75,6 +75,7 @@ class Router:
         self._default_deadline_s = default_deadline_s
         self._capture = capture
         self._clock = clock
+        self._log = log.bind()  # the lazy logger sets itself up for every line, dropped ones included
 
     async def answer(self, raw: bytes, request: Any, remaining_s: float | None) -> Any:
         """Return the ModelInferResponse to a request.
@@ -98,7 +99,7 @@ class Router:
                 question = _read(raw, request, live, deadline)
                 response, route = await self._route(question, live)
             answered = True
-            log.debug("answered", request_id=question.id[:128], model=live.manifest.name, route=route)
+            self._log.debug("answered", request_id=question.id[:128], model=live.manifest.name, route=route)
         finally:
             elapsed_ns = int((self._clock() - started) * 1e9)
             if not answered:
@@ -204,16 +205,12 @@ def _light_response(question: _Question, light: Mapping[str, Array]) -> Any:
 def _explained(response: Any, question: _Question, live: LiveModel, route: Route, reason: str, score: float) -> Any:
     cloud_version = read_parameters(response.parameters).get("isthmus.cloud_version")
     response.ClearField("parameters")
-    response.model_name = live.manifest.name
-    response.model_version = str(live.manifest.version)
+    response.MergeFrom(live.signature)
     response.id = question.id
     explanation: dict[str, str | float | int | bool | None] = {
         ROUTE_PARAMETER: route,
         "isthmus.reason": reason,
         "isthmus.score": score,
-        "isthmus.threshold": live.operating_point.threshold,
-        "isthmus.calibration": live.calibration_id,
-        "isthmus.edge_version": live.manifest.version,
         "isthmus.cloud_version": cloud_version if route == "cloud" else None,
     }
     for name, value in explanation.items():
