@@ -7,10 +7,10 @@ of a retired version closes when the last of them is done: no request is lost, a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from edge.policy import ROUTES, Route
 from edge.runtimes import Worker, open_runtime
@@ -39,6 +39,7 @@ class LiveModel:
         self.variant = variant
         self.calibration = calibration
         self.calibration_id = calibration.id
+        self.outputs = frozenset(spec.name for spec in manifest.outputs)
         self.signature = _signature(self)
         self._worker = worker
         self._requests = 0
@@ -49,15 +50,17 @@ class LiveModel:
         """Return temperature and threshold of this variant."""
         return self.calibration.variants[self.variant.id]
 
-    @contextmanager
-    def in_use(self) -> Iterator[LiveModel]:
+    def in_use(self) -> AbstractContextManager[LiveModel]:
         """Keep the runtime open for the duration of one request."""
+        return self
+
+    def __enter__(self) -> Self:
         self._requests += 1
-        try:
-            yield self
-        finally:
-            self._requests -= 1
-            self._close_if_done()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._requests -= 1
+        self._close_if_done()
 
     async def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the light answer; call it inside `in_use`.

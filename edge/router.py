@@ -11,11 +11,12 @@ The steps, in order:
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import structlog
@@ -26,6 +27,9 @@ from edge.uplink import Answer, Failure
 from isthmus.errors import InputError
 from isthmus.oip import override_fields, read_parameters, service_pb2, set_parameter
 from isthmus.tensors import Array, decode_inputs, decode_outputs, encode_outputs
+
+_PROCESS_ID: Final = secrets.token_hex(4)  # drawn once: a system call for every request is dear
+_numbers: Final = itertools.count()
 
 log = structlog.get_logger(__name__)
 
@@ -177,33 +181,40 @@ def check_cloud_answer(response: Any, expected: Mapping[str, Array]) -> dict[str
 
 def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Question:
     manifest = live.manifest
-    names = [spec.name for spec in manifest.outputs]
-    for output in request.outputs:
-        if output.name not in names:
-            raise InputError(f"unknown output {output.name[:80]!r}; the model's outputs are {', '.join(names)}")
-        if output.parameters:
-            raise InputError(
-                f"output {output.name!r}: expected no parameters, got {', '.join(sorted(output.parameters))[:80]}"
-            )
     route = read_parameters(request.parameters).get(ROUTE_PARAMETER)
     return _Question(
         raw=raw,
         inputs=decode_inputs(request, manifest.inputs, max_batch=manifest.max_batch, max_length=manifest.max_length),
-        wanted=frozenset(output.name for output in request.outputs) or frozenset(names),
+        wanted=_wanted(request.outputs, live.outputs) if request.outputs else live.outputs,
         route=None if route is None else check_wanted(route),
         deadline=deadline,
-        id=request.id or secrets.token_hex(8),
+        id=request.id or f"{_PROCESS_ID}{next(_numbers):08x}",
     )
+
+
+def _wanted(outputs: Any, offered: frozenset[str]) -> frozenset[str]:
+    for output in outputs:
+        if output.name not in offered:
+            raise InputError(
+                f"unknown output {output.name[:80]!r}; the model's outputs are {', '.join(sorted(offered))}"
+            )
+        if output.parameters:
+            raise InputError(
+                f"output {output.name!r}: expected no parameters, got {', '.join(sorted(output.parameters))[:80]}"
+            )
+    return frozenset(output.name for output in outputs)
 
 
 def _light_response(question: _Question, light: Mapping[str, Array]) -> Any:
     response = service_pb2.ModelInferResponse()
-    encode_outputs(response, {name: array for name, array in light.items() if name in question.wanted})
+    if len(question.wanted) < len(light):
+        light = {name: array for name, array in light.items() if name in question.wanted}
+    encode_outputs(response, light)
     return response
 
 
 def _explained(response: Any, question: _Question, live: LiveModel, route: Route, reason: str, score: float) -> Any:
-    cloud_version = read_parameters(response.parameters).get("isthmus.cloud_version")
+    cloud_version = read_parameters(response.parameters).get("isthmus.cloud_version") if route == "cloud" else None
     response.ClearField("parameters")
     response.MergeFrom(live.signature)
     response.id = question.id
@@ -211,7 +222,7 @@ def _explained(response: Any, question: _Question, live: LiveModel, route: Route
         ROUTE_PARAMETER: route,
         "isthmus.reason": reason,
         "isthmus.score": score,
-        "isthmus.cloud_version": cloud_version if route == "cloud" else None,
+        "isthmus.cloud_version": cloud_version,
     }
     for name, value in explanation.items():
         if value is not None:

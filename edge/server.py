@@ -8,6 +8,7 @@ tables answer UNIMPLEMENTED. Without TLS the listener binds loopback addresses a
 from __future__ import annotations
 
 import ipaddress
+import operator
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
@@ -23,12 +24,14 @@ from isthmus import __version__
 from isthmus.address import UNIX, check_free, split_address
 from isthmus.errors import ConfigError, InputError, NotFoundError, UnavailableError
 from isthmus.oip import SERVICE, service_pb2
-from isthmus.status import StatusInterceptor
+from isthmus.status import translate_errors
 from isthmus.v1 import agent_pb2
 
 AGENT_SERVICE: Final = "isthmus.v1.AgentService"
 
 Handler = Callable[[bytes, Any], Awaitable[Any]]
+
+_serialize: Final = operator.methodcaller("SerializeToString")
 
 
 def is_local(address: str, what: str = "listen") -> bool:
@@ -156,13 +159,9 @@ def _parsed(kind: Any, method: Callable[[Any], Awaitable[Any]]) -> Handler:
     return call
 
 
-def _serialize(message: Any) -> bytes:
-    return bytes(message.SerializeToString())
-
-
 def _generic(service: str, methods: dict[str, Handler]) -> Any:
     handlers: dict[str, grpc.RpcMethodHandler[bytes, Any]] = {
-        name: grpc.unary_unary_rpc_method_handler(method, response_serializer=_serialize)
+        name: translate_errors(grpc.unary_unary_rpc_method_handler(method, response_serializer=_serialize))
         for name, method in methods.items()
     }
     return grpc.method_handlers_generic_handler(service, handlers)
@@ -176,7 +175,7 @@ class AgentServer:
         service: Answers the inference protocol.
         status: Returns the agent's counters and versions.
         credentials: TLS; may be None for local addresses only.
-        interceptors: Run before every call, after errors are translated.
+        interceptors: Run before every call; they answer with statuses, not with our errors.
         concurrent_calls: Calls in progress; more are refused with RESOURCE_EXHAUSTED.
         message_bytes: Largest message.
     """
@@ -198,7 +197,7 @@ class AgentServer:
         self._credentials = credentials
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=(StatusInterceptor(), *interceptors),
+            interceptors=tuple(interceptors),
             maximum_concurrent_rpcs=concurrent_calls,
             options=(
                 ("grpc.max_receive_message_length", message_bytes),

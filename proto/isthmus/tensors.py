@@ -73,10 +73,15 @@ def decode_inputs(
     if len(arrays) < len(by_name):
         missing = [name for name in by_name if name not in arrays]
         raise InputError(f"missing input {', '.join(missing)}; the model's inputs are {', '.join(by_name)}")
+    if len(arrays) > 1:
+        _check_batches(arrays, by_name)
+    return arrays
+
+
+def _check_batches(arrays: Mapping[str, Array], by_name: Mapping[str, TensorSpec]) -> None:
     batches = {len(array) for name, array in arrays.items() if by_name[name].shape[:1] == (-1,)}
     if len(batches) > 1:
         raise InputError(f"all inputs must have the same batch size, got {sorted(batches)}")
-    return arrays
 
 
 def _check_declared(tensor: Any, spec: TensorSpec, max_batch: int, max_length: int) -> tuple[int, ...]:
@@ -84,16 +89,20 @@ def _check_declared(tensor: Any, spec: TensorSpec, max_batch: int, max_length: i
     if tensor.datatype != spec.datatype:
         raise InputError(f"input {spec.name!r}: expected datatype {spec.datatype}, got {tensor.datatype[:16]!r}")
     shape = tuple(tensor.shape)
+    too_large = ""
     fits = len(shape) == len(spec.shape)
-    for want, got in zip(spec.shape, shape, strict=False):
-        if got < 1 or want not in (-1, got):
+    for axis, (want, got) in enumerate(zip(spec.shape, shape, strict=False)):
+        if want != -1:
+            fits = fits and want == got
+        elif got < 1:
             fits = False
+        elif got > (max_length if axis else max_batch):
+            too_large = f"{'length' if axis else 'batch'} of {got} is larger than the limit of "
+            too_large += str(max_length if axis else max_batch)
     if not fits:
         raise InputError(f"input {spec.name!r}: expected shape {list(spec.shape)}, got {list(shape)[:8]}")
-    for axis, (want, got) in enumerate(zip(spec.shape, shape, strict=True)):
-        if want == -1 and got > (limit := max_length if axis else max_batch):
-            what = "length" if axis else "batch"
-            raise InputError(f"input {spec.name!r}: {what} of {got} is larger than the limit of {limit}")
+    if too_large:
+        raise InputError(f"input {spec.name!r}: {too_large}")
     return shape
 
 
@@ -147,7 +156,7 @@ def encode_outputs(response: Any, outputs: Mapping[str, Array], wanted: Sequence
         if wanted and name not in wanted:
             continue
         response.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
-        response.raw_output_contents.append(np.ascontiguousarray(array).tobytes())
+        response.raw_output_contents.append(array.tobytes())  # row by row, however it lies in memory
 
 
 def decode_outputs(response: Any) -> dict[str, Array]:
@@ -180,7 +189,7 @@ def datatype_of(array: Array) -> str:
     Raises:
         InputError: OIP has no such datatype.
     """
-    name = DATATYPE_OF.get(array.dtype.newbyteorder("<"))
+    name = DATATYPE_OF.get(array.dtype) or DATATYPE_OF.get(array.dtype.newbyteorder("<"))
     if name is None:
         raise InputError(f"no OIP datatype for numpy dtype {array.dtype}")
     return name
