@@ -185,19 +185,18 @@ def _read(raw: bytes, request: Any, live: LiveModel, deadline: float) -> _Questi
     return _Question(
         raw=raw,
         inputs=decode_inputs(request, manifest.inputs, max_batch=manifest.max_batch, max_length=manifest.max_length),
-        wanted=_wanted(request.outputs, live.outputs) if request.outputs else live.outputs,
+        wanted=_wanted(request.outputs, live) if request.outputs else live.outputs,
         route=None if route is None else check_wanted(route),
         deadline=deadline,
         id=request.id or f"{_PROCESS_ID}{next(_numbers):08x}",
     )
 
 
-def _wanted(outputs: Any, offered: frozenset[str]) -> frozenset[str]:
+def _wanted(outputs: Any, live: LiveModel) -> frozenset[str]:
     for output in outputs:
-        if output.name not in offered:
-            raise InputError(
-                f"unknown output {output.name[:80]!r}; the model's outputs are {', '.join(sorted(offered))}"
-            )
+        if output.name not in live.outputs:
+            names = ", ".join(spec.name for spec in live.manifest.outputs)
+            raise InputError(f"unknown output {output.name[:80]!r}; the model's outputs are {names}")
         if output.parameters:
             raise InputError(
                 f"output {output.name!r}: expected no parameters, got {', '.join(sorted(output.parameters))[:80]}"

@@ -5,7 +5,8 @@ the loopback interface and speaks the Open Inference Protocol. A server says `{"
 standard output when it listens.
 
     floor.py      the gRPC stack alone: a servicer on tritonclient's stubs
-    agent.py      `isthmus edge run`, installed from a real cloud by the usual commands
+    site.py       `isthmus edge run`, installed from a real cloud by the usual commands
+    bundle.py     what is installed
     mlserver.py   MLServer, in an environment of its own
     triton.py     the real Triton with its Python backend
     load.py       clients, and the bare runtime
@@ -70,6 +71,7 @@ def child(
     *,
     python: str = sys.executable,
     variables: Mapping[str, str] | None = None,
+    quiet: bool = False,
 ) -> Iterator[Child]:
     """Run `python ARGUMENTS`; its standard error goes to NAME.log in the folder. It ends with the context.
 
@@ -79,13 +81,14 @@ def child(
         folder: Where the log goes.
         python: The interpreter, for servers with an environment of their own.
         variables: The environment; this process's own when left out.
+        quiet: It has nothing to say: its standard output goes to the log as well.
     """
     path = folder / f"{name}.log"
     with path.open("a") as log:
         process = subprocess.Popen(
             [python, *(str(argument) for argument in arguments)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=log if quiet else subprocess.PIPE,
             stderr=log,
             text=True,
             env=dict(environment() if variables is None else variables),
