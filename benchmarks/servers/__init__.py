@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -120,9 +120,8 @@ def _close(pipe: IO[str] | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model under its name, with one typical request for it."""
+    """A model under its name, with typical requests for it."""
 
     name: str
     onnx: Path
-    inputs: Path  # safetensors, one row
-    description: str = field(default="", compare=False)
+    inputs: Path  # safetensors, one request a row

@@ -45,7 +45,8 @@ _MODEL: Final = "model.onnx"
 
 def write_bundle(folder: Path, model: ServedModel, *, threshold: float = 0.0) -> None:
     """Write version 1 of a bundle; requests whose score is below `threshold` escalate, by default none."""
-    session, inputs = open_session(model.onnx), load_file(model.inputs)
+    session = open_session(model.onnx)
+    inputs = {name: array[:MAX_BATCH] for name, array in load_file(model.inputs).items()}
     entry = folder / "variants" / VARIANT / _MODEL
     entry.parent.mkdir(parents=True)
     shutil.copyfile(model.onnx, entry)

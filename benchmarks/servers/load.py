@@ -5,14 +5,19 @@ its figures. A job is timed for `seconds`, and for at least `least` requests of 
 
     {"address": "127.0.0.1:1", "model": "small", "inputs": FILE, "clients": 8, "seconds": 1.0}
     {"onnx": FILE, "inputs": FILE, "seconds": 1.0}
+
+With a "rate" the clients send so many requests a second together, on a schedule that does not wait for answers that are
+late; every client asks for the rows of the inputs one after the other.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +27,7 @@ import tritonclient.grpc as triton
 from safetensors.numpy import load_file
 
 _TIMEOUT_S: Final = 10.0
+_ROUTE: Final = "isthmus.route"
 
 
 def open_session(path: Path) -> Any:
@@ -43,21 +49,25 @@ class Load:
         self._sessions: dict[str, Any] = {}
 
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the milliseconds of every call, and the seconds that all took together."""
+        """Return the milliseconds of every call, the seconds that all took together, and answers by route."""
         inputs = load_file(job["inputs"])
-        calls = [self._session(job["onnx"], inputs)] if "onnx" in job else self._calls(job, inputs)
+        routes: Counter[str] = Counter()
+        calls = [self._session(job["onnx"], inputs)] if "onnx" in job else self._calls(job, inputs, routes)
         times: list[list[float]] = [[] for _ in calls]
         failures: list[str] = []
         begin, end = threading.Barrier(len(calls) + 1), [0.0]
 
-        def work(call: Callable[[], object], mine: list[float]) -> None:
+        def work(place: int, call: Callable[[], object], mine: list[float]) -> None:
             begin.wait()
             try:
-                _repeat(call, mine, end, job.get("least", 1))
+                if "rate" in job:
+                    _pace(call, mine, end, (place / job["rate"], len(calls) / job["rate"]), failures)
+                else:
+                    _repeat(call, mine, end, job.get("least", 1))
             except Exception as error:  # reported by the process that asked
                 failures.append(repr(error)[:500])
 
-        threads = [threading.Thread(target=work, args=pair) for pair in zip(calls, times, strict=True)]
+        threads = [threading.Thread(target=work, args=given) for given in zip(itertools.count(), calls, times)]
         for thread in threads:
             thread.start()
         started = time.perf_counter()
@@ -66,33 +76,62 @@ class Load:
         for thread in threads:
             thread.join()
         elapsed = time.perf_counter() - started
-        return {"ms": [value for mine in times for value in mine], "elapsed_s": elapsed, "failures": failures}
+        ms = [value for mine in times for value in mine]
+        return {"ms": ms, "elapsed_s": elapsed, "failures": failures, "routes": dict(routes)}
 
     def _session(self, onnx: str, inputs: Mapping[str, Any]) -> Callable[[], object]:
         session = self._sessions.setdefault(onnx, None) or open_session(Path(onnx))
         self._sessions[onnx] = session
         return lambda: session.run(None, inputs)
 
-    def _calls(self, job: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[Callable[[], object]]:
+    def _calls(
+        self, job: Mapping[str, Any], inputs: Mapping[str, Any], routes: Counter[str]
+    ) -> list[Callable[[], object]]:
         address, model = job["address"], job["model"]
         clients = self._clients.setdefault(address, [])
         while len(clients) < job["clients"]:
             # A channel of its own for each: clients are different programs.
             own = [("grpc.use_local_subchannel_pool", 1)]
             clients.append(triton.InferenceServerClient(address, channel_args=own))
-        tensors = []
-        for name, array in inputs.items():
-            tensor = triton.InferInput(name, list(array.shape), "FP32")
-            tensor.set_data_from_numpy(array)
-            tensors.append(tensor)
+        requests = [_tensors(inputs, row) for row in range(len(next(iter(inputs.values()))))]
 
         def asking(client: Any) -> Callable[[], object]:
+            turn = itertools.cycle(requests)
+
             def ask() -> object:
-                return client.infer(model, tensors, client_timeout=_TIMEOUT_S).as_numpy("logits").shape
+                result = client.infer(model, next(turn), client_timeout=_TIMEOUT_S)
+                routes[result.get_response().parameters[_ROUTE].string_param] += 1
+                return result.as_numpy("logits").shape
 
             return ask
 
         return [asking(client) for client in clients[: job["clients"]]]
+
+
+def _tensors(inputs: Mapping[str, Any], row: int) -> list[Any]:
+    tensors = []
+    for name, array in inputs.items():
+        tensor = triton.InferInput(name, [1, *array.shape[1:]], "FP32")
+        tensor.set_data_from_numpy(array[row : row + 1])
+        tensors.append(tensor)
+    return tensors
+
+
+def _pace(
+    call: Callable[[], object], times: list[float], end: list[float], schedule: tuple[float, float], failures: list[str]
+) -> None:
+    wait_s, every_s = schedule
+    due = time.perf_counter() + wait_s
+    while due < end[0]:
+        time.sleep(max(0.0, due - time.perf_counter()))
+        begun = time.perf_counter()
+        try:
+            call()
+        except Exception as error:  # counted, and the load goes on
+            failures.append(repr(error)[:500])
+        else:
+            times.append((time.perf_counter() - begun) * 1e3)
+        due += every_s
 
 
 def _repeat(call: Callable[[], object], times: list[float], end: list[float], least: int) -> None:

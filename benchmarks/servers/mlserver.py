@@ -59,10 +59,12 @@ def serving(models: Iterable[ServedModel], folder: Path) -> Iterator[str]:
             "parameters": {"uri": str(model.onnx.absolute())},
         }
         (folder / model.name / "model-settings.json").write_text(json.dumps(told))
-    program = ENVIRONMENT.absolute() / "bin"
+    programs = ENVIRONMENT.absolute() / "bin"
     variables = environment() | {"PYTHONPATH": str(folder.absolute())}
     arguments = [program / "mlserver", "start", folder.absolute()]
-    with child("mlserver", arguments, folder, python=str(program / "python"), variables=variables, quiet=True) as server:
+    with child(
+        "mlserver", arguments, folder, python=str(program / "python"), variables=variables, quiet=True
+    ) as server:
         address = f"127.0.0.1:{settings['grpc_port']}"
         _wait_until_ready(server.process, address)
         yield address

@@ -26,10 +26,9 @@ class Site:
     cloud_address: str
     agent_address: str
 
-    def start_cloud(self) -> None:
-        """Start the cloud again, on the same port."""
+    def restart_cloud(self) -> None:
+        """Start the cloud again, on the same port; does not wait until it is there."""
         self.cloud = _start_cloud(self.shell, self.folder, self.cloud_address)
-        self.cloud.wait_ready()
 
 
 @contextmanager

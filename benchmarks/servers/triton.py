@@ -1,6 +1,7 @@
-"""The real Triton with its Python backend, on a TCP port as the other servers: `python -m benchmarks.servers.triton REPOSITORY`.
+"""The real Triton with its Python backend, on a TCP port as the other servers.
 
-The package's own supervisor listens on a Unix socket, which would be an advantage here; this starts the same program.
+`python -m benchmarks.servers.triton REPOSITORY`. The cloud's own supervisor listens on a Unix
+socket, which would be an advantage here; this starts the same program.
 """
 
 from __future__ import annotations

@@ -19,14 +19,14 @@ MEDIUM: Final = "medium"
 _MEDIUM: Final = "efficientnet-lite0"
 
 
-def small(folder: Path) -> ServedModel:
-    """Return the smart-meter story's light model, trained on first use (half a minute), with one series."""
+def small(folder: Path, *, rows: int = 1) -> ServedModel:
+    """Return the smart-meter story's light model, trained on first use (half a minute), with some series."""
     build, story = Path("build").absolute(), MeterStory()
     with progress() as bars:
         splits = story.prepare(build / "data", bars)
         models = train_first(story, splits, build / "models", bars)
     inputs = folder / "small.safetensors"
-    save_file({name: np.ascontiguousarray(array[:1]) for name, array in splits.test.inputs.items()}, inputs)
+    save_file({name: np.ascontiguousarray(array[:rows]) for name, array in splits.test.inputs.items()}, inputs)
     return ServedModel(SMALL, models.light.absolute(), inputs)
 
 
