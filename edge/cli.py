@@ -50,8 +50,6 @@ def run(
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
 ) -> None:
     """Serve the light model, escalate hard requests, keep the model current; until SIGTERM."""
-    import asyncio
-
     from edge.config import EdgeSettings
     from isthmus.settings import load_settings
 
@@ -64,13 +62,14 @@ def run(
         "capture": capture,
     }
     settings = load_settings(EdgeSettings, config, flags).value
-    from edge.agent import run_until_signal
+    from edge.agent import open_runner, run_until_signal
     from edge.bootstrap import build_agent
 
     async def serve() -> None:
         await run_until_signal(build_agent(settings))
 
-    asyncio.run(serve())
+    with open_runner() as runner:
+        runner.run(serve())
 
 
 @app.command()
