@@ -9,6 +9,7 @@ from functools import partial
 import grpc
 
 from edge.agent import Agent, describe_status
+from edge.bench import read_choice
 from edge.breaker import Breaker
 from edge.config import EdgeSettings
 from edge.fetcher import RegistryFetcher, SignedManifests
@@ -23,7 +24,7 @@ from edge.spool import Spool
 from edge.store import SlotStore
 from edge.updater import Updater
 from edge.uplink import Uplink, open_channel
-from isthmus.bundle import check_name
+from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
 from isthmus.tensors import Array
@@ -133,18 +134,24 @@ def _updaters(
             models,
             manifests=manifests,
             fetcher=fetcher,
-            choose=partial(
-                choose_variant,
-                configured=settings.variant,
-                machine=machine(),
-                bfloat16=computes_bfloat16(),
-                installed=is_installed,
-            ),
+            choose=partial(_choose, settings, home),
             open_slot=partial(open_model, threads=settings.threads, queue=settings.queue),
             report=fleet.report,
         )
         for name, _ in models
     }
+
+
+def _choose(settings: EdgeSettings, home: DeviceHome, manifest: Manifest) -> Variant:
+    choice = read_choice(home.path, manifest.name) if settings.choose_by == "measure" else None
+    return choose_variant(
+        manifest,
+        configured=settings.variant,
+        machine=machine(),
+        bfloat16=computes_bfloat16(),
+        installed=is_installed,
+        preferred=None if choice is None else choice.variant,
+    )
 
 
 def _protection(

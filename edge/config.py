@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,10 @@ class EdgeSettings(Settings):
     models: tuple[str, ...] = Field(default=(), description="Names of the models to serve.")
     listen: str = Field(default="127.0.0.1:8001", description="HOST:PORT or unix:PATH; TLS and tokens beyond loopback.")
     variant: str | None = Field(default=None, description="Variant to install; the first that fits when unset.")
+    choose_by: Literal["measure", "order"] = Field(
+        default="measure",
+        description="Without `variant`: the one that `isthmus edge bench` found fastest, or always the bundle's first.",
+    )
     threads: int = Field(default=1, ge=1, le=256, description="Threads that one light inference may use.")
     queue: int = Field(default=64, ge=1, le=4096, description="Light inferences that may wait for their turn.")
     concurrent_calls: int = Field(default=128, ge=1, le=4096, description="Calls in progress; more are refused.")
