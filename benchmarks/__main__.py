@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-NAMES: Final = ("agent", "delta", "overhead", "compile", "tuning")
+NAMES: Final = ("agent", "soak", "delta", "overhead", "compile", "tuning")
 
 folder = Path("build/benchmarks")
 folder.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,9 @@ def run(
     home: Annotated[Path | None, typer.Option(help="The device's folder.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model to serve; may be given again.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT or unix:PATH.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant to install; the first that fits by default.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant to install; the fastest measured, else the first that fits.")
+    ] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Written when the agent listens.")] = None,
     capture: Annotated[
         bool | None, typer.Option("--capture/--no-capture", help="Keep escalated requests with their answers.")

@@ -18,7 +18,7 @@ class EdgeSettings(Settings):
     home: Path = Field(default=Path("device"), description="Folder with the device's identity and models.")
     models: tuple[str, ...] = Field(default=(), description="Names of the models to serve.")
     listen: str = Field(default="127.0.0.1:8001", description="HOST:PORT or unix:PATH; TLS and tokens beyond loopback.")
-    variant: str | None = Field(default=None, description="Variant to install; the first that fits when unset.")
+    variant: str | None = Field(default=None, description="Variant to install, whatever was measured.")
     choose_by: Literal["measure", "order"] = Field(
         default="measure",
         description="Without `variant`: the one that `isthmus edge bench` found fastest, or always the bundle's first.",
