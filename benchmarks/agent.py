@@ -73,7 +73,7 @@ def servers(models: Mapping[str, ServedModel], folder: Path) -> Iterator[dict[st
         addresses = {ECHO: echo.read()["address"], FLOOR: infer.read()["address"], AGENT: site.agent_address}
         for name, model in models.items():
             write_triton_model(folder / "repository" / name, model)
-        command = ["-m", "benchmarks.servers.triton", folder / "repository"]
+        command = ("-m", "benchmarks.servers.triton", folder / "repository")
         addresses[TRITON] = stack.enter_context(child("triton", command, folder)).read()["address"]
         if mlserver.is_installed():
             (folder / "mlserver").mkdir()

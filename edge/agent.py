@@ -178,7 +178,7 @@ async def _outlasting(name: str, loop: Callable[[], Awaitable[None]]) -> None:
 
 
 def open_runner() -> asyncio.Runner:
-    """Return what runs the agent: uvloop's event loop where it is installed, which takes a tenth less for a request."""
+    """Return what runs the agent: uvloop's event loop where it is installed, which takes less for a request."""
     if importlib.util.find_spec("uvloop") is None:
         return asyncio.Runner()
     import uvloop

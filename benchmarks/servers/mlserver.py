@@ -61,7 +61,7 @@ def serving(models: Iterable[ServedModel], folder: Path) -> Iterator[str]:
         (folder / model.name / "model-settings.json").write_text(json.dumps(told))
     programs = ENVIRONMENT.absolute() / "bin"
     variables = environment() | {"PYTHONPATH": str(folder.absolute())}
-    arguments, python = [programs / "mlserver", "start", folder.absolute()], str(programs / "python")
+    arguments, python = (programs / "mlserver", "start", folder.absolute()), str(programs / "python")
     with child("mlserver", arguments, folder, python=python, variables=variables, quiet=True) as server:
         address = f"127.0.0.1:{settings['grpc_port']}"
         _wait_until_ready(server.process, address)
