@@ -31,8 +31,21 @@ def test_scores_are_the_largest_softmax_probabilities(logits: Array, temperature
 @given(LOGITS, TEMPERATURE)
 def test_request_is_as_sure_as_its_least_sure_row(logits: Array, temperature: float) -> None:
     score = score_request(logits, temperature)
-    assert score == score_rows(logits, temperature).min()
+    assert score == pytest.approx(score_rows(logits, temperature).min(), rel=1e-12)
     assert 1 / logits.shape[1] - 1e-9 <= score <= 1
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.sampled_from([2, 5, 40])),
+        elements=st.floats(-10, 10, width=32) | st.sampled_from([np.nan, np.inf, -np.inf]),
+    )
+)
+def test_few_numbers_and_many_are_scored_alike(logits: Array) -> None:
+    with np.errstate(invalid="ignore"):
+        expected = float(score_rows(logits, 1.0).min())
+    assert score_request(logits, 1.0) == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
 
 @given(LOGITS, TEMPERATURE, FINITE)
