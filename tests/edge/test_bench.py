@@ -49,6 +49,14 @@ def test_an_installed_version_has_one_variant(tmp_path: Path) -> None:
     assert "model.bin" in timings[1].note
 
 
+def test_a_broken_bundle_has_no_variant_that_takes_part(tmp_path: Path) -> None:
+    bundles.build_bundle(tmp_path / "bundle")
+    (tmp_path / "bundle" / "golden.safetensors").write_bytes(b"not tensors")
+    _, timings = measure_variants(tmp_path / "bundle", rounds=1)
+    assert [timing.latency_ms for timing in timings] == [None, None]
+    assert all("golden.safetensors" in timing.note for timing in timings)
+
+
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         measure_variants(tmp_path)
