@@ -8,6 +8,7 @@ within `shutdown_s`, then ends the loops.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import signal
@@ -206,6 +207,15 @@ async def _outlasting(name: str, loop: Callable[[], Awaitable[None]]) -> None:
         except Exception:  # a defect in one loop must not end the serving of the others
             log.exception("loop failed", loop=name)
         await backoff.pause()
+
+
+def open_runner() -> asyncio.Runner:
+    """Return what runs the agent: uvloop's event loop where it is installed, which takes less for a request."""
+    if importlib.util.find_spec("uvloop") is None:
+        return asyncio.Runner()
+    import uvloop
+
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
 async def run_until_signal(agent: Agent) -> None:

@@ -10,6 +10,7 @@ import grpc
 
 from edge.agent import Agent, MetricsListener, describe_status
 from edge.audit import Audit
+from edge.bench import read_choice
 from edge.breaker import Breaker
 from edge.config import EdgeSettings
 from edge.deferred.assembly import Deferred, open_deferred
@@ -31,7 +32,7 @@ from edge.spool import Spool
 from edge.store import SlotStore
 from edge.updater import Updater
 from edge.uplink import Uplink, open_channel
-from isthmus.bundle import check_name
+from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
 from isthmus.policies import check_serving
@@ -158,13 +159,7 @@ def _updaters(
             models,
             manifests=manifests,
             fetcher=fetcher,
-            choose=partial(
-                choose_variant,
-                configured=settings.variant,
-                machine=machine(),
-                bfloat16=computes_bfloat16(),
-                installed=is_installed,
-            ),
+            choose=partial(_choose, settings, home),
             open_slot=partial(
                 open_model,
                 threads=settings.threads,
@@ -177,6 +172,18 @@ def _updaters(
         )
         for name, _ in models
     }
+
+
+def _choose(settings: EdgeSettings, home: DeviceHome, manifest: Manifest) -> Variant:
+    choice = read_choice(home.path, manifest.name) if settings.choose_by == "measure" else None
+    return choose_variant(
+        manifest,
+        configured=settings.variant,
+        machine=machine(),
+        bfloat16=computes_bfloat16(),
+        installed=is_installed,
+        preferred=None if choice is None else choice.variant,
+    )
 
 
 def _protection(

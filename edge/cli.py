@@ -1,4 +1,4 @@
-"""`isthmus edge`: enrol a device, run its agent, ask it how it is, take its captures and late answers."""
+"""`isthmus edge`: enrol a device, measure variants, run its agent, ask how it is, take captures and late answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from isthmus.terminal import JsonOption, note, show_record
+from isthmus.terminal import JsonOption, note, show_record, show_table
 
 app = typer.Typer(no_args_is_help=True, help="Enrol a device and run its agent.")
 captures_app = typer.Typer(no_args_is_help=True, help="Escalated requests with the cloud's answers.")
@@ -49,7 +49,9 @@ def run(
     home: Annotated[Path | None, typer.Option(help="The device's folder.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model to serve; may be given again.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT or unix:PATH.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant to install; the first that fits by default.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant to install; the fastest measured, else the first that fits.")
+    ] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Written when the agent listens.")] = None,
     capture: Annotated[
         bool | None, typer.Option("--capture/--no-capture", help="Keep escalated requests with their answers.")
@@ -57,8 +59,6 @@ def run(
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
 ) -> None:
     """Serve the light model, escalate hard requests, keep the model current; until SIGTERM."""
-    import asyncio
-
     from edge.config import EdgeSettings
     from isthmus.settings import load_settings
 
@@ -71,13 +71,49 @@ def run(
         "capture": capture,
     }
     settings = load_settings(EdgeSettings, config, flags).value
-    from edge.agent import run_until_signal
+    from edge.agent import open_runner, run_until_signal
     from edge.bootstrap import build_agent
 
     async def serve() -> None:
         await run_until_signal(build_agent(settings))
 
-    asyncio.run(serve())
+    with open_runner() as runner:
+        runner.run(serve())
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder, or an installed version of a device.")],
+    home: Annotated[
+        Path | None, typer.Option(help="Also keep the fastest for this device's updates, in its variant.json.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that one inference may use.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of a few calls of every variant.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the variants of a bundle on this machine, batch 1, and rank those that pass their self-test."""
+    from dataclasses import asdict
+
+    from edge.bench import Choice, measure_variants, write_choice
+    from edge.identity import DeviceHome
+    from isthmus.errors import BundleError
+
+    if home is not None:
+        DeviceHome(home).enrolment()  # before minutes are spent on a folder that is none
+    manifest, timings = measure_variants(bundle, threads=threads, rounds=rounds)
+    rows = [asdict(timing) for timing in timings]
+    if as_json:
+        show_record("bench", {"model": manifest.name, "version": manifest.version, "variants": rows}, as_json=True)
+    else:
+        show_table(f"{manifest.name}@{manifest.version}, {threads} thread(s)", rows)
+    best = timings[0]
+    if best.latency_ms is None:
+        raise BundleError("no variant can run here", hint="the notes say why", reason="no-fitting-variant")
+    if home is not None:
+        write_choice(
+            home, manifest.name, Choice(variant=best.variant, latency_ms=best.latency_ms, version=manifest.version)
+        )
+        note(f"{home}: updates of {manifest.name} prefer {best.variant}")
 
 
 @app.command()

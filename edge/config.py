@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,11 @@ class EdgeSettings(Settings):
     metrics_public: bool = Field(
         default=False, description="Allow metrics_listen beyond loopback, without TLS or tokens."
     )
-    variant: str | None = Field(default=None, description="Variant to install; the first that fits when unset.")
+    variant: str | None = Field(default=None, description="Variant to install, whatever was measured.")
+    choose_by: Literal["measure", "order"] = Field(
+        default="measure",
+        description="Without `variant`: the one that `isthmus edge bench` found fastest, or always the bundle's first.",
+    )
     threads: int = Field(default=1, ge=1, le=256, description="Threads that one light inference may use.")
     queue: int = Field(default=64, ge=1, le=4096, description="Light inferences that may wait for their turn.")
     policy: str = Field(

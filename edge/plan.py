@@ -24,6 +24,17 @@ def plan_files(wanted: Mapping[str, FileEntry], installed: Mapping[str, FileEntr
     return tuple(sorted(plans, key=lambda plan: (plan.wanted.length, plan.path)))
 
 
+def fits(variant: Variant, *, machine: str, bfloat16: bool, installed: Callable[[str], bool]) -> str:
+    """Return why this machine cannot run a variant, or nothing when it can; arguments as for `choose_variant`."""
+    if not installed(variant.runtime):
+        return f"runtime {variant.runtime} is not installed"
+    if variant.platform not in ("any", machine):
+        return f"it is for {variant.platform}, this is {machine}"
+    if variant.inference_precision == "bf16" and not bfloat16:
+        return "this processor does not compute in bfloat16"
+    return ""
+
+
 def choose_variant(
     manifest: Manifest,
     configured: str | None,
@@ -31,8 +42,9 @@ def choose_variant(
     machine: str,
     bfloat16: bool,
     installed: Callable[[str], bool],
+    preferred: str | None = None,
 ) -> Variant:
-    """Return the variant to install: the configured one, else the first whose runtime and platform fit.
+    """Return the variant to install: the configured one, else the preferred, else the first that fits this machine.
 
     Args:
         manifest: Offers the variants, best first.
@@ -40,6 +52,7 @@ def choose_variant(
         machine: This machine's platform, for example "x86_64".
         bfloat16: Whether its processor computes in bfloat16.
         installed: Returns whether a runtime can be used here.
+        preferred: Id of the variant that was fastest here, or None; it may be missing.
 
     Raises:
         BundleError: There is none.
@@ -47,9 +60,7 @@ def choose_variant(
     fitting = [
         variant
         for variant in manifest.variants
-        if installed(variant.runtime)
-        and variant.platform in ("any", machine)
-        and (bfloat16 or variant.inference_precision != "bf16")
+        if not fits(variant, machine=machine, bfloat16=bfloat16, installed=installed)
     ]
     if configured is not None:
         fitting = [variant for variant in fitting if variant.id == configured]
@@ -61,4 +72,4 @@ def choose_variant(
             f"expected {asked} for {processor} and the installed runtimes, the bundle has {offered}",
             reason="no-fitting-variant",
         )
-    return fitting[0]
+    return next((variant for variant in fitting if variant.id == preferred), fitting[0])

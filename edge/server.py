@@ -29,7 +29,7 @@ from isthmus import __version__
 from isthmus.address import UNIX, check_free, split_address
 from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError, UnavailableError
 from isthmus.oip import SERVICE, service_pb2, set_parameter
-from isthmus.status import StatusInterceptor, status_of
+from isthmus.status import status_of, translate_errors
 from isthmus.v1 import agent_pb2
 
 log = structlog.get_logger(__name__)
@@ -230,7 +230,10 @@ def _generic(
     for name, stream in (streams or {}).items():
         handler: Any = grpc.stream_stream_rpc_method_handler
         handlers[name] = handler(stream, response_serializer=serialize_message)
-    return grpc.method_handlers_generic_handler(service, handlers | dict(others or {}))
+    every = handlers | dict(others or {})
+    return grpc.method_handlers_generic_handler(
+        service, {name: translate_errors(handler) for name, handler in every.items()}
+    )
 
 
 class AgentServer:
@@ -243,7 +246,7 @@ class AgentServer:
         status: Returns the agent's counters and versions.
         credentials: TLS; may be None for local addresses only.
         deferred: Methods of the agent's service that are about deferred requests.
-        interceptors: Run before every call, after errors are translated.
+        interceptors: Run before every call; they answer with statuses, not with our errors.
         concurrent_calls: Calls in progress; more are refused with RESOURCE_EXHAUSTED.
         message_bytes: Largest message.
     """
@@ -269,7 +272,7 @@ class AgentServer:
         self._credentials = credentials
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=(StatusInterceptor(), *interceptors),
+            interceptors=tuple(interceptors),
             maximum_concurrent_rpcs=concurrent_calls,
             options=(
                 ("grpc.max_receive_message_length", message_bytes),

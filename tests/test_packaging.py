@@ -87,7 +87,7 @@ def file_of(module: str) -> Path | None:
     ("package", "extras"),
     [
         ("security", ()),
-        ("edge", ("edge-openvino", "edge-onnxruntime", "edge-tvm")),
+        ("edge", ("edge-openvino", "edge-onnxruntime", "edge-tvm", "edge-uvloop")),
         ("cloud", ("cloud",)),
         ("compiler", ("compiler", "mlflow", "tensorrt", "tensorrt-rtx", "torch", "tvm")),
     ],
@@ -97,7 +97,7 @@ def test_every_import_is_declared_in_the_extra_of_its_program(package: str, extr
     assert names <= declared(*extras)
 
 
-@pytest.mark.parametrize("extra", ["edge-openvino", "edge-onnxruntime", "edge-tvm"])
+@pytest.mark.parametrize("extra", ["edge-openvino", "edge-onnxruntime", "edge-tvm", "edge-uvloop"])
 def test_a_device_is_asked_to_install_nothing_heavy(extra: str) -> None:
     assert not declared(extra) & (NOT_ON_A_DEVICE | {"nvidia-pytriton", "matplotlib"})
 

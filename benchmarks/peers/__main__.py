@@ -1,6 +1,8 @@
 """`python -m benchmarks.peers`: install the peers that need an environment of their own."""
 
-from benchmarks.peers.optimum import install
+from benchmarks.peers import optimum
+from benchmarks.servers import mlserver
 
 if __name__ == "__main__":
-    install()
+    optimum.install()
+    mlserver.install()

@@ -115,7 +115,12 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        return wrap_handler(handler, _translated, _translated_stream)
+        return translate_errors(handler)
+
+
+def translate_errors(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    """Return what the interceptor makes of a method's handler, for servers to which every microsecond counts."""
+    return wrap_handler(handler, _translated, _translated_stream)
 
 
 def wrap_handler(

@@ -69,38 +69,52 @@ def decode_inputs(
             raise InputError(f"unknown input {tensor.name[:80]!r}; the model's inputs are {', '.join(by_name)}")
         if tensor.name in arrays:
             raise InputError(f"input {tensor.name!r} is given twice")
-        _check_declared(tensor, spec, max_batch, max_length)
-        arrays[spec.name] = _from_raw(raw[index], tensor, spec) if raw else _from_typed(tensor, spec)
-    missing = [name for name in by_name if name not in arrays]
-    if missing:
+        shape = _check_declared(tensor, spec, max_batch, max_length)
+        arrays[spec.name] = _from_raw(raw[index], shape, spec) if raw else _from_typed(tensor, spec)
+    if len(arrays) < len(by_name):
+        missing = [name for name in by_name if name not in arrays]
         raise InputError(f"missing input {', '.join(missing)}; the model's inputs are {', '.join(by_name)}")
-    batches = {len(array) for name, array in arrays.items() if by_name[name].shape[:1] == (-1,)}
-    if len(batches) > 1:
-        raise InputError(f"all inputs must have the same batch size, got {sorted(batches)}")
+    if len(arrays) > 1:
+        _check_batches(arrays, by_name)
     return arrays
 
 
-def _check_declared(tensor: Any, spec: TensorSpec, max_batch: int, max_length: int) -> None:
+def _check_batches(arrays: Mapping[str, Array], by_name: Mapping[str, TensorSpec]) -> None:
+    batches = {len(array) for name, array in arrays.items() if by_name[name].shape[:1] == (-1,)}
+    if len(batches) > 1:
+        raise InputError(f"all inputs must have the same batch size, got {sorted(batches)}")
+
+
+def _check_declared(tensor: Any, spec: TensorSpec, max_batch: int, max_length: int) -> tuple[int, ...]:
+    """Return the tensor's shape."""
     if tensor.datatype != spec.datatype:
         raise InputError(f"input {spec.name!r}: expected datatype {spec.datatype}, got {tensor.datatype[:16]!r}")
     shape = tuple(tensor.shape)
-    fits = len(shape) == len(spec.shape) and all(want in (-1, got) for want, got in zip(spec.shape, shape, strict=True))
-    if not fits or any(axis < 1 for axis in shape):
+    too_large = ""
+    fits = len(shape) == len(spec.shape)
+    for axis, (want, got) in enumerate(zip(spec.shape, shape, strict=False)):
+        if want != -1:
+            fits = fits and want == got
+        elif got < 1:
+            fits = False
+        elif got > (max_length if axis else max_batch):
+            too_large = f"{'length' if axis else 'batch'} of {got} is larger than the limit of "
+            too_large += str(max_length if axis else max_batch)
+    if not fits:
         raise InputError(f"input {spec.name!r}: expected shape {list(spec.shape)}, got {list(shape)[:8]}")
-    for axis, (want, got) in enumerate(zip(spec.shape, shape, strict=True)):
-        what, limit = ("batch", max_batch) if axis == 0 else ("length", max_length)
-        if want == -1 and got > limit:
-            raise InputError(f"input {spec.name!r}: {what} of {got} is larger than the limit of {limit}")
+    if too_large:
+        raise InputError(f"input {spec.name!r}: {too_large}")
+    return shape
 
 
-def _from_raw(data: bytes, tensor: Any, spec: TensorSpec) -> Array:
+def _from_raw(data: bytes, shape: tuple[int, ...], spec: TensorSpec) -> Array:
     dtype = DTYPES[spec.datatype]
-    expected = math.prod(tensor.shape) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         raise InputError(
-            f"input {spec.name!r}: shape {list(tensor.shape)} {spec.datatype} takes {expected} bytes, got {len(data)}"
+            f"input {spec.name!r}: shape {list(shape)} {spec.datatype} takes {expected} bytes, got {len(data)}"
         )
-    return np.frombuffer(data, dtype=dtype).reshape(tuple(tensor.shape))
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _from_typed(tensor: Any, spec: TensorSpec) -> Array:
@@ -143,7 +157,7 @@ def encode_outputs(response: Any, outputs: Mapping[str, Array], wanted: Sequence
         if wanted and name not in wanted:
             continue
         response.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
-        response.raw_output_contents.append(np.ascontiguousarray(array).tobytes())
+        response.raw_output_contents.append(array.tobytes())  # row by row, however it lies in memory
 
 
 def decode_outputs(response: Any) -> dict[str, Array]:
@@ -176,7 +190,7 @@ def datatype_of(array: Array) -> str:
     Raises:
         InputError: OIP has no such datatype.
     """
-    name = DATATYPE_OF.get(array.dtype.newbyteorder("<"))
+    name = DATATYPE_OF.get(array.dtype) or DATATYPE_OF.get(array.dtype.newbyteorder("<"))
     if name is None:
         raise InputError(f"no OIP datatype for numpy dtype {array.dtype}")
     return name

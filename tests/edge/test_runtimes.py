@@ -123,11 +123,14 @@ class Gate:
     def __init__(self) -> None:
         self.open = threading.Event()
         self.threads: set[int] = set()
-        self.closed = 0
+        self.running = self.closed = 0
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.threads.add(threading.get_ident())
+        self.running += 1
+        assert self.running == 1
         assert self.open.wait(10)
+        self.running -= 1
         return dict(inputs)
 
     def close(self) -> None:
@@ -146,12 +149,51 @@ def test_worker_queue_is_bounded_and_uses_one_thread() -> None:
         assert caught.value.reason == "overloaded"
         gate.open.set()
         assert len(await asyncio.gather(*calls)) == 3
-        assert (await worker.infer({"x": SOME})).keys() == {"x"}
         worker.close()
         await asyncio.to_thread(worker._executor.shutdown)
         assert gate.closed == 1
         assert len(gate.threads) == 1
         assert threading.get_ident() not in gate.threads
+
+    asyncio.run(scenario())
+
+
+def test_quick_calls_run_where_they_are_made_and_large_ones_do_not() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        gate.open.set()
+        worker = Worker(gate)
+        while threading.get_ident() not in gate.threads:  # a few calls, until it is known how long one takes
+            assert (await worker.infer({"x": SOME})).keys() == {"x"}
+        gate.threads.clear()
+        await worker.infer({"x": np.zeros((100_000, 1000), np.float32)})
+        assert threading.get_ident() not in gate.threads
+        worker.close()
+
+    asyncio.run(scenario())
+
+
+def test_no_call_joins_one_whose_caller_went_away() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        gate.open.set()
+        worker = Worker(gate)
+        while threading.get_ident() not in gate.threads:
+            await worker.infer({"x": SOME})
+        gate.open.clear()
+        large = asyncio.ensure_future(worker.infer({"x": np.zeros((100_000, 1000), np.float32)}))
+        await asyncio.sleep(0)
+        while not gate.running:
+            await asyncio.sleep(0)
+        large.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await large
+        small = asyncio.ensure_future(worker.infer({"x": SOME}))
+        await asyncio.sleep(0)
+        assert not small.done()
+        gate.open.set()
+        assert (await small).keys() == {"x"}
+        worker.close()
 
     asyncio.run(scenario())
 

@@ -103,6 +103,21 @@ def test_the_first_is_the_largest_softmax_probability(logits: Array, temperature
     np.testing.assert_allclose(found, largest, rtol=1e-9)
 
 
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.sampled_from([2, 5, 40])),
+        elements=st.floats(-10, 10, width=32) | st.sampled_from([np.nan, np.inf, -np.inf]),
+    )
+)
+def test_few_numbers_and_many_are_scored_alike(logits: Array) -> None:
+    compute = open_score("max_probability", ScoreOptions("logits", 2.0))
+
+    many = compute({"logits": np.tile(logits, (50, 1))})[: len(logits)]
+
+    np.testing.assert_allclose(compute({"logits": logits}), many, rtol=1e-12)
+
+
 @given(ROWS)
 def test_margin_and_entropy_are_those_of_the_textbook(logits: Array) -> None:
     rows = logits.astype(np.float64)
