@@ -394,7 +394,7 @@ def test_sigterm_lets_requests_end_and_takes_no_new_ones(tmp_path: Path) -> None
                 await until(lambda: refuses(address))
                 assert not hard.done()
                 told = await hard
-                assert (told["isthmus.route"], told["isthmus.reason"]) == ("fallback", "cloud-timeout")
+                assert (told["isthmus.route"], told["isthmus.reason"]) == ("fallback", "deadline")
             async with asyncio.timeout(10):
                 assert await agent.wait() == 0
 

@@ -130,9 +130,9 @@ def test_reasons_are_those_that_the_answers_carried(tmp_path: Path) -> None:
             ("edge", "confident"): 2,
             ("cloud", "uncertain"): 2,
             ("cloud", "requested"): 1,
-            ("fallback", "bad-cloud-answer"): 2,
-            ("fallback", "cloud-refused"): 1,
-            ("fallback", "no-time-left"): 1,
+            ("fallback", "bad-response"): 2,
+            ("fallback", "refused"): 1,
+            ("fallback", "deadline"): 1,
         }
         assert value(samples, "isthmus_request_errors_total", model=MODEL, reason="invalid-input") == 1
         assert value(samples, "isthmus_request_errors_total", model="", reason="unknown-model") == 1

@@ -188,7 +188,7 @@ def test_requests_of_a_stream_have_deadlines_of_their_own(tmp_path: Path) -> Non
                 call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(requests())
                 async with asyncio.timeout(20):
                     [answer] = [answer async for answer in call]
-            assert answer.infer_response.parameters["isthmus.reason"].string_param == "cloud-timeout"
+            assert answer.infer_response.parameters["isthmus.reason"].string_param == "deadline"
 
     asyncio.run(scenario())
 
