@@ -39,6 +39,7 @@ class Serving:
     uplink: Uplink
     cloud: FaultyCloud
     service: InferenceService
+    audit: Audit | None = None
 
     async def infer(self, x: Array, *, model: str = MODEL, **kwargs: Any) -> triton.InferResult:
         tensor = triton.InferInput("x", list(x.shape), "FP32")
@@ -92,6 +93,7 @@ async def serving(
     async with faulty_cloud(identity) as cloud:
         channel = open_channel(outside[0] if outside else cloud.address, identity.ca)
         uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
+        audit = Audit(uplink, share=audit_share) if audit_share else None
         router = Router(
             models,
             uplink,
@@ -99,7 +101,7 @@ async def serving(
             capture=capture,
             hedge=hedge,
             model_calls=model_calls,
-            audit=Audit(uplink, share=audit_share) if audit_share else None,
+            audit=audit,
             cache=cache,
         )
         connection = asyncio.ensure_future(watch_connection(channel, uplink.nudge))
@@ -110,7 +112,7 @@ async def serving(
         await server.set_ready(ready=True)
         client = triton.InferenceServerClient(address)
         try:
-            yield Serving(address, client, models, uplink, cloud, service)
+            yield Serving(address, client, models, uplink, cloud, service, audit)
         finally:
             await client.close()
             await server.stop(0)
