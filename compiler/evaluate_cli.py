@@ -51,7 +51,7 @@ def evaluate_command(
         evaluated = answer(bundle, data, variant_id=variant, threads=threads, advance=advance)
         rows, point = evaluated.rows, evaluated.calibration.variants[evaluated.variant.id]
         samples = draw_rows(len(rows), draws, seed)
-        wanted = policy or list(POLICIES)
+        wanted = policy or [name for name in POLICIES if name != "cost" or point.gains]  # older records have none
         policies: dict[str, PolicyFigures] = {}
         for place, text in enumerate(wanted):
             advance("policies", place, len(wanted))

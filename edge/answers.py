@@ -82,15 +82,16 @@ def without_contents(response: Any) -> Any:
     return template
 
 
-def fused_with_light(response: Any, light: Mapping[str, Array], heavy: Mapping[str, Array], live: LiveModel) -> None:
-    """Make a cloud answer one of both models, as the calibration record says; nothing when it does not say so.
+def fuse_with_light(response: Any, light: Mapping[str, Array], live: LiveModel) -> None:
+    """Make a checked cloud answer one of both models, as the calibration record says; nothing when it does not say so.
 
     Only models whose one output is the scored one have such a record: no other output could contradict it.
     """
     point, name = live.operating_point, live.calibration.output
-    if point.fusion is None or list(heavy) != [name] or not np.isfinite(light[name]).all():
+    if point.fusion is None or live.outputs != {name} or not np.isfinite(light[name]).all():
         return
-    both = fuse(light[name], heavy[name], temperature=point.temperature, light_weight=point.fusion.light_weight)
+    heavy = decode_outputs(response)[name]
+    both = fuse(light[name], heavy, temperature=point.temperature, light_weight=point.fusion.light_weight)
     response.raw_output_contents[0] = both.tobytes()
     set_parameter(response, FUSED_PARAMETER, value=True)
 

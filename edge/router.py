@@ -30,7 +30,7 @@ from edge.answers import (
     Given,
     check_cloud_answer,
     explained,
-    fused_with_light,
+    fuse_with_light,
     light_response,
     no_cloud_answer,
     promised,
@@ -212,6 +212,8 @@ class Router:
         if isinstance(outcome, Failure):
             return await self._fall_back(question, light, live, decision, outcome, score)
         told = explained(outcome.response, question, live, "cloud", decision.reason, score)
+        if question.route is None:  # who asks for the cloud gets the cloud's own answer
+            fuse_with_light(told, light, live)
         return Given(told, "cloud", decision.reason)
 
     async def _fall_back(
@@ -264,8 +266,6 @@ class Router:
             outcome = await early.call
         if isinstance(outcome, Answer):
             self._use(question, light, live, checked)
-            if question.route is None:  # who asks for the cloud gets the cloud's own answer
-                fused_with_light(outcome.response, light, checked, live)
         return outcome
 
     def _use(self, question: Question, light: Mapping[str, Array], live: LiveModel, heavy: Mapping[str, Array]) -> None:

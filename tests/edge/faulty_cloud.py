@@ -137,6 +137,17 @@ def answering(logits: Array) -> Behaviour:
     return answer
 
 
+def answering_logits(logits: Array) -> Behaviour:
+    """A heavy model that has no output but its logits."""
+
+    async def answer(raw: bytes, context: Any) -> bytes:
+        response = heavy_response(raw, logits=logits)
+        del response.outputs[1:], response.raw_output_contents[1:]
+        return bytes(response.SerializeToString())
+
+    return answer
+
+
 def refusing(code: grpc.StatusCode, *hints: tuple[str, str]) -> Behaviour:
     async def refuse(raw: bytes, context: Any) -> bytes:
         await context.abort(code, "no", hints)
