@@ -37,6 +37,7 @@ _LEAST_USE: Final = 0.5  # of the allowed rate
 _GRID: Final = 100  # thresholds that are tried
 _NEWTON_STEPS: Final = 25
 _RIDGE: Final = 0.5
+_INSIDE: Final = 1e-6  # how near to 0 and 1 scores are told apart
 _NINE_OF_TEN: Final = 1.2816  # quantile of the normal distribution
 _MOST_SAMPLES: Final = 10_000_000  # that anybody is told to collect
 
@@ -240,16 +241,19 @@ def _most_promising(tests: _Risk | _Accuracy, thresholds: Sequence[float], fit: 
 
 
 def _smoothed_errors(scores: Floats, right: Flags) -> Floats:
-    """Return each row's chance of an error: logistic regression on the score's rank and its square."""
+    """Return each row's chance of an error: logistic regression on the score's log-odds (Platt, 1999) and rank."""
     if len(scores) < 2:
         return (~right).astype(np.float64)
     rank = np.argsort(np.argsort(scores, kind="stable"), kind="stable") / (len(scores) - 1) - 0.5
-    design = np.stack([np.ones_like(rank), rank, rank**2], axis=1)
-    weights = np.zeros(3)
+    inside = np.clip(scores, _INSIDE, 1.0 - _INSIDE)
+    odds = np.log(inside) - np.log1p(-inside)
+    odds = (odds - odds.mean()) / max(float(odds.std()), 1e-9)
+    design = np.stack([np.ones_like(rank), odds, rank, rank**2], axis=1)
+    weights = np.zeros(design.shape[1])
     for _ in range(_NEWTON_STEPS):
         chance = 1.0 / (1.0 + np.exp(-np.clip(design @ weights, -30.0, 30.0)))
         slope = design.T @ (~right - chance) - _RIDGE * weights
-        curvature = (design * (chance * (1.0 - chance))[:, np.newaxis]).T @ design + _RIDGE * np.eye(3)
+        curvature = (design * (chance * (1.0 - chance))[:, np.newaxis]).T @ design + _RIDGE * np.eye(design.shape[1])
         weights = weights + np.linalg.solve(curvature, slope)
     return np.asarray(1.0 / (1.0 + np.exp(-np.clip(design @ weights, -30.0, 30.0))))
 
