@@ -99,12 +99,12 @@ def test_the_record_describes_the_scores_the_risk_and_the_gains() -> None:
 
 def test_a_bound_on_the_risk_is_kept_by_the_record() -> None:
     logits, labels = labelled_logits(6000, sharpness=1.0)
-    wish = Wish(OperatingPoint(kind="max_risk", value=0.1, delta=0.05), costs=(1.0, 2.0, 1.0, 1.0))
+    wish = Wish(OperatingPoint(kind="max_risk", value=0.15, delta=0.05), costs=(1.0, 2.0, 1.0, 1.0))
 
     record = calibrate(Answers({"logits": logits}, logits, labels), wish)
 
     kept = max(point.risk for point in record.curve if point.risk is not None and point.threshold >= record.threshold)
-    assert kept <= 0.1
+    assert kept <= 0.15
     assert record.class_thresholds[1] > record.class_thresholds[0]
     assert record.fusion is None  # both models are the same: nothing to win
 
