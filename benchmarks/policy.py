@@ -27,6 +27,7 @@ from compiler.bundle_answers import Evaluated, answer
 from compiler.calibrate import Answers, Wish, calibrate, score_rows
 from compiler.operating_point import TooFewSamplesError
 from compiler.pipeline import compile_bundle
+from compiler.record import ScoreNotBetterError
 from compiler.replay import Figure, draws, judge_policy, judge_score, oracle_scores, replay
 from isthmus.bundle import OperatingPoint
 from isthmus.policies import POLICIES, Case, Link, make_policy
@@ -57,9 +58,8 @@ deferral = "{deferral}"
 enabled = false
 [calibration]
 {calibration_lines}
-features = "features"
-score = "learned"
-"""
+{learned}"""
+_LEARNED: Final = 'score = "learned"\nfeatures = "features"\n'
 
 app = typer.Typer()
 
@@ -128,11 +128,17 @@ def _prepare(found: Pair, folder: Path, build: Path) -> Prepared:
         recipe.write_text(
             _RECIPE.format(
                 name=found.name, light=found.light, heavy=found.heavy, calibration=found.part("calibration"),
-                deferral=found.part("deferral"), calibration_lines=lines,
+                deferral=found.part("deferral"), calibration_lines=lines, learned=_LEARNED,
             )
         )  # fmt: skip
         note(f"{found.name}: compiling with the score learned for {name}")
-        compile_bundle(recipe, folder / name, cache=build / "compile-cache")
+        try:
+            compile_bundle(recipe, folder / name, cache=build / "compile-cache")
+        except ScoreNotBetterError as error:
+            note(f"{found.name}: {error.message}")
+            text = recipe.read_text().replace(_LEARNED, "").replace("[heavy]", 'outputs = ["logits"]\n[heavy]')
+            recipe.write_text(text)
+            compile_bundle(recipe, folder / name, cache=build / "compile-cache")
         bundles[name] = folder / name
     pool = folder / "pool.safetensors"
     _join(found.part("calibration"), found.part("test"), pool)
@@ -159,7 +165,10 @@ def _scores(prepared: Prepared, number: int) -> list[dict[str, Any]]:
     found: dict[str, Array] = {
         name: open_score(name, options)(answers.light) for name in ("max_probability", "margin", "entropy", "energy")
     }
-    found |= {"learned": rows.scores, "learned, error": prepared.error.rows.scores}
+    learned = {"learned": prepared.gain, "learned, error": prepared.error}
+    found |= {
+        name: evaluated.rows.scores for name, evaluated in learned.items() if evaluated.calibration.score == "learned"
+    }
     found |= {"random": np.random.default_rng(0).random(len(rows))}
     found |= {"oracle": oracle_scores(rows.light_right, rows.cloud_right)}
     samples = draws(len(rows), number)
@@ -257,13 +266,15 @@ def _strayed(prepared: Prepared) -> float:
 def _learned_goals(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[Goal]:
     """Return, for the data set where it is best, the ends of the intervals that must not overlap."""
 
-    def end(data: str, score: str, column: str, place: int) -> float:
-        row = next(r for r in rows if r["data"] == data and r["table"] == "scores" and r["score"] == score)
-        return float(row[column][place])
-
-    aurc = min(end(name, "learned, error", "AURC", 2) / end(name, "max_probability", "AURC", 1) for name in names)
+    scores = {(row["data"], row["score"]): row for row in rows if row["table"] == "scores"}
     column = f"at_{RATE:.0%}"
-    accuracy = min(end(name, "max_probability", column, 2) / end(name, "learned", column, 1) for name in names)
+    aurc = accuracy = float("inf")
+    for name in names:
+        plain = scores[name, "max_probability"]
+        if (name, "learned, error") in scores:
+            aurc = min(aurc, scores[name, "learned, error"]["AURC"][2] / plain["AURC"][1])
+        if (name, "learned") in scores:
+            accuracy = min(accuracy, plain[column][2] / scores[name, "learned"][column][1])
     note(f"learned against max_probability, ends of intervals, best data set: AURC {aurc:.3f}, accuracy {accuracy:.3f}")
     name = (
         "learned score apart from max_probability: ends of the intervals of AURC or of accuracy at 20 %, best data set"

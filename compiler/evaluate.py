@@ -160,6 +160,13 @@ def area_under_risk(scores: Floats, right: Flags) -> float:
     return float((np.cumsum(wrong) / np.arange(1, len(wrong) + 1)).mean())
 
 
+def mean_accuracy(scores: Floats, light_right: Flags, cloud_right: Flags) -> float:
+    """Return the accuracy when the least sure rows go up, averaged over all shares from none to a half."""
+    gain = (cloud_right.astype(np.int64) - light_right)[np.argsort(scores, kind="stable")]
+    right = light_right.sum() + np.concatenate([[0], np.cumsum(gain)])
+    return float(right[: len(gain) // 2 + 1].mean() / len(gain))
+
+
 def expected_calibration_error(logits: Logits, labels: Labels, temperature: float = 1.0) -> float:
     """Return the mean gap between score and accuracy, over `ECE_BINS` bins of equal width."""
     scores = max_probability(logits, temperature)

@@ -16,7 +16,7 @@ from compiler.calibrate import Answers, Wish, calibrate, choose_temperature, div
 from compiler.capture import CapturedModel
 from compiler.data import LabelledSamples, load_labelled
 from compiler.deferral import LEAST_ROWS, deferral_target, train_head
-from compiler.evaluate import Logits, correct, measure
+from compiler.evaluate import Flags, Floats, Logits, area_under_risk, correct, mean_accuracy, measure
 from compiler.heavy import heavy_logits
 from compiler.ladder import Accepted
 from compiler.recipe import Recipe
@@ -24,8 +24,8 @@ from compiler.targets import load_target
 from compiler.verify import BATCH
 from compiler.workshop import Workshop
 from isthmus.bundle import Calibration, CalibrationData, VariantCalibration
-from isthmus.errors import BundleError, InputError
-from isthmus.scores import HEAD
+from isthmus.errors import BundleError, InputError, VerificationError
+from isthmus.scores import HEAD, ScoreOptions, open_score
 from isthmus.scores.learned import deferral_features
 from isthmus.tensors import Array
 
@@ -51,6 +51,7 @@ def calibration_record(stage: Stage, accepted: list[Accepted], bundle: Path) -> 
     Raises:
         TooFewSamplesError: The data cannot support the operating point.
         InputError: The learned score has too few rows to be trained on.
+        ScoreNotBetterError: It loses against the largest probability.
     """
     section, model = stage.recipe.calibration, stage.recipe.model
     costs = class_costs(section.class_costs, model.labels)
@@ -103,6 +104,12 @@ def class_costs(costs: Mapping[str, float], labels: tuple[str, ...]) -> tuple[fl
     return tuple(float(costs.get(label, 1.0)) for label in labels)
 
 
+class ScoreNotBetterError(VerificationError):
+    """The learned score loses against one that needs no training."""
+
+    reason = "score-not-better"
+
+
 class _Deferral:
     """Rows for the learned score, and what the heavy model says to them."""
 
@@ -144,7 +151,28 @@ class _Deferral:
             section.point.kind, correct(outputs[stage.output], labels), correct(self._heavy, labels)
         )
         train_head(rows, target, path, seed=SEED)
+        options = ScoreOptions(stage.output, temperature, features=section.features, head=path)
+        learned, plain = (open_score(name, options)(calibration) for name in ("learned", "max_probability"))
+        self._check_better(learned, plain, correct(calibration[stage.output], stage.data.labels))
         return path
+
+    def _check_better(self, learned: Floats, plain: Floats, light: Flags) -> None:
+        """Check, on the calibration rows, that training the score was worth it.
+
+        Rows that it was trained on, or rows of the same users or machines, would flatter it.
+        """
+        if self._stage.recipe.calibration.point.kind == "max_risk":
+            ours, theirs = area_under_risk(learned, light), area_under_risk(plain, light)
+            better, what = ours < theirs, f"AURC {ours:.4f} against {theirs:.4f}"
+        else:
+            heavy = correct(self._stage.heavy_answers, self._stage.data.labels)
+            ours, theirs = mean_accuracy(learned, light, heavy), mean_accuracy(plain, light, heavy)
+            better, what = ours > theirs, f"accuracy {ours:.4f} against {theirs:.4f} over all rates up to a half"
+        if not better:
+            raise ScoreNotBetterError(
+                f"the learned score is not better than max_probability on the {len(light)} calibration samples: {what}",
+                hint="give more rows as data.deferral, or leave calibration.score at max_probability",
+            )
 
     def _outputs(self, entry: Accepted, data: LabelledSamples) -> Mapping[str, Array]:
         stage, candidate = self._stage, entry.candidate

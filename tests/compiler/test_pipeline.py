@@ -454,3 +454,18 @@ def test_a_learned_score_is_trained_and_goes_with_each_variant(tmp_path: Path) -
     answer = asyncio.run(live.infer({"tokens": inputs[:4]}))
     assert 0 <= live.score(answer) <= 1
     live.retire()
+
+
+def test_a_learned_score_that_is_not_better_is_refused(tmp_path: Path) -> None:
+    fill_workspace(tmp_path)
+    inputs, labels = models.tokens(300, seed=21), np.random.default_rng(0).integers(0, 3, 300)
+    models.write_samples(tmp_path / "deferral.safetensors", {"tokens": inputs, "labels": labels})  # they say nothing
+    recipe = write_recipe(tmp_path, variants='[[variants]]\ntarget = "onnxruntime"\n', rest=LEARNED)
+    text = recipe.read_text().replace("[data]", '[data]\ndeferral = "deferral.safetensors"')
+    recipe.write_text(text.replace('features = "pooled"\n', ""))
+
+    with pytest.raises(VerificationError, match="not better than max_probability on the 400 calibration") as caught:
+        compile_bundle(recipe, tmp_path / "bundle")
+
+    assert (caught.value.reason, caught.value.exit_code) == ("score-not-better", 6)
+    assert not (tmp_path / "bundle").exists()

@@ -8,6 +8,7 @@ falls as the gain rises. One hidden layer, two small matrix products: microsecon
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -57,10 +58,9 @@ class Learned:
 
     def __init__(self, options: ScoreOptions) -> None:
         self._options = options
-        tensors = _load(options)
-        self._mean, self._scale = tensors["mean"], tensors["scale"]
-        self._weight, self._bias = tensors["weight"], tensors["bias"]
-        self._readout, self._offset = tensors["readout"], float(tensors["offset"][0])
+        if options.head is None:
+            raise BundleError("the learned score needs its weights", reason="score-mismatch")
+        self._head = load_head(options.head)
 
     def __call__(self, outputs: Mapping[str, NDArray[Any]]) -> Floats:
         """Return the score of each row.
@@ -70,23 +70,32 @@ class Learned:
         """
         options = self._options
         rows, finite = deferral_features(outputs, options.output, options.features, options.temperature)
-        if rows.shape[1] != len(self._mean):
+        expected = len(self._head["mean"])
+        if rows.shape[1] != expected:
             raise BundleError(
-                f"the learned score reads {len(self._mean)} features, the model gives {rows.shape[1]}",
+                f"the learned score reads {expected} features, the model gives {rows.shape[1]}",
                 reason="score-mismatch",
             )
-        scaled = np.clip((rows - self._mean) * self._scale, -CLIP, CLIP)
-        hidden = np.maximum(scaled @ self._weight + self._bias, 0.0)
-        return masked(0.5 - 0.5 * np.tanh(hidden @ self._readout + self._offset), finite)
+        return masked(0.5 - 0.5 * np.tanh(predict_gain(self._head, rows)), finite)
 
 
-def _load(options: ScoreOptions) -> dict[str, Floats]:
-    if options.head is None:
-        raise BundleError("the learned score needs its weights", reason="score-mismatch")
+def predict_gain(head: Mapping[str, Floats], rows: Floats) -> Floats:
+    """Return what the network predicts for rows of `deferral_features`."""
+    scaled = np.clip((rows - head["mean"]) * head["scale"], -CLIP, CLIP)
+    hidden = np.maximum(scaled @ head["weight"] + head["bias"], 0.0)
+    return np.asarray(hidden @ head["readout"] + head["offset"])
+
+
+def load_head(path: Path) -> dict[str, Floats]:
+    """Return the network's weights.
+
+    Raises:
+        BundleError: The file is missing or malformed.
+    """
     try:
-        tensors = {name: array.astype(np.float64) for name, array in load_file(options.head).items()}
+        tensors = {name: array.astype(np.float64) for name, array in load_file(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise BundleError(f"{options.head.name}: {error}", reason="score-mismatch") from error
+        raise BundleError(f"{path.name}: {error}", reason="score-mismatch") from error
     shapes = {name: array.shape for name, array in tensors.items()}
     inputs, hidden = (*shapes.get("weight", ()), 0, 0)[:2]
     wanted = {
@@ -95,7 +104,7 @@ def _load(options: ScoreOptions) -> dict[str, Floats]:
     }  # fmt: skip
     if shapes != wanted or not all(np.isfinite(array).all() for array in tensors.values()):
         raise BundleError(
-            f"{options.head.name}: expected finite tensors {', '.join(_TENSORS)} that fit together, got {shapes}",
+            f"{path.name}: expected finite tensors {', '.join(_TENSORS)} that fit together, got {shapes}",
             reason="score-mismatch",
         )
     return tensors
