@@ -116,6 +116,7 @@ class Audit:
         share: Of confident requests.
         deadline_s: Of an audit.
         at_most: Audits in progress; one more is not drawn.
+        alarm: Told the version and what is wrong, once for each version.
         draw: Numbers in [0, 1).
     """
 
@@ -126,12 +127,14 @@ class Audit:
         share: float,
         deadline_s: float = 10.0,
         at_most: int = 4,
+        alarm: Callable[[LiveModel, str], None] = lambda *_: None,
         draw: Callable[[], float] = _by_lot,
     ) -> None:
         self._uplink = uplink
         self._share = share
         self._deadline_s = deadline_s
         self._at_most = at_most
+        self._alarm = alarm
         self._draw = draw
         self._running: set[asyncio.Task[None]] = set()
         self._auditors: dict[str, tuple[str, Auditor]] = {}  # by model: the calibration record's id, and its watch
@@ -175,15 +178,18 @@ class Audit:
         agreed, rows = count_agreement(light[output], heavy[output])
         if auditor.note(agreed=agreed == rows):
             report = auditor.report()
+            what = (
+                f"{report.low:.1%} to {report.high:.1%} of the confident answers disagree with the cloud's, "
+                f"the calibration record lets expect at most {report.expected:.1%} ({report.audited} compared)"
+            )
             log.warning(
-                "the edge's answers disagree with the cloud's more than the calibration record says",
+                "confident answers have gone wrong",
                 model=live.manifest.name,
                 version=live.manifest.version,
-                audited=report.audited,
-                disagreement=f"{report.low:.3f} to {report.high:.3f}",
-                expected=round(report.expected, 3),
+                audit=what,
                 hint="the data have changed: lower the operating point, or train and calibrate anew",
             )
+            self._alarm(live, what)
 
     def _auditor(self, live: LiveModel) -> Auditor:
         found = self._auditors.get(live.manifest.name)

@@ -20,7 +20,7 @@ from edge.fetcher import RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
 from edge.hedge import Hedge
 from edge.identity import AccessToken, DeviceHome, Enrolment
-from edge.model import ServedModels, open_model
+from edge.model import LiveModel, ServedModels, open_model
 from edge.plan import choose_variant
 from edge.question import Limits as QuestionLimits
 from edge.response_cache import ResponseCache
@@ -67,7 +67,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
     spool_full = asyncio.Event()
     deferred = _deferred(settings, home, uplink)
     cache = ResponseCache(settings.response_cache_mib << 20) if settings.response_cache_mib else None
-    audit = Audit(uplink, share=settings.audit_share) if settings.audit_share else None
+    audit = _audit(settings, uplink, fleet)
     router = Router(
         models,
         uplink,
@@ -111,6 +111,16 @@ def build_agent(settings: EdgeSettings) -> Agent:
         audit=audit,
         metrics=_metrics(settings, enrolment.device_id, models, uplink, spools, cache, audit),
     )
+
+
+def _audit(settings: EdgeSettings, uplink: Uplink, fleet: FleetLink) -> Audit | None:
+    if not settings.audit_share:
+        return None
+
+    def alarm(live: LiveModel, what: str) -> None:
+        fleet.report_alarm(live.manifest.name, live.manifest.version, live.variant.id, what)
+
+    return Audit(uplink, share=settings.audit_share, alarm=alarm)
 
 
 def _model_names(settings: EdgeSettings) -> tuple[str, ...]:

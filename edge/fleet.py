@@ -18,6 +18,7 @@ from edge.updater import Outcome
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 
 REPORT_TIMEOUT_S: Final = 10.0
+AUDIT_ALARM: Final = "audit-alarm"  # the reason of such a report
 _REFUSALS: Final = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND})
 
 log = structlog.get_logger(__name__)
@@ -93,6 +94,19 @@ class FleetLink:
             detail=outcome.detail[:1000],
             bytes_fetched=outcome.bytes_fetched,
             variant=outcome.variant,
+        )
+        self._to_report.set()
+
+    def report_alarm(self, model: str, version: int, variant: str, detail: str) -> None:
+        """Send, as soon as the cloud can be reached, that the serving version's answers have gone wrong."""
+        self._reports[model] = fleet_pb2.ReportRequest(
+            model=model,
+            version=version,
+            state=fleet_pb2.UPDATE_STATE_ACTIVE,
+            serving_version=version,
+            reason=AUDIT_ALARM,
+            detail=detail[:1000],
+            variant=variant,
         )
         self._to_report.set()
 

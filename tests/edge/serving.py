@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Serving:
     cloud: FaultyCloud
     service: InferenceService
     audit: Audit | None = None
+    alarms: list[str] = field(default_factory=list)
 
     async def infer(self, x: Array, *, model: str = MODEL, **kwargs: Any) -> triton.InferResult:
         tensor = triton.InferInput("x", list(x.shape), "FP32")
@@ -93,7 +94,8 @@ async def serving(
     async with faulty_cloud(identity) as cloud:
         channel = open_channel(outside[0] if outside else cloud.address, identity.ca)
         uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
-        audit = Audit(uplink, share=audit_share) if audit_share else None
+        alarms: list[str] = []
+        audit = Audit(uplink, share=audit_share, alarm=lambda _, what: alarms.append(what)) if audit_share else None
         router = Router(
             models,
             uplink,
@@ -112,7 +114,7 @@ async def serving(
         await server.set_ready(ready=True)
         client = triton.InferenceServerClient(address)
         try:
-            yield Serving(address, client, models, uplink, cloud, service, audit)
+            yield Serving(address, client, models, uplink, cloud, service, audit, alarms)
         finally:
             await client.close()
             await server.stop(0)

@@ -117,5 +117,7 @@ def test_drift_that_scores_do_not_show_raises_the_alarm(tmp_path: Path) -> None:
                 await agent.infer(bundles.SURE)
                 await agent.audit.settle()
             assert agent.audit.report(agent.models.find(MODEL)).alarm
+            [told] = agent.alarms  # once, however long it lasts
+            assert "of the confident answers disagree" in told
 
     asyncio.run(scenario())

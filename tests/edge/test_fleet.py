@@ -17,10 +17,12 @@ class Fleet(fleet_pb2_grpc.FleetServiceServicer):
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.last = fleet_pb2.ReportRequest()
         self.done = asyncio.Event()
 
     async def Report(self, request: fleet_pb2.ReportRequest, context: Any) -> fleet_pb2.ReportResponse:  # noqa: N802
         self.seen.append(request.model)
+        self.last = request
         if request.model == "unknown":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "there is no such model")
         if self.seen.count("late") == 1:
@@ -49,5 +51,30 @@ def test_refused_report_is_dropped_and_an_interrupted_one_comes_again() -> None:
             sending.cancel()
         await server.stop(None)
         assert fleet.seen == ["unknown", "late", "late"]
+
+    asyncio.run(scenario())
+
+
+def test_an_alarm_is_reported_as_what_it_is() -> None:
+    async def token() -> str:
+        return "t"
+
+    async def scenario() -> None:
+        fleet = Fleet()  # type: ignore[abstract]
+        server = grpc.aio.server()
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            link = FleetLink(channel, token, ("triage",), Desired(("triage",)))
+            link.report_alarm("triage", 3, "openvino-int8", "30 % disagree")
+            sending = asyncio.ensure_future(link.send_reports())
+            async with asyncio.timeout(10):
+                await fleet.done.wait()
+            sending.cancel()
+        await server.stop(None)
+        told = fleet.last
+        assert (told.version, told.serving_version, told.reason, told.detail) == (3, 3, "audit-alarm", "30 % disagree")
+        assert told.state == fleet_pb2.UPDATE_STATE_ACTIVE
 
     asyncio.run(scenario())
