@@ -17,13 +17,13 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from isthmus.scores.learned import CLIP
 
 Floats = NDArray[np.float64]
 
-MEMBERS: Final = 8
+MEMBERS: Final = 4
 HIDDEN: Final = 24  # of each member
 LEAST_ROWS: Final = 200
 _EPOCHS: Final = 60
@@ -70,7 +70,7 @@ def train_head(features: Floats, target: Floats, path: Path, *, seed: int = 0) -
         "readout": np.concatenate([member.readout for member in members]) / MEMBERS,
         "offset": np.mean([member.offset for member in members], axis=0),
     }
-    save_file({name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}, path)
+    path.write_bytes(save({name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}))
 
 
 def _train(rows: Floats, target: Floats, random: np.random.Generator) -> _Member:

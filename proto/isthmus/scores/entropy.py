@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.scores import Floats, ScoreOptions
-from isthmus.scores.probabilities import log_softmax, masked, shifted
+from isthmus.scores.probabilities import masked, shifted
 
 
 class Entropy:
@@ -22,6 +22,6 @@ class Entropy:
         """Return the score of each row."""
         logits = outputs[self._output]
         rows, finite = shifted(logits, self._temperature)
-        logarithms = log_softmax(rows)
+        logarithms = rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
         entropy = -(np.exp(logarithms) * logarithms).sum(axis=-1)
         return masked(np.clip(1.0 - entropy / np.log(logits.shape[-1]), 0.0, 1.0), finite)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from isthmus.errors import BundleError
 from isthmus.scores import Floats, ScoreOptions
-from isthmus.scores.probabilities import log_softmax, masked, shifted
+from isthmus.scores.probabilities import masked, shifted
 
 _LARGEST: Final = 5  # so many of the largest probabilities
 CLIP: Final = 6.0  # standard deviations: a feature that is far off must not decide alone
@@ -36,7 +36,7 @@ def deferral_features(
     """
     logits = np.asarray(outputs[output], dtype=np.float64)
     rows, finite = shifted(logits, temperature)
-    logarithms = log_softmax(rows)
+    logarithms = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
     probabilities = np.exp(logarithms)
     count = min(_LARGEST, logits.shape[1])
     best = -np.sort(-logarithms, axis=1)[:, :count]
