@@ -93,9 +93,14 @@ def test_confident_light_answer_calls_the_hedge_off(tmp_path: Path, behaviour: f
 def test_hedge_that_fails_is_a_fallback_like_any_other(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, hedge=Hedge()) as agent:
+            gate = gated(agent)
             agent.cloud.behaviour = faulty_cloud.refusing(grpc.StatusCode.INTERNAL)
-            for reason in ("internal", "internal", "internal", "breaker-open"):
-                told = explanation(await agent.infer(bundles.HARD, **EXPECTED))
+            for place, reason in enumerate(("internal", "internal", "internal", "breaker-open")):
+                gate.clear()
+                call = asyncio.ensure_future(agent.infer(bundles.HARD, **EXPECTED))
+                await arrived(agent, min(place + 1, 3))
+                gate.set()
+                told = explanation(await call)
                 assert (told["isthmus.route"], told["isthmus.detail"]) == ("fallback", reason)
             counters = agent.uplink.counters
             assert (counters.attempts, counters.failures, counters.skipped, counters.hedged) == (3, 3, 1, 3)
