@@ -27,7 +27,7 @@ from compiler.bundle_answers import Evaluated, answer
 from compiler.calibrate import Answers, Wish, calibrate, score_rows
 from compiler.operating_point import TooFewSamplesError
 from compiler.pipeline import compile_bundle
-from compiler.record import ScoreNotBetterError
+from compiler.record import ScoreWorseError
 from compiler.replay import Figure, draws, judge_policy, judge_score, oracle_scores, replay
 from isthmus.bundle import OperatingPoint
 from isthmus.policies import POLICIES, Case, Link, make_policy
@@ -134,7 +134,7 @@ def _prepare(found: Pair, folder: Path, build: Path) -> Prepared:
         note(f"{found.name}: compiling with the score learned for {name}")
         try:
             compile_bundle(recipe, folder / name, cache=build / "compile-cache")
-        except ScoreNotBetterError as error:
+        except ScoreWorseError as error:
             note(f"{found.name}: {error.message}")
             text = recipe.read_text().replace(_LEARNED, "").replace("[heavy]", 'outputs = ["logits"]\n[heavy]')
             recipe.write_text(text)

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compiler.calibrate import Answers, Wish, calibrate, choose_temperature, divide
 from compiler.capture import CapturedModel
@@ -20,6 +22,7 @@ from compiler.evaluate import Flags, Floats, Logits, area_under_risk, correct, m
 from compiler.heavy import heavy_logits
 from compiler.ladder import Accepted
 from compiler.recipe import Recipe
+from compiler.replay import draws
 from compiler.targets import load_target
 from compiler.verify import BATCH
 from compiler.workshop import Workshop
@@ -29,7 +32,9 @@ from isthmus.scores import HEAD, ScoreOptions, open_score
 from isthmus.scores.learned import deferral_features
 from isthmus.tensors import Array
 
-SEED = 0
+SEED: Final = 0
+_DRAWS: Final = 300  # of the bootstrap
+_SURE: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ def calibration_record(stage: Stage, accepted: list[Accepted], bundle: Path) -> 
     Raises:
         TooFewSamplesError: The data cannot support the operating point.
         InputError: The learned score has too few rows to be trained on.
-        ScoreNotBetterError: It loses against the largest probability.
+        ScoreWorseError: It clearly loses against the largest probability.
     """
     section, model = stage.recipe.calibration, stage.recipe.model
     costs = class_costs(section.class_costs, model.labels)
@@ -104,10 +109,10 @@ def class_costs(costs: Mapping[str, float], labels: tuple[str, ...]) -> tuple[fl
     return tuple(float(costs.get(label, 1.0)) for label in labels)
 
 
-class ScoreNotBetterError(VerificationError):
-    """The learned score loses against one that needs no training."""
+class ScoreWorseError(VerificationError):
+    """The learned score clearly loses against one that needs no training."""
 
-    reason = "score-not-better"
+    reason = "score-worse"
 
 
 class _Deferral:
@@ -153,24 +158,30 @@ class _Deferral:
         train_head(rows, target, path, seed=SEED)
         options = ScoreOptions(stage.output, temperature, features=section.features, head=path)
         learned, plain = (open_score(name, options)(calibration) for name in ("learned", "max_probability"))
-        self._check_better(learned, plain, correct(calibration[stage.output], stage.data.labels))
+        self._check_not_worse(learned, plain, correct(calibration[stage.output], stage.data.labels))
         return path
 
-    def _check_better(self, learned: Floats, plain: Floats, light: Flags) -> None:
-        """Check, on the calibration rows, that training the score was worth it.
+    def _check_not_worse(self, learned: Floats, plain: Floats, light: Flags) -> None:
+        """Check, on the calibration rows, that training the score was not in vain.
 
-        Rows that it was trained on, or rows of the same users or machines, would flatter it.
+        Rows that it was trained on, or rows of the same users or machines, would flatter it. What lies within the noise
+        of so few rows (paired bootstrap) passes: the data cannot tell.
         """
-        if self._stage.recipe.calibration.point.kind == "max_risk":
-            ours, theirs = area_under_risk(learned, light), area_under_risk(plain, light)
-            better, what = ours < theirs, f"AURC {ours:.4f} against {theirs:.4f}"
-        else:
-            heavy = correct(self._stage.heavy_answers, self._stage.data.labels)
-            ours, theirs = mean_accuracy(learned, light, heavy), mean_accuracy(plain, light, heavy)
-            better, what = ours > theirs, f"accuracy {ours:.4f} against {theirs:.4f} over all rates up to a half"
-        if not better:
-            raise ScoreNotBetterError(
-                f"the learned score is not better than max_probability on the {len(light)} calibration samples: {what}",
+        heavy = correct(self._stage.heavy_answers, self._stage.data.labels)
+        kind = self._stage.recipe.calibration.point.kind
+
+        def worth(scores: Floats, at: NDArray[np.int64] | slice) -> float:
+            if kind == "max_risk":
+                return -area_under_risk(scores[at], light[at])
+            return mean_accuracy(scores[at], light[at], heavy[at])
+
+        gains = [worth(learned, rows) - worth(plain, rows) for rows in draws(len(light), _DRAWS, SEED)]
+        if np.quantile(gains, _SURE) < 0.0:
+            what = "AURC" if kind == "max_risk" else "mean accuracy up to half of the requests escalated"
+            ours, theirs = (abs(worth(scores, slice(None))) for scores in (learned, plain))
+            raise ScoreWorseError(
+                f"the learned score is worse than max_probability on the {len(light)} calibration samples: "
+                f"{what} {ours:.4f} against {theirs:.4f}",
                 hint="give more rows as data.deferral, or leave calibration.score at max_probability",
             )
 

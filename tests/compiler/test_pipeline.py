@@ -432,7 +432,7 @@ def test_a_learned_score_is_trained_and_goes_with_each_variant(tmp_path: Path) -
         onnx.helper.make_tensor_value_info("pooled", onnx.TensorProto.FLOAT, ["batch", models.WIDTH])
     )
     onnx.save(light, tmp_path / "light-v1.onnx")
-    inputs = models.tokens(300, seed=21)
+    inputs = models.tokens(2000, seed=21)
     heavy = onnxruntime.InferenceSession(str(tmp_path / "heavy.onnx"))
     labels = heavy.run(None, {"tokens": inputs})[0].argmax(axis=1).astype(np.int64)
     models.write_samples(tmp_path / "deferral.safetensors", {"tokens": inputs, "labels": labels})
@@ -456,7 +456,7 @@ def test_a_learned_score_is_trained_and_goes_with_each_variant(tmp_path: Path) -
     live.retire()
 
 
-def test_a_learned_score_that_is_not_better_is_refused(tmp_path: Path) -> None:
+def test_a_learned_score_that_is_worse_is_refused(tmp_path: Path) -> None:
     fill_workspace(tmp_path)
     inputs, labels = models.tokens(300, seed=21), np.random.default_rng(0).integers(0, 3, 300)
     models.write_samples(tmp_path / "deferral.safetensors", {"tokens": inputs, "labels": labels})  # they say nothing
@@ -464,8 +464,8 @@ def test_a_learned_score_that_is_not_better_is_refused(tmp_path: Path) -> None:
     text = recipe.read_text().replace("[data]", '[data]\ndeferral = "deferral.safetensors"')
     recipe.write_text(text.replace('features = "pooled"\n', ""))
 
-    with pytest.raises(VerificationError, match="not better than max_probability on the 400 calibration") as caught:
+    with pytest.raises(VerificationError, match="worse than max_probability on the 400 calibration") as caught:
         compile_bundle(recipe, tmp_path / "bundle")
 
-    assert (caught.value.reason, caught.value.exit_code) == ("score-not-better", 6)
+    assert (caught.value.reason, caught.value.exit_code) == ("score-worse", 6)
     assert not (tmp_path / "bundle").exists()
