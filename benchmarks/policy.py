@@ -22,7 +22,7 @@ import numpy as np
 import typer
 
 from benchmarks.pairs import FEATURES, NAMES, Pair, pair
-from benchmarks.result import Goal, publish
+from benchmarks.result import Goal, publish, write
 from compiler.bundle_answers import Evaluated, answer
 from compiler.calibrate import Answers, Wish, calibrate, score_rows
 from compiler.operating_point import TooFewSamplesError
@@ -108,16 +108,7 @@ def main(
     goals += _learned_goals(rows, names)
     publish("policy", [_flat(row) for row in rows if row["table"] == "promises"], goals, None)
     if json is not None:
-        publish_json(rows, goals, json)
-
-
-def publish_json(rows: list[dict[str, Any]], goals: list[Goal], out: Path) -> None:
-    """Write all tables."""
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()):  # the tables were shown, each with its own columns
-        publish("policy", [{"row": row} for row in rows], goals, out)
+        write("policy", rows, goals, json)
 
 
 def _prepare(found: Pair, folder: Path, build: Path) -> Prepared:

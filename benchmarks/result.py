@@ -33,8 +33,14 @@ def publish(name: str, rows: Sequence[Mapping[str, Any]], goals: Sequence[Goal],
     goal_rows = [asdict(goal) | {"holds": goal.holds} for goal in goals]
     show_table("goals", goal_rows)
     if out is not None:
-        record = {"name": name, "machine": machine(), "commit": commit(), "rows": list(rows), "goals": goal_rows}
-        out.write_text(json.dumps(record, indent=2) + "\n")
+        write(name, rows, goals, out)
+
+
+def write(name: str, rows: Sequence[Mapping[str, Any]], goals: Sequence[Goal], out: Path) -> None:
+    """Write the JSON file of one benchmark; rows may have columns of their own."""
+    told = [asdict(goal) | {"holds": goal.holds} for goal in goals]
+    record = {"name": name, "machine": machine(), "commit": commit(), "rows": list(rows), "goals": told}
+    out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def machine() -> str:

@@ -15,7 +15,15 @@ from compiler.evaluate import correct
 from compiler.replay import Rows
 from compiler.targets import Runner, load_target
 from compiler.verify import BATCH
-from isthmus.bundle import CALIBRATION, Calibration, Manifest, Variant, open_bundle, parse_calibration
+from isthmus.bundle import (
+    CALIBRATION,
+    Calibration,
+    Manifest,
+    Variant,
+    check_calibration,
+    open_bundle,
+    parse_calibration,
+)
 from isthmus.errors import InputError
 from isthmus.machine import machine
 from isthmus.scores import HEAD
@@ -53,10 +61,12 @@ def answer(
     Raises:
         InputError: The data are not what the model takes, or neither variant nor heavy model can be run here.
         BundleError: The bundle is not whole, or has no such variant.
+        VerificationError: Its calibration record is not its own.
     """
     manifest = open_bundle(bundle)
     calibration = parse_calibration((bundle / CALIBRATION).read_bytes())
     variant = manifest.variant(variant_id) if variant_id else _first_that_runs(manifest)
+    check_calibration(manifest, variant, calibration)
     point = calibration.variants[variant.id]
     model = _described(bundle / variant.entry, manifest)
     classes = next(spec.shape[1] for spec in manifest.outputs if spec.name == calibration.output)

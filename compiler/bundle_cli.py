@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.bundle import CALIBRATION, REPORT, Manifest, open_bundle, parse_calibration
-from isthmus.errors import BundleError, VerificationError
+from isthmus.bundle import CALIBRATION, REPORT, Manifest, check_calibration, open_bundle, parse_calibration
+from isthmus.errors import VerificationError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 
 if TYPE_CHECKING:
@@ -63,14 +63,8 @@ def verify(
     """Check every digest and, on this machine's runtimes, every golden answer."""
     manifest = open_bundle(bundle)
     calibration = parse_calibration((bundle / CALIBRATION).read_bytes())
-    if (calibration.model, calibration.version) != (manifest.name, manifest.version):
-        raise BundleError(
-            f"{CALIBRATION}: expected a record for {manifest.name}@{manifest.version}, "
-            f"got {calibration.model}@{calibration.version}"
-        )
-    missing = [variant.id for variant in manifest.variants if variant.id not in calibration.variants]
-    if missing:
-        raise BundleError(f"{CALIBRATION}: no record for {', '.join(missing)}")
+    for variant in manifest.variants:
+        check_calibration(manifest, variant, calibration)
     rows = _answers(bundle, manifest) if run else []
     record = {"bundle": str(bundle), "files": len(manifest.files), "digests": "all as the manifest says"}
     if as_json:

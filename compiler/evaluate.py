@@ -1,4 +1,4 @@
-"""What a pair of models is worth: scores, routed accuracy, and the curves between "all edge" and "all cloud".
+"""What models are worth: metrics with intervals, agreement, calibration error, and the areas under two curves.
 
 Pure functions of arrays: logits are [samples, classes], labels and scores [samples]. Nothing here reads a file.
 """
@@ -22,14 +22,6 @@ Logits = NDArray[Any]
 ECE_BINS: Final = 15
 DRAWS: Final = 1000  # of the bootstrap
 CONFIDENCE: Final = 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Accuracy of the routed whole, by the share of requests that went up."""
-
-    escalation: Floats
-    accuracy: Floats
 
 
 def max_probability(logits: Logits, temperature: float = 1.0) -> Floats:
@@ -129,31 +121,6 @@ def agreement(light_logits: Logits, heavy_logits: Logits) -> float:
     return float((np.argmax(light_logits, axis=1) == np.argmax(heavy_logits, axis=1)).mean())
 
 
-def routed_accuracy(light_logits: Logits, heavy_logits: Logits, labels: Labels, escalated: Flags) -> float:
-    """Return the accuracy when the escalated rows get the heavy answer and all others the light one."""
-    return float(np.where(escalated, correct(heavy_logits, labels), correct(light_logits, labels)).mean())
-
-
-def accuracy_curve(
-    light_logits: Logits, heavy_logits: Logits, labels: Labels, scores: Floats, points: int = 101
-) -> Curve:
-    """Return the accuracy when the least sure rows go up first, at evenly spaced shares from 0 to 1."""
-    return _curve(_gains(light_logits, heavy_logits, labels, np.argsort(scores, kind="stable")), points)
-
-
-def oracle_curve(light_logits: Logits, heavy_logits: Logits, labels: Labels, points: int = 101) -> Curve:
-    """Return the best that any policy could do: rows that the heavy model mends go up first, those it spoils last."""
-    gain = correct(heavy_logits, labels).astype(np.int64) - correct(light_logits, labels)
-    return _curve(_gains(light_logits, heavy_logits, labels, np.argsort(-gain, kind="stable")), points)
-
-
-def random_curve(light_logits: Logits, heavy_logits: Logits, labels: Labels, points: int = 101) -> Curve:
-    """Return what sending up rows at random gives in expectation: a straight line between both models."""
-    shares = np.linspace(0.0, 1.0, points)
-    light, heavy = accuracy(light_logits, labels), accuracy(heavy_logits, labels)
-    return Curve(shares, light + shares * (heavy - light))
-
-
 def area_under_risk(scores: Floats, right: Flags) -> float:
     """Return the mean selective risk over all coverages, the surest rows first (AURC; Geifman et al., ICLR 2019)."""
     wrong = ~right[np.argsort(-scores, kind="stable")]
@@ -180,16 +147,3 @@ def negative_log_likelihood(logits: Logits, labels: Labels, temperature: float =
     scaled = np.asarray(logits, dtype=np.float64) / temperature
     scaled = scaled - scaled.max(axis=1, keepdims=True)
     return float((np.log(np.exp(scaled).sum(axis=1)) - scaled[np.arange(len(labels)), labels]).mean())
-
-
-def _gains(light_logits: Logits, heavy_logits: Logits, labels: Labels, order: NDArray[np.int64]) -> Floats:
-    """Return the accuracy after sending up 0, 1, 2, ... rows in this order."""
-    light = correct(light_logits, labels)
-    gain = correct(heavy_logits, labels).astype(np.int64) - light
-    rights = light.sum() + np.concatenate([[0], np.cumsum(gain[order])])
-    return np.asarray(rights / len(labels), dtype=np.float64)
-
-
-def _curve(by_count: Floats, points: int) -> Curve:
-    counts = np.rint(np.linspace(0, len(by_count) - 1, points)).astype(np.int64)
-    return Curve(counts / (len(by_count) - 1), by_count[counts])

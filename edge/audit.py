@@ -28,7 +28,7 @@ from edge.answers import check_cloud_answer, wanted_outputs
 from edge.model import LiveModel
 from edge.question import Question
 from edge.uplink import Answer, Check, Failure
-from isthmus.bundle import Calibration, VariantCalibration
+from isthmus.bundle import VariantCalibration
 from isthmus.tensors import Array
 
 _AUDITS_PER_FALSE_ALARM: Final = 10_000
@@ -38,7 +38,7 @@ _STEPS: Final = (0.05, 0.1, 0.2)  # ... and as additions to it
 _LARGEST: Final = 0.95
 _Z: Final = 1.96  # of the 95 % interval
 
-_by_lot: Final = random.SystemRandom().random
+_by_lot: Final = random.Random().random  # noqa: S311 - no secret, and no system call for every request
 
 log = structlog.get_logger(__name__)
 
@@ -51,9 +51,9 @@ class _Escalator(Protocol):
 class AuditReport:
     """What the audits of one version say."""
 
-    audited: int  # answers that were compared
+    audited: int  # rows of answers that were compared
     disagreed: int
-    failed: int  # drawn, and not compared: there was no cloud answer
+    failed: int  # requests that were drawn and not compared: there was no cloud answer
     low: float  # 95 % interval of the rate of disagreement, over the newest audits (Wilson, 1927)
     high: float
     expected: float  # by the calibration record
@@ -86,7 +86,7 @@ class Auditor:
         self.alarm = False
 
     def note(self, *, agreed: bool) -> bool:
-        """Note one audit; return whether the alarm was raised by it."""
+        """Note one row; return whether the alarm was raised by it."""
         self.audited += 1
         self.disagreed += not agreed
         self._newest.append(not agreed)
@@ -139,9 +139,11 @@ class Audit:
         self._running: set[asyncio.Task[None]] = set()
         self._auditors: dict[str, tuple[str, Auditor]] = {}  # by model: the calibration record's id, and its watch
 
-    def offer(self, question: Question, light: Mapping[str, Array], live: LiveModel) -> None:
+    def offer(self, question: Question, light: Mapping[str, Array], live: LiveModel, score: float) -> None:
         """Audit this answer, if the lot falls on it; returns at once."""
         if self._draw() >= self._share or len(self._running) >= self._at_most:
+            return
+        if score < live.operating_point.threshold:  # another policy keeps more than the record speaks of
             return
         if live.calibration.output not in question.wanted:  # the cloud would not send what is compared
             return
@@ -176,7 +178,9 @@ class Audit:
             return
         output = live.calibration.output
         agreed, rows = count_agreement(light[output], heavy[output])
-        if auditor.note(agreed=agreed == rows):
+        # The record's rate is one of rows: a batch is as many audits as it has rows.
+        raised = [auditor.note(agreed=row < agreed) for row in range(rows)]
+        if True in raised:
             report = auditor.report()
             what = (
                 f"{report.low:.1%} to {report.high:.1%} of the confident answers disagree with the cloud's, "
@@ -194,13 +198,9 @@ class Audit:
     def _auditor(self, live: LiveModel) -> Auditor:
         found = self._auditors.get(live.manifest.name)
         if found is None or found[0] != live.calibration_id:
-            found = (live.calibration_id, Auditor(live.operating_point, _samples(live.calibration)))
+            found = (live.calibration_id, Auditor(live.operating_point, live.calibration.data.samples))
             self._auditors[live.manifest.name] = found
         return found[1]
-
-
-def _samples(calibration: Calibration) -> int:
-    return calibration.data.samples
 
 
 def _risk(point: VariantCalibration) -> float | None:

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 
 from edge.plan import fits
 from edge.runtimes import Runtime, is_installed, open_runtime
-from edge.selftest import check_calibration, run_selftest
+from edge.selftest import run_selftest
 from edge.store import check_slot, write_atomically
 from isthmus.bundle import (
     CALIBRATION,
@@ -34,6 +34,7 @@ from isthmus.bundle import (
     Calibration,
     Manifest,
     Variant,
+    check_calibration,
     parse_calibration,
     parse_manifest,
 )

@@ -18,7 +18,7 @@ import structlog
 from edge.batching import Batcher, takes_batches
 from edge.counters import Counters
 from edge.runtimes import Runtime, Worker, open_runtime
-from edge.selftest import check_calibration, compare_rows, run_selftest, warm_up
+from edge.selftest import compare_rows, run_selftest, warm_up
 from isthmus.bundle import (
     CALIBRATION,
     GOLDEN,
@@ -27,6 +27,7 @@ from isthmus.bundle import (
     Manifest,
     Variant,
     VariantCalibration,
+    check_calibration,
     parse_calibration,
     parse_manifest,
 )

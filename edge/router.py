@@ -204,7 +204,7 @@ class Router:
             self._hedge.note(live.manifest.name, escalates=decision.escalate)
         if not decision.escalate:
             if self._audit is not None and decision.reason == "confident":
-                self._audit.offer(question, light, live)
+                self._audit.offer(question, light, live, score)
             response = light_response(question, light, live)
             told = explained(response, question, live, "edge", decision.reason, score)
             return Given(told, "edge", decision.reason)

@@ -1,12 +1,12 @@
 """Self-test: golden inputs through the device's own runtime, before a version may serve and at every start.
 
-The checks, in order; each failure has its own reason:
+The checks, in order; each failure has its own reason. That the calibration record is this bundle's and covers the
+variant has been checked before (`isthmus.bundle.check_calibration`).
 
-1. The calibration record is this bundle's and covers the variant                  calibration-mismatch
-2. The golden file has every input, and this variant's expected, finite outputs    bad-golden
-3. The runtime computes them, with the declared names, types and shapes            cannot-infer, golden-shape
-4. Every value is finite                                                           golden-not-finite
-5. No value differs from the expected one by more than the variant's tolerance     golden-mismatch
+1. The golden file has every input, and this variant's expected, finite outputs    bad-golden
+2. The runtime computes them, with the declared names, types and shapes            cannot-infer, golden-shape
+3. Every value is finite                                                           golden-not-finite
+4. No value differs from the expected one by more than the variant's tolerance     golden-mismatch
 """
 
 from __future__ import annotations
@@ -21,32 +21,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edge.runtimes import Runtime
-from isthmus.bundle import GOLDEN, Calibration, Manifest, Variant
+from isthmus.bundle import GOLDEN, Manifest, Variant
 from isthmus.errors import InputError, VerificationError
 from isthmus.tensors import DATATYPE_OF, Array
 
 _WARM_UPS: Final = 4
 
 log = structlog.get_logger(__name__)
-
-
-def check_calibration(manifest: Manifest, variant: Variant, calibration: Calibration) -> None:
-    """Check that the record belongs to this bundle version and covers the variant.
-
-    Raises:
-        VerificationError: It does not.
-    """
-    mine, theirs = f"{manifest.name}@{manifest.version}", f"{calibration.model}@{calibration.version}"
-    if mine != theirs:
-        raise VerificationError(
-            f"calibration record: expected one for {mine}, got {theirs}", reason="calibration-mismatch"
-        )
-    if variant.id not in calibration.variants:
-        raise VerificationError(f"calibration record: no entry for variant {variant.id}", reason="calibration-mismatch")
-    if calibration.output not in {spec.name for spec in manifest.outputs}:
-        raise VerificationError(
-            f"calibration record: no output {calibration.output!r} in {mine}", reason="calibration-mismatch"
-        )
 
 
 def run_selftest(runtime: Runtime, manifest: Manifest, variant: Variant, golden: Path) -> Mapping[str, Array]:

@@ -25,7 +25,7 @@ from typing import Annotated, Final, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from isthmus.digests import check_file, sha256_bytes, sha256_file, tree_digest
-from isthmus.errors import BundleError
+from isthmus.errors import BundleError, VerificationError
 
 MANIFEST: Final = "manifest.json"
 CALIBRATION: Final = "calibration.json"
@@ -309,6 +309,29 @@ def parse_calibration(data: bytes) -> Calibration:
         BundleError: It is not JSON or breaks the schema.
     """
     return _parse(Calibration, data, CALIBRATION)
+
+
+def check_calibration(manifest: Manifest, variant: Variant, calibration: Calibration) -> None:
+    """Check that the record belongs to this bundle version, covers the variant, and reads what the model gives.
+
+    Raises:
+        VerificationError: It does not.
+    """
+    mine, theirs = f"{manifest.name}@{manifest.version}", f"{calibration.model}@{calibration.version}"
+    output = next((spec for spec in manifest.outputs if spec.name == calibration.output), None)
+    wrong = ""
+    if mine != theirs:
+        wrong = f"expected one for {mine}, got {theirs}"
+    elif variant.id not in calibration.variants:
+        wrong = f"no entry for variant {variant.id}"
+    elif output is None:
+        wrong = f"no output {calibration.output!r} in {mine}"
+    elif calibration.features and calibration.features not in {spec.name for spec in manifest.features}:
+        wrong = f"no features {calibration.features!r} in {mine}"
+    elif calibration.costs and output.shape[-1:] != (len(calibration.costs),):
+        wrong = f"{len(calibration.costs)} costs for output {output.name!r} of shape {list(output.shape)}"
+    if wrong:
+        raise VerificationError(f"calibration record: {wrong}", reason="calibration-mismatch")
 
 
 def _parse(model: type[_T], data: bytes, what: str) -> _T:

@@ -10,6 +10,7 @@ import pytest
 
 from edge.audit import Auditor
 from isthmus.bundle import CurvePoint, VariantCalibration
+from isthmus.policies import make_policy
 from tests.edge import bundles, faulty_cloud
 from tests.edge.serving import MODEL, explanation, serving
 
@@ -79,6 +80,33 @@ def test_confident_answers_are_compared_behind_the_callers_backs(tmp_path: Path)
             assert (report.audited, report.disagreed, report.failed) == (1, 1, 0)
             assert len(agent.cloud.requests) == agent.uplink.counters.successes == 1
             assert agent.models.counters[MODEL].routes["cloud"].answers == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_is_as_many_audits_as_it_has_rows(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, audit_share=1.0) as agent:
+            heavy = np.array([[9, 0, 0], [9, 0, 0], [0, 9, 0], [9, 0, 0]], np.float32)
+            agent.cloud.behaviour = faulty_cloud.answering(heavy)
+            await agent.infer(np.repeat(bundles.SURE, 4, axis=0))
+            assert agent.audit is not None
+            await agent.audit.settle()
+            report = agent.audit.report(agent.models.find(MODEL))
+            assert (report.audited, report.disagreed) == (4, 1)
+
+    asyncio.run(scenario())
+
+
+def test_what_another_policy_keeps_below_the_records_threshold_is_not_audited(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, audit_share=1.0) as agent:
+            live = agent.models.find(MODEL)
+            live.policy = make_policy("threshold:at=0", live.operating_point)
+            assert explanation(await agent.infer(bundles.HARD))["isthmus.reason"] == "confident"
+            assert agent.audit is not None
+            await agent.audit.settle()
+            assert agent.cloud.requests == []
 
     asyncio.run(scenario())
 

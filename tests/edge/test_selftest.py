@@ -170,6 +170,8 @@ def test_golden_outputs_of_another_model_are_refused(tmp_path: Path) -> None:
         bundles.calibration(1, model="other"),
         bundles.calibration(1).model_copy(update={"variants": {"x": bundles.calibration(1).variants[VARIANT]}}),
         bundles.calibration(1).model_copy(update={"output": "nothere"}),
+        bundles.calibration(1).model_copy(update={"features": "nothere", "score": "learned"}),
+        bundles.calibration(1).model_copy(update={"costs": (1.0, 2.0)}),
     ],
 )
 def test_calibration_record_of_something_else_is_refused(tmp_path: Path, record: object) -> None:

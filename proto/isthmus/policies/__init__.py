@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from isthmus.bundle import VariantCalibration
+from isthmus.bundle import CurvePoint, GainStep, VariantCalibration
 from isthmus.errors import ConfigError
 from isthmus.scores import Floats
 
@@ -33,6 +33,19 @@ POLICIES: Final[Mapping[str, str]] = {
     "sedna-cross-entropy": "isthmus.policies.sedna:SednaCrossEntropy",
     "sedna-ibt": "isthmus.policies.sedna:SednaIbt",
 }
+# A record with all that a policy may read, to try parameters on.
+_ANY: Final = VariantCalibration(
+    temperature=1.0,
+    threshold=0.5,
+    escalation_rate=0.2,
+    accuracy=1.0,
+    edge_accuracy=1.0,
+    agreement=1.0,
+    ece_before=0.0,
+    ece_after=0.0,
+    gains=(GainStep(score=0.0, gain=0.0),),
+    curve=(CurvePoint(threshold=0.5, escalation_rate=0.2, accuracy=1.0),),
+)
 # What a device may run; the others need the truth, or are there to be compared with.
 SERVING: Final = ("threshold", "budget", "cost")
 
@@ -96,14 +109,15 @@ def make_policy(text: str, point: VariantCalibration, *, chance: random.Random |
 
 
 def check_serving(text: str) -> None:
-    """Check that a device may run the policy that a text names; its parameters are checked when a model is opened.
+    """Check that a device may run the policy that a text names, with these parameters.
 
     Raises:
-        ConfigError: There is no such policy, or it is one that needs to know the truth.
+        ConfigError: There is no such policy, it is one that needs to know the truth, or a parameter cannot be.
     """
     name = text.partition(":")[0]
     if name not in SERVING:
         raise ConfigError(f"policy: no policy {name[:40]!r} for a device; there are {', '.join(SERVING)}")
+    make_policy(text, _ANY)
 
 
 def _parameters(name: str, text: str, known: list[str]) -> dict[str, float]:

@@ -403,9 +403,10 @@ class AuditStatus(_message.Message):
     RISK_FIELD_NUMBER: _builtins.int
     ALARM_FIELD_NUMBER: _builtins.int
     audited: _builtins.int
+    """Rows."""
     disagreed: _builtins.int
     failed: _builtins.int
-    """Drawn, and not compared: there was no cloud answer."""
+    """Requests that were drawn and not compared: there was no cloud answer."""
     low: _builtins.float
     """95 % interval of the rate of disagreement, over the newest 1,000."""
     high: _builtins.float

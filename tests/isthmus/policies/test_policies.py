@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from isthmus.bundle import CurvePoint, GainStep, VariantCalibration
 from isthmus.errors import ConfigError
-from isthmus.policies import POLICIES, SERVING, Case, Link, make_policy
+from isthmus.policies import POLICIES, SERVING, Case, Link, check_serving, make_policy
 from isthmus.tensors import Array
 
 POINT = VariantCalibration(
@@ -74,6 +74,14 @@ def test_what_cannot_be_is_refused(text: str, message: str) -> None:
 def test_what_a_device_runs_needs_no_truth() -> None:
     for name in SERVING:
         make_policy(name, POINT).escalates(Case(0.5))
+
+
+def test_a_device_refuses_at_once_what_it_cannot_run() -> None:
+    for text in ("threshold", "budget:rate=0.1,low=0.2,high=0.9", "cost:second=1"):
+        check_serving(text)
+    for text in ("oracle", "sedna-ibt", "luck", "budget:rate=7", "budget:rat=0.1", "cost:second=x"):
+        with pytest.raises(ConfigError):
+            check_serving(text)
 
 
 def test_the_records_threshold_is_the_default_and_a_score_at_it_stays() -> None:
