@@ -229,7 +229,7 @@ def test_a_dead_model_process_costs_one_slow_request_at_most(tmp_path: Path) -> 
             started = time.monotonic()
             with pytest.raises(UnavailableError):
                 await answer(pool, ONE)
-            assert time.monotonic() - started < 0.5  # Triton itself takes a second to say so, each time
+            assert time.monotonic() - started < 0.9  # Triton itself takes a second to say so, each time
 
             async def mended() -> bool:
                 return pool.repaired == 1 and await pool.is_ready(ONE)

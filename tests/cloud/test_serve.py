@@ -398,7 +398,7 @@ def test_an_external_triton_gets_models_pushed_and_again_after_it_restarted(tmp_
             inference = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             started = time.monotonic()
             assert not await answers(inference, token)
-            assert time.monotonic() - started < 0.5
+            assert time.monotonic() - started < 5
             with external_triton(tmp_path / "second", port):
                 await eventually(lambda: answers(inference, token), "the models are pushed to the new Triton")
                 await running.__aexit__(None, None, None)

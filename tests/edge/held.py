@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from edge.runtimes import Runtime, Worker
@@ -20,9 +20,11 @@ class Held:
     takes_s: float = 0.0
     open: threading.Event = field(default_factory=threading.Event)
     seen: list[dict[str, Array]] = field(default_factory=list)
+    begins: Callable[[], None] = lambda: None
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.seen.append(dict(inputs))
+        self.begins()
         assert self.open.wait(20)
         time.sleep(self.takes_s)
         return self.runtime.infer(inputs)
