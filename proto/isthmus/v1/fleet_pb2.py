@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16isthmus/v1/fleet.proto\x12\nisthmus.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"1\n\rInviteRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\r\n\x05ttl_s\x18\x02 \x01(\r\"N\n\x0eInviteResponse\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"-\n\x0c\x45nrolRequest\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\x0c\"\x82\x01\n\rEnrolResponse\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x02 \x01(\x0c\x12\x11\n\tjwks_json\x18\x03 \x01(\x0c\x12\x14\n\x0ctoken_issuer\x18\x04 \x01(\t\x12\x16\n\x0etoken_audience\x18\x05 \x01(\t\"&\n\x11IssueTokenRequest\x12\x11\n\tassertion\x18\x01 \x01(\t\"Z\n\x12IssueTokenResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x1e\n\x0cWatchRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\"/\n\rWatchResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\xb8\x01\n\rReportRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.isthmus.v1.UpdateState\x12\x17\n\x0fserving_version\x18\x04 \x01(\x04\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x15\n\rbytes_fetched\x18\x07 \x01(\x04\x12\x0f\n\x07variant\x18\x08 \x01(\t\"\x10\n\x0eReportResponse\"\x14\n\x12ListDevicesRequest\":\n\x13ListDevicesResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.isthmus.v1.Device\"\xaa\x01\n\x06\x44\x65vice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12/\n\x0b\x65nrolled_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_seen_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07reports\x18\x04 \x03(\x0b\x32\x19.isthmus.v1.ReportRequest\"\x0f\n\rWhoAmIRequest\"Y\n\x0eWhoAmIResponse\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\x0e\n\x06scopes\x18\x02 \x03(\t\x12\x13\n\x0btls_version\x18\x03 \x01(\t\x12\x11\n\ttls_group\x18\x04 \x01(\t*^\n\x0bUpdateState\x12\x1c\n\x18UPDATE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13UPDATE_STATE_ACTIVE\x10\x01\x12\x18\n\x14UPDATE_STATE_REFUSED\x10\x02\x32\xec\x03\n\x0c\x46leetService\x12?\n\x06Invite\x12\x19.isthmus.v1.InviteRequest\x1a\x1a.isthmus.v1.InviteResponse\x12<\n\x05\x45nrol\x12\x18.isthmus.v1.EnrolRequest\x1a\x19.isthmus.v1.EnrolResponse\x12K\n\nIssueToken\x12\x1d.isthmus.v1.IssueTokenRequest\x1a\x1e.isthmus.v1.IssueTokenResponse\x12>\n\x05Watch\x12\x18.isthmus.v1.WatchRequest\x1a\x19.isthmus.v1.WatchResponse0\x01\x12?\n\x06Report\x12\x19.isthmus.v1.ReportRequest\x1a\x1a.isthmus.v1.ReportResponse\x12N\n\x0bListDevices\x12\x1e.isthmus.v1.ListDevicesRequest\x1a\x1f.isthmus.v1.ListDevicesResponse\x12?\n\x06WhoAmI\x12\x19.isthmus.v1.WhoAmIRequest\x1a\x1a.isthmus.v1.WhoAmIResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16isthmus/v1/fleet.proto\x12\nisthmus.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"1\n\rInviteRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\r\n\x05ttl_s\x18\x02 \x01(\r\"N\n\x0eInviteResponse\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"-\n\x0c\x45nrolRequest\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\x0c\"\x82\x01\n\rEnrolResponse\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x02 \x01(\x0c\x12\x11\n\tjwks_json\x18\x03 \x01(\x0c\x12\x14\n\x0ctoken_issuer\x18\x04 \x01(\t\x12\x16\n\x0etoken_audience\x18\x05 \x01(\t\"&\n\x11IssueTokenRequest\x12\x11\n\tassertion\x18\x01 \x01(\t\"Z\n\x12IssueTokenResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"F\n\x0cWatchRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\x12&\n\x05\x66\x61\x63ts\x18\x02 \x01(\x0b\x32\x17.isthmus.v1.DeviceFacts\"Z\n\x0b\x44\x65viceFacts\x12\x10\n\x08platform\x18\x01 \x01(\t\x12\x10\n\x08runtimes\x18\x02 \x03(\t\x12\x10\n\x08\x62\x66loat16\x18\x03 \x01(\x08\x12\x15\n\ragent_version\x18\x04 \x01(\t\"s\n\rWatchResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07rollout\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12 \n\x05trial\x18\x05 \x01(\x0b\x32\x11.isthmus.v1.Trial\"\xaf\x01\n\x05Trial\x12\x0e\n\x06soak_s\x18\x01 \x01(\r\x12\x14\n\x0cmin_requests\x18\x02 \x01(\r\x12\x17\n\x0fshadow_requests\x18\x03 \x01(\r\x12\x16\n\x0emax_error_rate\x18\x04 \x01(\x01\x12\x19\n\x11max_latency_ratio\x18\x05 \x01(\x01\x12\x1d\n\x15max_escalation_change\x18\x06 \x01(\x01\x12\x15\n\rmin_agreement\x18\x07 \x01(\x01\"\x8d\x02\n\x08\x45vidence\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x02 \x01(\x04\x12\x11\n\tescalated\x18\x03 \x01(\x04\x12\x0f\n\x07\x61udited\x18\x04 \x01(\x04\x12\x11\n\tdisagreed\x18\x05 \x01(\x04\x12\x16\n\x0elatency_p50_ms\x18\x06 \x01(\x01\x12\x16\n\x0elatency_p99_ms\x18\x07 \x01(\x01\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\x12\x17\n\x0f\x62\x65\x66ore_requests\x18\t \x01(\x04\x12\x15\n\rbefore_errors\x18\n \x01(\x04\x12\x18\n\x10\x62\x65\x66ore_escalated\x18\x0b \x01(\x04\x12\x1d\n\x15\x62\x65\x66ore_latency_p50_ms\x18\x0c \x01(\x01\"\xa0\x02\n\rReportRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.isthmus.v1.UpdateState\x12\x17\n\x0fserving_version\x18\x04 \x01(\x04\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x15\n\rbytes_fetched\x18\x07 \x01(\x04\x12\x0f\n\x07variant\x18\x08 \x01(\t\x12\x0f\n\x07rollout\x18\t \x01(\t\x12\x0f\n\x07\x61ttempt\x18\n \x01(\r\x12\x0e\n\x06number\x18\x0b \x01(\x04\x12\x0c\n\x04step\x18\x0c \x01(\t\x12&\n\x08\x65vidence\x18\r \x01(\x0b\x32\x14.isthmus.v1.Evidence\"\x10\n\x0eReportResponse\"\x14\n\x12ListDevicesRequest\":\n\x13ListDevicesResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.isthmus.v1.Device\"\xaa\x01\n\x06\x44\x65vice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12/\n\x0b\x65nrolled_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_seen_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07reports\x18\x04 \x03(\x0b\x32\x19.isthmus.v1.ReportRequest\"\x0f\n\rWhoAmIRequest\"Y\n\x0eWhoAmIResponse\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\x0e\n\x06scopes\x18\x02 \x03(\t\x12\x13\n\x0btls_version\x18\x03 \x01(\t\x12\x11\n\ttls_group\x18\x04 \x01(\t*\xb1\x01\n\x0bUpdateState\x12\x1c\n\x18UPDATE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13UPDATE_STATE_ACTIVE\x10\x01\x12\x18\n\x14UPDATE_STATE_REFUSED\x10\x02\x12\x19\n\x15UPDATE_STATE_UPDATING\x10\x03\x12\x18\n\x14UPDATE_STATE_SOAKING\x10\x04\x12\x1c\n\x18UPDATE_STATE_ROLLED_BACK\x10\x05\x32\xec\x03\n\x0c\x46leetService\x12?\n\x06Invite\x12\x19.isthmus.v1.InviteRequest\x1a\x1a.isthmus.v1.InviteResponse\x12<\n\x05\x45nrol\x12\x18.isthmus.v1.EnrolRequest\x1a\x19.isthmus.v1.EnrolResponse\x12K\n\nIssueToken\x12\x1d.isthmus.v1.IssueTokenRequest\x1a\x1e.isthmus.v1.IssueTokenResponse\x12>\n\x05Watch\x12\x18.isthmus.v1.WatchRequest\x1a\x19.isthmus.v1.WatchResponse0\x01\x12?\n\x06Report\x12\x19.isthmus.v1.ReportRequest\x1a\x1a.isthmus.v1.ReportResponse\x12N\n\x0bListDevices\x12\x1e.isthmus.v1.ListDevicesRequest\x1a\x1f.isthmus.v1.ListDevicesResponse\x12?\n\x06WhoAmI\x12\x19.isthmus.v1.WhoAmIRequest\x1a\x1a.isthmus.v1.WhoAmIResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'isthmus.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPDATESTATE']._serialized_start=1163
-  _globals['_UPDATESTATE']._serialized_end=1257
+  _globals['_UPDATESTATE']._serialized_start=1918
+  _globals['_UPDATESTATE']._serialized_end=2095
   _globals['_INVITEREQUEST']._serialized_start=71
   _globals['_INVITEREQUEST']._serialized_end=120
   _globals['_INVITERESPONSE']._serialized_start=122
@@ -47,23 +47,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ISSUETOKENRESPONSE']._serialized_start=422
   _globals['_ISSUETOKENRESPONSE']._serialized_end=512
   _globals['_WATCHREQUEST']._serialized_start=514
-  _globals['_WATCHREQUEST']._serialized_end=544
-  _globals['_WATCHRESPONSE']._serialized_start=546
-  _globals['_WATCHRESPONSE']._serialized_end=593
-  _globals['_REPORTREQUEST']._serialized_start=596
-  _globals['_REPORTREQUEST']._serialized_end=780
-  _globals['_REPORTRESPONSE']._serialized_start=782
-  _globals['_REPORTRESPONSE']._serialized_end=798
-  _globals['_LISTDEVICESREQUEST']._serialized_start=800
-  _globals['_LISTDEVICESREQUEST']._serialized_end=820
-  _globals['_LISTDEVICESRESPONSE']._serialized_start=822
-  _globals['_LISTDEVICESRESPONSE']._serialized_end=880
-  _globals['_DEVICE']._serialized_start=883
-  _globals['_DEVICE']._serialized_end=1053
-  _globals['_WHOAMIREQUEST']._serialized_start=1055
-  _globals['_WHOAMIREQUEST']._serialized_end=1070
-  _globals['_WHOAMIRESPONSE']._serialized_start=1072
-  _globals['_WHOAMIRESPONSE']._serialized_end=1161
-  _globals['_FLEETSERVICE']._serialized_start=1260
-  _globals['_FLEETSERVICE']._serialized_end=1752
+  _globals['_WATCHREQUEST']._serialized_end=584
+  _globals['_DEVICEFACTS']._serialized_start=586
+  _globals['_DEVICEFACTS']._serialized_end=676
+  _globals['_WATCHRESPONSE']._serialized_start=678
+  _globals['_WATCHRESPONSE']._serialized_end=793
+  _globals['_TRIAL']._serialized_start=796
+  _globals['_TRIAL']._serialized_end=971
+  _globals['_EVIDENCE']._serialized_start=974
+  _globals['_EVIDENCE']._serialized_end=1243
+  _globals['_REPORTREQUEST']._serialized_start=1246
+  _globals['_REPORTREQUEST']._serialized_end=1534
+  _globals['_REPORTRESPONSE']._serialized_start=1536
+  _globals['_REPORTRESPONSE']._serialized_end=1552
+  _globals['_LISTDEVICESREQUEST']._serialized_start=1554
+  _globals['_LISTDEVICESREQUEST']._serialized_end=1574
+  _globals['_LISTDEVICESRESPONSE']._serialized_start=1576
+  _globals['_LISTDEVICESRESPONSE']._serialized_end=1634
+  _globals['_DEVICE']._serialized_start=1637
+  _globals['_DEVICE']._serialized_end=1807
+  _globals['_WHOAMIREQUEST']._serialized_start=1809
+  _globals['_WHOAMIREQUEST']._serialized_end=1824
+  _globals['_WHOAMIRESPONSE']._serialized_start=1826
+  _globals['_WHOAMIRESPONSE']._serialized_end=1915
+  _globals['_FLEETSERVICE']._serialized_start=2098
+  _globals['_FLEETSERVICE']._serialized_end=2590
 # @@protoc_insertion_point(module_scope)

@@ -28,18 +28,30 @@ class _UpdateStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UpdateSta
     DESCRIPTOR: _descriptor.EnumDescriptor
     UPDATE_STATE_UNSPECIFIED: _UpdateState.ValueType  # 0
     UPDATE_STATE_ACTIVE: _UpdateState.ValueType  # 1
-    """The version serves."""
+    """The version serves, for good."""
     UPDATE_STATE_REFUSED: _UpdateState.ValueType  # 2
-    """The version was refused; the previous one serves."""
+    """The version was refused before it served; the previous one serves."""
+    UPDATE_STATE_UPDATING: _UpdateState.ValueType  # 3
+    """The version is being brought; `step` says how far it is."""
+    UPDATE_STATE_SOAKING: _UpdateState.ValueType  # 4
+    """The version serves, on trial."""
+    UPDATE_STATE_ROLLED_BACK: _UpdateState.ValueType  # 5
+    """The version served and failed its trial, or was taken back; the previous one serves."""
 
 class UpdateState(_UpdateState, metaclass=_UpdateStateEnumTypeWrapper):
     """What became of a model version on a device."""
 
 UPDATE_STATE_UNSPECIFIED: UpdateState.ValueType  # 0
 UPDATE_STATE_ACTIVE: UpdateState.ValueType  # 1
-"""The version serves."""
+"""The version serves, for good."""
 UPDATE_STATE_REFUSED: UpdateState.ValueType  # 2
-"""The version was refused; the previous one serves."""
+"""The version was refused before it served; the previous one serves."""
+UPDATE_STATE_UPDATING: UpdateState.ValueType  # 3
+"""The version is being brought; `step` says how far it is."""
+UPDATE_STATE_SOAKING: UpdateState.ValueType  # 4
+"""The version serves, on trial."""
+UPDATE_STATE_ROLLED_BACK: UpdateState.ValueType  # 5
+"""The version served and failed its trial, or was taken back; the previous one serves."""
 Global___UpdateState: _TypeAlias = UpdateState  # noqa: Y015
 
 @_typing.final
@@ -195,22 +207,60 @@ class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The models this device runs."""
 
+    @_builtins.property
+    def facts(self) -> Global___DeviceFacts: ...
     def __init__(
         self,
         *,
         models: _abc.Iterable[_builtins.str] | None = ...,
+        facts: Global___DeviceFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "models", b"models"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class DeviceFacts(_message.Message):
+    """What a device is, as far as choosing versions for it goes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLATFORM_FIELD_NUMBER: _builtins.int
+    RUNTIMES_FIELD_NUMBER: _builtins.int
+    BFLOAT16_FIELD_NUMBER: _builtins.int
+    AGENT_VERSION_FIELD_NUMBER: _builtins.int
+    platform: _builtins.str
+    """For example "x86_64" or "aarch64"."""
+    bfloat16: _builtins.bool
+    agent_version: _builtins.str
+    @_builtins.property
+    def runtimes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Runtimes that are installed, for example "openvino"."""
+
+    def __init__(
+        self,
+        *,
+        platform: _builtins.str = ...,
+        runtimes: _abc.Iterable[_builtins.str] | None = ...,
+        bfloat16: _builtins.bool = ...,
+        agent_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "bfloat16", b"bfloat16", "platform", b"platform", "runtimes", b"runtimes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceFacts: _TypeAlias = DeviceFacts  # noqa: Y015
 
 @_typing.final
 class WatchResponse(_message.Message):
@@ -218,22 +268,138 @@ class WatchResponse(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     version: _builtins.int
     """The version that the device should run."""
+    rollout: _builtins.str
+    """The rollout that wants it; empty for a release to all devices."""
+    attempt: _builtins.int
+    """Grows when an operator wants a version tried again that failed before; a device that heard of the failed attempt only does not try."""
+    @_builtins.property
+    def trial(self) -> Global___Trial:
+        """How the version has to prove itself; absent: as the device is configured."""
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         version: _builtins.int = ...,
+        rollout: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        trial: Global___Trial | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "model", b"model", "rollout", b"rollout", "trial", b"trial", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class Trial(_message.Message):
+    """What a new version must stand while it serves, before the device keeps it for good. Zero stands for no such limit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOAK_S_FIELD_NUMBER: _builtins.int
+    MIN_REQUESTS_FIELD_NUMBER: _builtins.int
+    SHADOW_REQUESTS_FIELD_NUMBER: _builtins.int
+    MAX_ERROR_RATE_FIELD_NUMBER: _builtins.int
+    MAX_LATENCY_RATIO_FIELD_NUMBER: _builtins.int
+    MAX_ESCALATION_CHANGE_FIELD_NUMBER: _builtins.int
+    MIN_AGREEMENT_FIELD_NUMBER: _builtins.int
+    soak_s: _builtins.int
+    """How long, and over how many requests at least (a device without traffic commits after `soak_s` alone)."""
+    min_requests: _builtins.int
+    shadow_requests: _builtins.int
+    """Requests that the new version answers in the dark, beside the one that serves, before it may serve."""
+    max_error_rate: _builtins.float
+    """Share of requests that fail."""
+    max_latency_ratio: _builtins.float
+    """Median latency of the light model, new over old."""
+    max_escalation_change: _builtins.float
+    """Difference between the escalation rates, new minus old, either way."""
+    min_agreement: _builtins.float
+    """Share of confident answers that agree with the heavy model's."""
+    def __init__(
+        self,
+        *,
+        soak_s: _builtins.int = ...,
+        min_requests: _builtins.int = ...,
+        shadow_requests: _builtins.int = ...,
+        max_error_rate: _builtins.float = ...,
+        max_latency_ratio: _builtins.float = ...,
+        max_escalation_change: _builtins.float = ...,
+        min_agreement: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_error_rate", b"max_error_rate", "max_escalation_change", b"max_escalation_change", "max_latency_ratio", b"max_latency_ratio", "min_agreement", b"min_agreement", "min_requests", b"min_requests", "shadow_requests", b"shadow_requests", "soak_s", b"soak_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trial: _TypeAlias = Trial  # noqa: Y015
+
+@_typing.final
+class Evidence(_message.Message):
+    """What was seen of a version while it served, and of the one before it for comparison."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    ESCALATED_FIELD_NUMBER: _builtins.int
+    AUDITED_FIELD_NUMBER: _builtins.int
+    DISAGREED_FIELD_NUMBER: _builtins.int
+    LATENCY_P50_MS_FIELD_NUMBER: _builtins.int
+    LATENCY_P99_MS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    BEFORE_REQUESTS_FIELD_NUMBER: _builtins.int
+    BEFORE_ERRORS_FIELD_NUMBER: _builtins.int
+    BEFORE_ESCALATED_FIELD_NUMBER: _builtins.int
+    BEFORE_LATENCY_P50_MS_FIELD_NUMBER: _builtins.int
+    requests: _builtins.int
+    errors: _builtins.int
+    escalated: _builtins.int
+    audited: _builtins.int
+    """Confident answers that were compared with the heavy model's, and those that differed."""
+    disagreed: _builtins.int
+    latency_p50_ms: _builtins.float
+    """Light model, milliseconds."""
+    latency_p99_ms: _builtins.float
+    seconds: _builtins.float
+    before_requests: _builtins.int
+    """The same of the version before it, over its last stretch."""
+    before_errors: _builtins.int
+    before_escalated: _builtins.int
+    before_latency_p50_ms: _builtins.float
+    def __init__(
+        self,
+        *,
+        requests: _builtins.int = ...,
+        errors: _builtins.int = ...,
+        escalated: _builtins.int = ...,
+        audited: _builtins.int = ...,
+        disagreed: _builtins.int = ...,
+        latency_p50_ms: _builtins.float = ...,
+        latency_p99_ms: _builtins.float = ...,
+        seconds: _builtins.float = ...,
+        before_requests: _builtins.int = ...,
+        before_errors: _builtins.int = ...,
+        before_escalated: _builtins.int = ...,
+        before_latency_p50_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audited", b"audited", "before_errors", b"before_errors", "before_escalated", b"before_escalated", "before_latency_p50_ms", b"before_latency_p50_ms", "before_requests", b"before_requests", "disagreed", b"disagreed", "errors", b"errors", "escalated", b"escalated", "latency_p50_ms", b"latency_p50_ms", "latency_p99_ms", b"latency_p99_ms", "requests", b"requests", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evidence: _TypeAlias = Evidence  # noqa: Y015
 
 @_typing.final
 class ReportRequest(_message.Message):
@@ -247,6 +413,11 @@ class ReportRequest(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     BYTES_FETCHED_FIELD_NUMBER: _builtins.int
     VARIANT_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     version: _builtins.int
     """The version that the state is about."""
@@ -261,6 +432,15 @@ class ReportRequest(_message.Message):
     """Bytes that the update moved over the wire."""
     variant: _builtins.str
     """The variant that was chosen."""
+    rollout: _builtins.str
+    """As in the WatchResponse that asked for the version."""
+    attempt: _builtins.int
+    number: _builtins.int
+    """Grows with every report of the device, over restarts; the cloud keeps the newest."""
+    step: _builtins.str
+    """The update's step, for example "fetch" or "self-test"."""
+    @_builtins.property
+    def evidence(self) -> Global___Evidence: ...
     def __init__(
         self,
         *,
@@ -272,10 +452,15 @@ class ReportRequest(_message.Message):
         detail: _builtins.str = ...,
         bytes_fetched: _builtins.int = ...,
         variant: _builtins.str = ...,
+        rollout: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        number: _builtins.int = ...,
+        step: _builtins.str = ...,
+        evidence: Global___Evidence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_fetched", b"bytes_fetched", "detail", b"detail", "model", b"model", "reason", b"reason", "serving_version", b"serving_version", "state", b"state", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_fetched", b"bytes_fetched", "detail", b"detail", "evidence", b"evidence", "model", b"model", "number", b"number", "reason", b"reason", "rollout", b"rollout", "serving_version", b"serving_version", "state", b"state", "step", b"step", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
