@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from edge.backoff import Backoff
 from isthmus.errors import DigestMismatchError, InputError, IsthmusError, NotFoundError, UnavailableError
 from isthmus.status import from_rpc
 from isthmus.v1 import registry_pb2, registry_pb2_grpc
-from security.trust import TrustedManifests
+from security.trust import SignedTarget, TrustedManifests
 
 METADATA_BYTES: Final = 8 << 20  # no metadata file or manifest is larger
 TARGETS: Final = "targets/"  # prefix of names that stand for a signed target, by its SHA-256
@@ -29,6 +30,34 @@ class _RequestRefusedError(UnavailableError):
     """The registry calls the request wrong: its idea of a file is another than ours."""
 
 
+class Pace:
+    """Keeps bytes below a rate: whoever has moved some waits until the rate allows for them.
+
+    Args:
+        bytes_per_s: The rate.
+        clock: Monotonic seconds.
+        pause: Waits for so many seconds.
+    """
+
+    def __init__(
+        self,
+        bytes_per_s: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._clock = clock
+        self._pause = pause
+        self._free_at = clock()
+
+    async def spend(self, count: int) -> None:
+        """Wait for so many bytes' turn; time that nobody used is not saved up."""
+        now = self._clock()
+        self._free_at = max(self._free_at, now) + count / self._bytes_per_s
+        await self._pause(self._free_at - now)
+
+
 class RegistryFetcher:
     """The registry as a device sees it.
 
@@ -36,12 +65,21 @@ class RegistryFetcher:
         channel: To the cloud.
         token: Returns the access token, waiting for the first one.
         stall_s: Longest wait for the next chunk.
+        pace: Slows files down; metadata is small.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, token: Callable[[], Any], *, stall_s: float = _STALL_S) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        token: Callable[[], Any],
+        *,
+        stall_s: float = _STALL_S,
+        pace: Pace | None = None,
+    ) -> None:
         self._stub = registry_pb2_grpc.RegistryServiceStub(channel)
         self._token = token
         self._stall_s = stall_s
+        self._pace = pace
 
     async def metadata(self, name: str) -> bytes:
         """Return a metadata file, or the target for a name "targets/<sha256>".
@@ -101,6 +139,8 @@ class RegistryFetcher:
                     async for chunk in self._chunks(await start(offset), limit - offset, what):
                         await asyncio.to_thread(file.write, chunk)
                         moved += len(chunk)
+                        if self._pace is not None:
+                            await self._pace.spend(len(chunk))
             except UnavailableError as error:
                 if isinstance(error, _RequestRefusedError) and offset > 0:
                     await asyncio.to_thread(
@@ -152,10 +192,10 @@ class SignedManifests:
         self._trusted = TrustedManifests(metadata_dir, root, fetch)
         self._one_at_a_time = threading.Lock()
 
-    def manifest(self, model: str, version: int) -> bytes:
-        """Return the manifest that the operator signed; blocks. Errors are those of security.trust."""
+    def target(self, model: str, version: int) -> SignedTarget:
+        """Return the manifest that the operator signed, and its terms; blocks. Errors are those of security.trust."""
         with self._one_at_a_time:
-            return self._trusted.manifest(model, version)
+            return self._trusted.target(model, version)
 
 
 def _translated(error: grpc.aio.AioRpcError, what: str) -> IsthmusError:

@@ -8,6 +8,7 @@ refuses what is unsigned, expired, older than what was seen before, or longer th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -34,6 +35,15 @@ _REASONS: Final[tuple[tuple[type[Exception], str], ...]] = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class SignedTarget:
+    """A manifest, and what the operator signed about it."""
+
+    manifest: bytes
+    rollback_floor: int = 0  # devices that ran this version may be told to go back to this one at least; 0: never
+    withdrawn: str = ""  # why it must not be installed
+
+
 class TrustedManifests:
     """Manifests that the operator signed; blocking, and for one thread at a time.
 
@@ -50,7 +60,11 @@ class TrustedManifests:
         self._fetcher = _Fetcher(fetch)
 
     def manifest(self, model: str, version: int) -> bytes:
-        """Return the verified manifest of a bundle version, after looking for newer metadata.
+        """Return the verified manifest of a bundle version; errors are those of `target`."""
+        return self.target(model, version).manifest
+
+    def target(self, model: str, version: int) -> SignedTarget:
+        """Return what was signed about a bundle version, after looking for newer metadata.
 
         Raises:
             TrustError: The metadata is expired, unsigned, rolled back or malformed, or names no such version; `reason`
@@ -74,7 +88,7 @@ class TrustedManifests:
         except OSError as error:
             raise ConfigError(f"cannot keep metadata in {self._metadata}: {error.strerror}") from error
 
-    def _verified(self, path: str) -> bytes:
+    def _verified(self, path: str) -> SignedTarget:
         self._metadata.mkdir(parents=True, exist_ok=True)
         self._targets.mkdir(parents=True, exist_ok=True)
         updater = Updater(  # an Updater refreshes once, so each look takes a new one
@@ -93,7 +107,11 @@ class TrustedManifests:
         if info.length > MAX_MANIFEST_BYTES or set(info.hashes) != {"sha256"}:
             raise TrustError(f"{path}: expected a SHA-256 and at most {MAX_MANIFEST_BYTES} bytes")
         kept = updater.find_cached_target(info) or updater.download_target(info)
-        return Path(kept).read_bytes()
+        terms = info.custom or {}
+        floor, withdrawn = terms.get("rollback_floor", 0), terms.get("withdrawn", "")
+        if type(floor) is not int or not isinstance(withdrawn, str):
+            raise TrustError(f"{path}: expected an integer rollback_floor and a text withdrawn")
+        return SignedTarget(Path(kept).read_bytes(), floor, withdrawn)
 
 
 class _Fetcher(FetcherInterface):
