@@ -22,7 +22,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from edge.state import Became, Last, Progress, State
+from edge.state import Became, Last, Progress, State, Step
 from isthmus.bundle import MANIFEST, Manifest, parse_manifest
 from isthmus.digests import check_file
 from isthmus.errors import BundleError, UnavailableError
@@ -173,7 +173,7 @@ class SlotStore:
         if state.stopped:
             progress = None if state.progress is None else state.progress.model_copy(update={"crashes": 0})
             self._write(stopped=False, crashes=0, progress=progress)
-        elif not state.proven and state.current:
+        elif not state.proven and state.current and not _died_with_another(state):
             self._write(crashes=state.crashes + 1)
         return self.state.crashes
 
@@ -221,6 +221,11 @@ class SlotStore:
 def _partial_version(path: Path) -> int:
     version = path.name.removeprefix(_PARTIAL)
     return int(version) if _VERSION.fullmatch(version) else 0
+
+
+def _died_with_another(state: State) -> bool:
+    """Return whether the process died while it tried a version that does not serve: that is counted there."""
+    return state.progress is not None and state.progress.step in (Step.SELF_TEST, Step.SHADOW)
 
 
 def _failed(state: State, version: int, reason: str, attempt: int) -> dict[str, object]:

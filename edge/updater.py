@@ -328,6 +328,7 @@ class Updater:
             trial = progress.model_copy(update={"step": Step.SOAK, "terms": terms, "before": before})
         became = Became.ACTIVE if trial is None else Became.SOAKING
         last = self._outcome(from_version, became, order=order).to_last()
+        self._taken_back = False
         live.begin_service()
         await asyncio.to_thread(self._store.activate, order.version, live.variant.id, trial, last)
         before_live = self._serve(live)
@@ -384,7 +385,6 @@ class Updater:
             log.warning("cannot note the end", model=self._model, error=str(error))
 
     async def _try_out(self, live: LiveModel, progress: Progress) -> None:
-        self._taken_back = False
         self._soak = soak = Soak(live, progress, self._audit, clock=self._clock)
 
         async def keep(checkpoint: Progress) -> None:
