@@ -17,6 +17,7 @@ import errno
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +44,7 @@ class SlotStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._writing = threading.RLock()  # an update and a trial may both have something to note
         self._slots = folder / "slots"
         self._slots.mkdir(parents=True, exist_ok=True)
         self.state = self._read_state()
@@ -104,24 +106,25 @@ class SlotStore:
             progress: Of its trial; None keeps it for good at once.
             last: What became of the update.
         """
-        state = self.state
-        before, variant_before = state.current, state.variant
-        if version == state.current:
-            before, variant_before = state.previous, state.previous_variant
-        kept = State(
-            current=version,
-            previous=before,
-            newest=state.newest if progress is not None else max(version, state.newest),
-            variant=variant,
-            previous_variant=variant_before,
-            failed={number: reason for number, reason in state.failed.items() if number != version},
-            attempts={number: attempt for number, attempt in state.attempts.items() if number != version},
-            progress=progress,
-            last=last or state.last,
-            proven=False,
-        )
-        self._write_state(kept)
-        self._clean()
+        with self._writing:
+            state = self.state
+            before, variant_before = state.current, state.variant
+            if version == state.current:
+                before, variant_before = state.previous, state.previous_variant
+            kept = State(
+                current=version,
+                previous=before,
+                newest=state.newest if progress is not None else max(version, state.newest),
+                variant=variant,
+                previous_variant=variant_before,
+                failed={number: reason for number, reason in state.failed.items() if number != version},
+                attempts={number: attempt for number, attempt in state.attempts.items() if number != version},
+                progress=progress,
+                last=last or state.last,
+                proven=False,
+            )
+            self._write_state(kept)
+            self._clean()
 
     def commit(self, last: Last) -> None:
         """Keep the version that serves for good; the one before it stays as the last good one."""
@@ -182,16 +185,18 @@ class SlotStore:
         if self._unsafe():
             self._write(stopped=True)
 
-    def prove(self) -> None:
-        """Note that the version that serves does not kill the process."""
-        if not self.state.proven:
-            self._write(proven=True, crashes=0)
+    def prove(self, version: int) -> None:
+        """Note that a version does not kill the process, if it serves still."""
+        with self._writing:
+            if not self.state.proven and self.state.current == version:
+                self._write(proven=True, crashes=0)
 
     def _unsafe(self) -> bool:
         return not self.state.proven or self.state.progress is not None
 
     def _write(self, **changes: object) -> None:
-        self._write_state(self.state.model_copy(update=changes))
+        with self._writing:
+            self._write_state(self.state.model_copy(update=changes))
 
     def _read_state(self) -> State:
         path = self._folder / "state.json"
@@ -208,14 +213,15 @@ class SlotStore:
         self.state = state
 
     def _clean(self) -> None:
-        for path in self._folder.glob("*.tmp"):
-            path.unlink()
-        coming = 0 if self.state.progress is None else self.state.progress.order.version
-        kept = {str(version) for version in (self.state.current, self.state.previous, coming) if version}
-        partials = sorted(self._slots.glob(f"{_PARTIAL}*"), key=_partial_version)
-        for path in self._slots.iterdir():
-            if path.name not in kept and path not in partials[-1:]:
-                shutil.rmtree(path)
+        with self._writing:
+            for path in self._folder.glob("*.tmp"):
+                path.unlink()
+            coming = 0 if self.state.progress is None else self.state.progress.order.version
+            kept = {str(version) for version in (self.state.current, self.state.previous, coming) if version}
+            partials = sorted(self._slots.glob(f"{_PARTIAL}*"), key=_partial_version)
+            for path in self._slots.iterdir():
+                if path.name not in kept and path not in partials[-1:]:
+                    shutil.rmtree(path)
 
 
 def _partial_version(path: Path) -> int:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -355,9 +356,10 @@ class Updater:
             if live is not None and progress is not None and progress.step is Step.SOAK:
                 await self._try_out(live, progress)
             elif not self._store.state.proven:
+                version = self._store.state.current
                 await self._pause(PROVEN_S)
                 if self._models.live(self._model) is live:
-                    await self._persist(self._store.prove)
+                    await self._persist(partial(self._store.prove, version))
 
     async def settled(self) -> None:
         """Wait until no version is on trial."""
@@ -403,7 +405,7 @@ class Updater:
     async def _commit(self, order: Order, evidence: Evidence, reason: str = "", detail: str = "") -> None:
         outcome = self._outcome(self._store.state.previous, Became.ACTIVE, reason, detail, evidence, order=order)
         await self._persist(lambda: self._store.commit(outcome.to_last()))
-        await self._persist(self._store.prove)
+        await self._persist(lambda: self._store.prove(order.version))
         before, self._before = self._before, None
         if before is not None:
             before.retire()
