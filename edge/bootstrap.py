@@ -123,7 +123,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         ready_file=settings.ready_file,
         deferred=deferred,
         audit=audit,
-        metrics=_metrics(settings, enrolment.device_id, models, uplink, spools, cache, audit),
+        metrics=_metrics(settings, enrolment.device_id, models, uplink, spools, cache, audit, updaters),
     )
 
 
@@ -260,13 +260,14 @@ def _metrics(
     spools: Mapping[str, Spool],
     cache: ResponseCache | None,
     audit: Audit | None,
+    updaters: Mapping[str, Updater],
 ) -> MetricsListener | None:
     if settings.metrics_listen is None:
         return None
     from edge.metrics import AgentCollector, agent_registry
     from edge.metrics_server import MetricsServer
 
-    registry = agent_registry(AgentCollector(device_id, models, uplink, spools, cache, audit))
+    registry = agent_registry(AgentCollector(device_id, models, uplink, spools, cache, audit, updaters))
     return MetricsServer(settings.metrics_listen, registry, public=settings.metrics_public)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ class Updater:
     ) -> None:
         self.step = Step.IDLE
         self.last: Outcome | None = None
+        self.outcomes: Counter[tuple[Became, str]] = Counter()  # final ones, with their reasons
         self._model = model
         self._store = store
         self._models = models
@@ -261,8 +263,7 @@ class Updater:
                 await asyncio.to_thread(self._store.refuse, order.version, reason, outcome.to_last())
         else:
             outcome = self._outcome(from_version, became, order=order)
-        self.last = outcome
-        self._report(outcome)
+        self._conclude(outcome)
         return outcome
 
     async def _install(self, order: Order) -> Became:
@@ -409,8 +410,7 @@ class Updater:
         before, self._before = self._before, None
         if before is not None:
             before.retire()
-        self.last = outcome
-        self._report(outcome)
+        self._conclude(outcome)
 
     async def _roll_back(self, order: Order, verdict: Verdict, evidence: Evidence) -> None:
         state = self._store.state
@@ -439,8 +439,7 @@ class Updater:
         await self._persist(lambda: self._store.roll_back(outcome.to_last()))
         if failed is not None:
             failed.retire()
-        self.last = outcome
-        self._report(outcome)
+        self._conclude(outcome)
 
     async def _persist(self, write: Callable[[], None]) -> None:
         """Write to the disk, again and again until it takes it: memory has decided already."""
@@ -525,6 +524,11 @@ class Updater:
         for file in plan.files:
             self._files.append(await bring_file(self._meter, file, base=base, partial=partial))
         await asyncio.to_thread(write_atomically, partial / MANIFEST, plan.manifest_bytes)
+
+    def _conclude(self, outcome: Outcome) -> None:
+        self.last = outcome
+        self.outcomes[outcome.became, outcome.reason] += 1
+        self._report(outcome)
 
     def _tell(
         self,
