@@ -1,7 +1,8 @@
 """Light devices: the fleet's real protocol over real TLS, with scripted updates instead of models.
 
-Each enrols with a one-time code, gets tokens for assertions that it signs, watches, and reports numbered states, as an
-agent does; what it is told to run it "installs" at once, unless its script says otherwise. One device is one TLS channel.
+Each enrols with a one-time code, gets tokens for assertions that it signs, watches, and reports numbered states, as
+an agent does; what it is told to run it "installs" at once, unless its script says otherwise. One device is one TLS
+channel.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from cloud.heavy import HeavyPool
 from cloud.publish import Publisher
 from cloud.registry import RegistryService
 from cloud.rollout_service import RolloutService
+from cloud.roster import Roster
 from cloud.supervisor import TritonServer
 from cloud.triton import TritonClient, check_link
 from isthmus.address import check_free
@@ -97,14 +99,15 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             count_stubs=triton.count_stubs if triton is not None else lambda: None,
         )
         stack.push_async_callback(pool.close)
+        roster = Roster(database, lambda model, version: publisher.variants(model, version), time.time)
         publisher = Publisher(
-            database, blobs, deltas, repository, catalog, pool,
+            database, blobs, deltas, repository, catalog, pool, roster,
             heavy_versions=settings.heavy_versions, delta_bases=settings.delta_bases, used_bases=settings.used_bases,
-            in_use=lambda model: conductor.roster.versions_in_use(model),
         )  # fmt: skip
         conductor = Conductor(
             database,
-            Releases(publisher.variants, publisher.terms, publisher.prepare, publisher.follow),
+            roster,
+            Releases(publisher.terms, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
         )
         server, address = _server(settings, issuer)

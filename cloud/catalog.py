@@ -17,7 +17,6 @@ from isthmus.errors import NotFoundError
 class _Entry:
     heavy: dict[int, HeavyId] = field(default_factory=dict)  # by bundle version
     released: int | None = None
-    held: frozenset[int] = frozenset()
 
 
 class Catalog:
@@ -39,11 +38,6 @@ class Catalog:
         """Make a known version the one that is released."""
         self._models[model].released = version
 
-    def hold(self, model: str, versions: Collection[int]) -> None:
-        """Keep the heavy halves of these versions, too: devices run them, or are about to."""
-        if model in self._models:
-            self._models[model].held = frozenset(versions)
-
     def released(self, model: str) -> int | None:
         """Return the version that devices should run, or None."""
         entry = self._models.get(model)
@@ -57,10 +51,10 @@ class Catalog:
         """Return the heavy version that belongs to a known bundle version."""
         return self._models[model].heavy[version]
 
-    def wanted(self, model: str, newest: int) -> set[HeavyId]:
-        """Return the heavy versions that should be loaded: those of the released, the held and the `newest` versions."""
+    def wanted(self, model: str, newest: int, also: Collection[int] = ()) -> set[HeavyId]:
+        """Return the heavy versions that should be loaded: those of the released, the `newest`, and `also` these."""
         entry = self._models[model]
-        keep = {*sorted(entry.heavy)[-newest:], *(entry.held & entry.heavy.keys())}
+        keep = {*sorted(entry.heavy)[-newest:], *(version for version in also if version in entry.heavy)}
         if entry.released is not None:
             keep.add(entry.released)
         return {entry.heavy[version] for version in keep}

@@ -1,9 +1,9 @@
 """Drives the fleet: keeps the roster up to date, writes what devices and operators say, and moves rollouts on.
 
-Every change goes to the database first and reaches the roster by reading it back, so this process, its successor after a
-crash and a replica beside it follow one record. Rules:
-1. A rollout is changed only by who still sees its newest revision (compare and set under the database's write lock); of two
-   replicas that decide at once, one finds that the other was faster and looks again.
+Every change goes to the database first and reaches the roster by reading it back, so this process, its successor
+after a crash and a replica beside it follow one record. Rules:
+1. A rollout is changed only by who still sees its newest revision (compare and set under the database's write lock);
+   of two replicas that decide at once, one finds that the other was faster and looks again.
 2. A report is on the disk before the device hears that it was taken; reports that wait together share a commit.
 3. Replicas find each other's changes by asking for one row every `poll_s`; watchers hear of them at once then.
 """
@@ -24,11 +24,20 @@ from sqlalchemy.orm import Session
 
 from cloud import database as db
 from cloud import rollout as rules
-from cloud.catalog import unknown_model
+from cloud.records import (
+    Ask,
+    SignedTerms,
+    check_ask,
+    check_version,
+    keep_reports,
+    on_device,
+    rollout_event,
+    settle,
+    warnings,
+)
 from cloud.roster import Device, Layer, Roster, Told
 from isthmus.bundle import Variant
 from isthmus.errors import ConflictError, IdentityError, InputError, NotFoundError
-from isthmus.v1 import fleet_pb2
 
 POLL_S: Final = 1.0
 SEEN_S: Final = 30.0  # how often connected devices are noted as seen; well below what counts as online
@@ -41,33 +50,12 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class SignedTerms:
-    """What the signed metadata say of a version beside its digest."""
-
-    rollback_floor: int = 0  # a device that ran it may go back to this version and newer ones; 0: never
-    withdrawn: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Releases:
-    """What the registry knows and does for the fleet; the functions that return no awaitable may block."""
+    """What the registry knows and does for the fleet; `terms` may block."""
 
-    variants: Callable[[str, int], tuple[Variant, ...]]
     terms: Callable[[str, int], SignedTerms]
     prepare: Callable[[str, int], Awaitable[None]]  # before a rollout: heavy model and deltas
     follow: Callable[[Collection[str]], Coroutine[Any, Any, None]]  # models whose versions or release changed
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A rollout as an operator asks for it."""
-
-    model: str
-    version: int
-    stages: tuple[rules.Stage, ...]
-    gates: rules.Gates
-    selector: Mapping[str, str]
-    by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +82,7 @@ class Conductor:
 
     Args:
         database: The record.
+        roster: Follows the record, and is empty.
         releases: The registry's side.
         clock: Returns Unix seconds.
         poll_s: How often rollouts are decided on and other replicas' changes are looked for.
@@ -102,13 +91,14 @@ class Conductor:
     def __init__(
         self,
         database: db.Database,
+        roster: Roster,
         releases: Releases,
         *,
         clock: Callable[[], float] = time.time,
         poll_s: float = POLL_S,
     ) -> None:
         self._database, self._releases, self._clock, self._poll_s = database, releases, clock, poll_s
-        self.roster = Roster(database, releases.variants, clock)
+        self.roster = roster
         self._refreshing, self._writing = asyncio.Lock(), asyncio.Lock()
         self._watchers: dict[str, set[_Watcher]] = {}
         self._pending: list[tuple[str, Any, asyncio.Future[None]]] = []
@@ -136,7 +126,7 @@ class Conductor:
 
     def _notify(self, concerned: set[tuple[str, str]]) -> None:
         everywhere = {model for device, model in concerned if not device}
-        for device, watchers in self._watchers.items():
+        for watchers in self._watchers.values():
             for watcher in watchers:
                 if everywhere & watcher.models:
                     watcher.changed.set()
@@ -215,7 +205,7 @@ class Conductor:
             row = session.get_one(db.Device, device_id)
             row.facts, row.last_seen_at, row.revision = facts, self._clock(), revision
             for model in set(models) | watched:
-                entry = _entry(session, device_id, model)
+                entry = on_device(session, device_id, model)
                 entry.watched, entry.revision = model in models, revision
 
         await self._write(note)
@@ -237,8 +227,9 @@ class Conductor:
 
     async def _write_reports(self) -> None:
         batch, self._pending = self._pending, []
+        reports = [(device_id, report) for device_id, report, _ in batch]
         try:
-            await self._write(lambda session: self._keep_reports(session, batch))
+            await self._write(lambda session: keep_reports(session, reports, self._clock()))
         except Exception as error:
             for _, _, done in batch:
                 if not done.done():
@@ -247,46 +238,6 @@ class Conductor:
             for _, _, done in batch:
                 if not done.done():
                     done.set_result(None)
-
-    def _keep_reports(self, session: Session, batch: list[tuple[str, Any, asyncio.Future[None]]]) -> None:
-        now, revision = self._clock(), db.next_revision(session)
-        for device_id, report, _ in batch:
-            row = session.get(db.Report, (device_id, report.model))
-            if row is not None and report.number and report.number <= row.number:
-                continue  # sent again, or overtaken
-            if row is None or _news(row) != _news(report):
-                session.add(
-                    db.Event(
-                        at=now, kind=_state_name(report.state), device_id=device_id, rollout=report.rollout,
-                        model=report.model, version=report.version, reason=report.reason, detail=report.detail,
-                    )
-                )  # fmt: skip
-            same = row is not None and row.serving_version == report.serving_version
-            session.merge(
-                db.Report(
-                    device_id=device_id,
-                    model=report.model,
-                    version=report.version,
-                    state=report.state,
-                    serving_version=report.serving_version,
-                    reason=report.reason,
-                    detail=report.detail,
-                    bytes_fetched=report.bytes_fetched,
-                    variant=report.variant,
-                    reported_at=now,
-                    rollout=report.rollout,
-                    attempt=report.attempt,
-                    number=report.number,
-                    step=report.step,
-                    evidence=report.evidence.SerializeToString(deterministic=True),
-                    serving_since=row.serving_since if row is not None and same else now,
-                    revision=revision,
-                )
-            )
-            entry = _entry(session, device_id, report.model)
-            if not entry.watched:
-                entry.watched, entry.revision = True, revision
-            _note_failure(entry, report, revision)
 
     def _note_seen(self, session: Session) -> None:
         connected = [device.id for device in self.roster.devices.values() if device.streams]
@@ -333,8 +284,8 @@ class Conductor:
 
         def change(session: Session) -> None:
             if version is not None:
-                _check_version(session, model, version)
-            entry = _entry(session, device_id, model)
+                check_version(session, model, version)
+            entry = on_device(session, device_id, model)
             entry.pin, entry.revision = version, db.next_revision(session)
             kind = "unpinned" if version is None else "pinned"
             session.add(
@@ -360,7 +311,7 @@ class Conductor:
             raise NotFoundError(f"device {device_id} does not run a model {model[:80]!r}", reason="unknown-model")
 
         def change(session: Session) -> int:
-            entry = _entry(session, device_id, model)
+            entry = on_device(session, device_id, model)
             entry.attempt, entry.revision = entry.attempt + 1, db.next_revision(session)
             session.add(db.Event(at=self._clock(), kind="retry", device_id=device_id, model=model, detail=f"by {by}"))
             return entry.attempt
@@ -404,9 +355,9 @@ class Conductor:
 
         def check() -> tuple[rules.Plan, int, SignedTerms, tuple[Variant, ...]]:
             with self._database.read() as session:
-                plan, from_version = _check_ask(session, ask)
+                plan, from_version = check_ask(session, ask)
             terms = self._releases.terms(ask.model, ask.version)
-            return plan, from_version, terms, self._releases.variants(ask.model, ask.version)
+            return plan, from_version, terms, self.roster.read_variants(ask.model, ask.version)
 
         plan, from_version, terms, variants = await asyncio.to_thread(check)
         if terms.withdrawn:
@@ -418,8 +369,8 @@ class Conductor:
         self.roster.note_variants(ask.model, ask.version, variants)
         candidates = self.roster.candidates(plan)
         sizes = tuple(rules.size_of(stage, len(candidates)) for stage in plan.stages)
-        warnings = _warnings(plan, from_version, terms)
-        return Preview(plan, from_version, sizes, len(candidates), self.roster.all_left_out(plan), warnings)
+        notes = warnings(plan, from_version, terms)
+        return Preview(plan, from_version, sizes, len(candidates), self.roster.all_left_out(plan), notes)
 
     async def start(self, ask: Ask) -> tuple[Preview, Layer]:
         """Start a rollout.
@@ -441,7 +392,7 @@ class Conductor:
         progress = rules.begin(preview.plan, self.roster.candidates(preview.plan), now)
 
         def begin(session: Session) -> None:
-            plan, from_version = _check_ask(session, ask)
+            plan, from_version = check_ask(session, ask)
             if plan != preview.plan:
                 raise ConflictError("another rollout of the version was started at the same time", hint="look first")
             session.add(
@@ -460,7 +411,7 @@ class Conductor:
                         threshold=progress.threshold if place == 0 else None, started_at=now if place == 0 else None,
                     )
                 )  # fmt: skip
-            session.add(_rollout_event(plan, now, "started", "", f"by {ask.by}"))
+            session.add(rollout_event(plan, now, "started", "", f"by {ask.by}"))
 
         await self._write(begin)
         log.info("rollout started", rollout=preview.plan.id, devices=preview.matching, by=ask.by)
@@ -476,9 +427,7 @@ class Conductor:
             return self.roster.rollouts[name]
         of_model = [layer for layer in self.roster.rollouts.values() if layer.plan.model == name]
         if not of_model:
-            raise NotFoundError(
-                f"there is no rollout {name[:80]!r}", hint="isthmus rollout list shows them", reason="unknown-rollout"
-            )
+            raise unknown_rollout(name)
         return max(of_model, key=lambda layer: (layer.progress.state.is_open, layer.row.created_at))
 
     async def change(self, name: str, state: rules.State, reason: str, by: str) -> Layer:
@@ -542,9 +491,9 @@ class Conductor:
             for place, (threshold, started) in enumerate(zip(progress.thresholds, progress.started, strict=True)):
                 stage = session.get_one(db.RolloutStage, (row.id, place))
                 stage.threshold, stage.started_at = threshold, started
-            session.add(_rollout_event(layer.plan, now, kind, reason, f"stage {progress.stage + 1}: {detail}"))
+            session.add(rollout_event(layer.plan, now, kind, reason, f"stage {progress.stage + 1}: {detail}"))
             if progress.state is rules.State.COMPLETED:
-                _settle(session, layer.plan, revision)
+                settle(session, layer.plan, revision)
             return True
 
         return await self._write(write)
@@ -563,133 +512,8 @@ class Conductor:
         return result
 
 
-def supersede(session: Session, model: str, revision: int) -> None:
-    """End the say of all completed rollouts of a model: a release takes their place.
-
-    Raises:
-        ConflictError: A rollout of the model is open.
-    """
-    check_no_rollout(session, model)
-    for row in session.scalars(select(db.Rollout).where(db.Rollout.model == model)):
-        if row.state == rules.State.COMPLETED:
-            row.state, row.revision = rules.State.SUPERSEDED, revision
-
-
-def check_no_rollout(session: Session, model: str) -> None:
-    """Check that no rollout of a model is open.
-
-    Raises:
-        ConflictError: One is.
-    """
-    for row in session.scalars(select(db.Rollout).where(db.Rollout.model == model)):
-        if rules.State(row.state).is_open:
-            raise ConflictError(
-                f"rollout {row.id} of {model}@{row.version} is not over",
-                hint=f"isthmus rollout abort {row.id} ends it; or let it come to its end",
-                reason="rollout-active",
-            )
-
-
-def _check_ask(session: Session, ask: Ask) -> tuple[rules.Plan, int]:
-    _check_version(session, ask.model, ask.version)
-    released = session.get_one(db.Model, ask.model).released or 0
-    if ask.version <= released:
-        raise InputError(
-            f"{ask.model}@{released} is released: a rollout goes to a newer version, not to {ask.version}",
-            hint="isthmus rollout abort goes back within a rollout; isthmus model release moves all devices at once",
-            reason="not-newer",
-        )
-    rows = session.scalars(select(db.Rollout).where(db.Rollout.model == ask.model)).all()
-    for row in rows:
-        if rules.State(row.state).is_open and not rules.disjoint(json.loads(row.selector), ask.selector):
-            raise ConflictError(
-                f"rollout {row.id} of {row.model}@{row.version} is for some of the same devices",
-                hint=f"isthmus rollout status {row.id} shows it; abort it or wait until it is over",
-                reason="rollout-active",
-            )
-    earlier = [row for row in rows if row.version == ask.version]
-    plan = rules.Plan(
-        id=f"{ask.model}-{ask.version}-{len(earlier) + 1}",
-        model=ask.model,
-        version=ask.version,
-        stages=ask.stages,
-        gates=ask.gates,
-        selector=dict(ask.selector),
-        attempt=len(earlier),  # devices on which an earlier rollout of the version failed try it again
+def unknown_rollout(name: str) -> NotFoundError:
+    """Return the error for a rollout that does not exist, or that the caller must not know of."""
+    return NotFoundError(
+        f"there is no rollout {name[:80]!r}", hint="isthmus rollout list shows them", reason="unknown-rollout"
     )
-    return plan, released
-
-
-def _settle(session: Session, plan: rules.Plan, revision: int) -> None:
-    """Let a completed rollout take the place of those that it covers, and of the release when it was for everybody."""
-    for row in session.scalars(select(db.Rollout).where(db.Rollout.model == plan.model, db.Rollout.id != plan.id)):
-        covered = plan.selector.items() <= json.loads(row.selector).items()
-        if row.state == rules.State.COMPLETED and covered:
-            row.state, row.revision = rules.State.SUPERSEDED, revision
-    if not plan.selector:
-        model = session.get_one(db.Model, plan.model)
-        model.released, model.revision = plan.version, revision
-
-
-def _note_failure(entry: db.DeviceModel, report: Any, revision: int) -> None:
-    """Remember that a rollout's version failed here, until it serves after all."""
-    if not report.rollout:
-        return
-    failed = report.state in (rules.DeviceState.REFUSED, rules.DeviceState.ROLLED_BACK)
-    if failed:
-        reason = report.reason or _state_name(report.state).replace("_", "-")
-        entry.failed_rollout, entry.failed_attempt, entry.failed_reason = report.rollout, report.attempt, reason
-    elif entry.failed_rollout == report.rollout and report.serving_version == report.version:
-        entry.failed_rollout, entry.failed_attempt, entry.failed_reason = "", 0, ""
-    else:
-        return
-    entry.revision = revision
-
-
-def _check_version(session: Session, model: str, version: int) -> None:
-    if session.get(db.Model, model) is None:
-        raise unknown_model(model)
-    if session.get(db.Version, (model, version)) is None:
-        known = session.scalars(select(db.Version.version).where(db.Version.model == model)).all()
-        raise NotFoundError(
-            f"model {model!r} has no version {version}; it has {', '.join(map(str, sorted(known)[-5:]))}",
-            reason="unknown-version",
-        )
-
-
-def _entry(session: Session, device_id: str, model: str) -> db.DeviceModel:
-    entry = session.get(db.DeviceModel, (device_id, model))
-    if entry is None:
-        entry = db.DeviceModel(
-            device_id=device_id, model=model, watched=False, attempt=0, revision=0,
-            failed_rollout="", failed_attempt=0, failed_reason="",
-        )  # fmt: skip
-        session.add(entry)
-    return entry
-
-
-def _warnings(plan: rules.Plan, from_version: int, terms: SignedTerms) -> list[str]:
-    if not from_version:
-        return ["no version was released before: devices that take this one have none to go back to"]
-    if not 0 < terms.rollback_floor <= from_version:
-        return [
-            f"devices that take {plan.model}@{plan.version} cannot be sent back to {from_version}: its signed metadata "
-            f"permit no way back{f' below {terms.rollback_floor}' if terms.rollback_floor else ''}"
-        ]
-    return []
-
-
-def _rollout_event(plan: rules.Plan, now: float, kind: str, reason: str, detail: str) -> db.Event:
-    return db.Event(
-        at=now, kind=kind, rollout=plan.id, model=plan.model, version=plan.version, reason=reason, detail=detail
-    )
-
-
-def _news(report: Any) -> tuple[Any, ...]:
-    return (
-        report.version, int(report.state), report.serving_version, report.reason, report.rollout, report.attempt,
-    )  # fmt: skip
-
-
-def _state_name(state: int) -> str:
-    return fleet_pb2.UpdateState.Name(fleet_pb2.UpdateState.ValueType(state)).removeprefix("UPDATE_STATE_").lower()

@@ -5,8 +5,8 @@ SQLite in the workspace by default, or PostgreSQL, which several clouds may shar
    SQLite has one; on PostgreSQL it is an advisory lock that all clouds take.
 2. Foreign keys hold, and a commit is on the disk before it returns.
 3. An older database is brought up to date (cloud.migrations); one from a newer release is refused, not guessed at.
-4. A row with a `revision` carries the number of the last write that changed it. Numbers grow in the order of the commits,
-   so whoever has seen revision N finds all that is new by asking for more than N.
+4. A row with a `revision` carries the number of the last write that changed it. Numbers grow in the order of the
+   commits, so whoever has seen revision N finds all that is new by asking for more than N.
 """
 
 from __future__ import annotations

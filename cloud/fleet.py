@@ -27,6 +27,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
+from cloud.catalog import unknown_model
 from cloud.conductor import Conductor
 from cloud.rollout import matches
 from cloud.roster import Device, Told
@@ -249,6 +250,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device or version.
         """
         del context
+        check_may_use(request.model)
         version = min(request.version, _MAX_NUMBER)  # no version is larger
         await self._conductor.pin(request.device_id, request.model, version, current_claims().subject)
         return fleet_pb2.PinResponse()
@@ -260,6 +262,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device.
         """
         del context
+        check_may_use(request.model)
         await self._conductor.pin(request.device_id, request.model, None, current_claims().subject)
         return fleet_pb2.UnpinResponse()
 
@@ -270,6 +273,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device, or it does not run the model.
         """
         del context
+        check_may_use(request.model)
         attempt = await self._conductor.retry(request.device_id, request.model, current_claims().subject)
         return fleet_pb2.RetryDeviceResponse(attempt=attempt)
 
@@ -348,6 +352,16 @@ def _checked_report(request: Any) -> Any:
     for name in ("reason", "detail", "variant", "rollout", "step"):
         setattr(report, name, _printable(getattr(request, name)))
     return report
+
+
+def check_may_use(model: str) -> None:
+    """Check that the caller's token is good for a model.
+
+    Raises:
+        NotFoundError: It is not; that looks as if there were no such model.
+    """
+    if not current_claims().may_use(model):
+        raise unknown_model(model)
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:

@@ -3,11 +3,12 @@
 A publish is done in this order, so that a crash or a refusal at any point leaves nothing half visible; what is there
 already is found and kept when the operator tries again:
 
-(1) the manifest is the one that was asked for, its model accepts the version, and the calibration record belongs to it;
+(1) the manifest is the one that was asked for, its model accepts the version, and the calibration record belongs to
+    it;
 (2) the signed metadata vouches for exactly this manifest;
 (3) all blobs are stored with the right lengths;
-(4) deltas from the last versions, and from those that devices run, are prepared, and each is applied once to see that it
-    gives the right bytes;
+(4) deltas from the last versions, and from those that devices run, are prepared, and each is applied once to see that
+    it gives the right bytes;
 (5) Triton has loaded the heavy model and answered the golden inputs in the declared form;
 (6) the signed metadata is committed: from here on devices can verify the version;
 (7) the database is told: from here on it exists. A release, and retiring what nobody needs any more, come after.
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 from safetensors import SafetensorError
@@ -35,9 +36,9 @@ from sqlalchemy import func, select
 from cloud import database as db
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog, unknown_model
-from cloud.conductor import SignedTerms, check_no_rollout, supersede
 from cloud.deltas import PreparedDelta, prepare_deltas
 from cloud.heavy import HeavyId, HeavyPool
+from cloud.records import SignedTerms, check_no_rollout, supersede
 from isthmus.bundle import CALIBRATION, GOLDEN, Manifest, Variant, parse_calibration, parse_manifest
 from isthmus.digests import sha256_bytes
 from isthmus.errors import BundleError, ConflictError, NotFoundError, TrustError
@@ -48,6 +49,16 @@ _GOLDEN_ROWS: Final = 4  # enough to see the form of an answer
 _INPUT: Final = "input."
 
 log = structlog.get_logger(__name__)
+
+
+class Fleet(Protocol):
+    """What publishing asks of the fleet."""
+
+    def versions_in_use(self, model: str) -> Mapping[int, int]:
+        """Return how many devices run each version of a model."""
+
+    def versions_told(self, model: str) -> Collection[int]:
+        """Return the versions of a model that devices are told beside the released one."""
 
 
 class Publisher:
@@ -63,7 +74,7 @@ class Publisher:
         heavy_versions: How many of a model's newest versions stay loaded beside the released one.
         delta_bases: From how many earlier versions deltas are prepared, whether devices run them or not.
         used_bases: From how many of the versions that devices run, those on most devices first.
-        in_use: Returns how many devices run each version of a model.
+        fleet: Knows which versions devices run and are told.
         clock: Returns Unix seconds.
     """
 
@@ -75,17 +86,17 @@ class Publisher:
         repository: CloudRepository,
         catalog: Catalog,
         pool: HeavyPool,
+        fleet: Fleet,
         *,
         heavy_versions: int = 3,
         delta_bases: int = 3,
         used_bases: int = 8,
-        in_use: Callable[[str], Mapping[int, int]] = lambda _model: {},
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database, self._blobs, self._deltas = database, blobs, deltas
         self._repository, self._catalog, self._pool = repository, catalog, pool
         self._heavy_versions, self._clock = heavy_versions, clock
-        self._delta_bases, self._used_bases, self._in_use = delta_bases, used_bases, in_use
+        self._delta_bases, self._used_bases, self._fleet = delta_bases, used_bases, fleet
         self._lock = asyncio.Lock()
 
     async def restore(self) -> None:
@@ -110,7 +121,7 @@ class Publisher:
             self._catalog.release(model, released)
 
     async def _load_wanted(self, model: str) -> None:
-        for heavy in sorted(self._catalog.wanted(model, self._heavy_versions)):
+        for heavy in sorted(self._catalog.wanted(model, self._heavy_versions, self._fleet.versions_told(model))):
             try:
                 await self._load_heavy(heavy, self.manifest(heavy.model, heavy.version))
             except (BundleError, TrustError, NotFoundError) as error:
@@ -189,7 +200,9 @@ class Publisher:
 
     async def _prepare_deltas(self, manifest: Manifest) -> list[PreparedDelta]:
         known = [version for version in self._catalog.versions(manifest.name) if version < manifest.version]
-        used = {version: count for version, count in self._in_use(manifest.name).items() if version in known}
+        used = {
+            version: count for version, count in self._fleet.versions_in_use(manifest.name).items() if version in known
+        }
         most_used = sorted(used, key=lambda version: (-used[version], -version))[: self._used_bases]
         bases = sorted({*(known[-self._delta_bases :] if self._delta_bases else ()), *most_used})
         old = [await asyncio.to_thread(self.manifest, manifest.name, base) for base in bases]
@@ -250,7 +263,7 @@ class Publisher:
         log.info("version released", model=model, version=version)
 
     async def _retire_unwanted(self, model: str) -> None:
-        wanted = self._catalog.wanted(model, self._heavy_versions)
+        wanted = self._catalog.wanted(model, self._heavy_versions, self._fleet.versions_told(model))
         for heavy in self._pool.loaded:
             if heavy.model == model and heavy not in wanted:
                 await self._pool.retire(heavy)

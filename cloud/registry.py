@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
-    """Signed metadata, content-addressed blobs, and deltas between them; `changed` hears of every publish and release."""
+    """Signed metadata, content-addressed blobs, and deltas between them; `changed` hears of each publish."""
 
     def __init__(
         self,

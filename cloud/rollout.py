@@ -1,11 +1,12 @@
 """Rollouts, as decisions: who is told a version, when the next stage begins, and when everybody goes back.
 
-Nothing here reads a clock, a database or a socket: the same plan, progress and devices always give the same decision, so
-a restarted cloud, or another replica, decides alike. Rules:
-1. A device's position in a rollout is a hash of both names. A stage is the devices up to a threshold; it is fixed when the
-   stage begins and never falls, so stage k's cohort contains stage k-1's and no device's fate depends on who else is there.
-2. The unit of evidence is the device: it fails when it refuses the version, takes it back, or its own figures break a limit.
-   A stage ends early when the number of failed devices cannot be chance, at its end when there are too many.
+Nothing here reads a clock, a database or a socket: the same plan, progress and devices always give the same decision,
+so a restarted cloud, or another replica, decides alike. Rules:
+1. A device's position in a rollout is a hash of both names. A stage is the devices up to a threshold; it is fixed
+   when the stage begins and never falls, so stage k's cohort contains stage k-1's and no device's fate depends on who
+   else is there.
+2. The unit of evidence is the device: it fails when it refuses the version, takes it back, or its own figures break a
+   limit. A stage ends early when the number of failed devices cannot be chance, at its end when there are too many.
 3. A rollout goes on when the online part of its stage is done; devices that are away hold nothing up for ever.
 4. After an abort nobody is told the version.
 """

@@ -6,8 +6,9 @@ import asyncio
 from typing import Any, Final
 
 from cloud import rollout as rules
-from cloud.conductor import Ask, Conductor
-from cloud.fleet import check_labels, event_message, timestamp
+from cloud.conductor import Conductor, unknown_rollout
+from cloud.fleet import check_labels, check_may_use, event_message, timestamp
+from cloud.records import Ask
 from cloud.roster import Layer
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.interceptors import current_claims
@@ -32,6 +33,7 @@ class RolloutService(fleet_pb2_grpc.RolloutServiceServicer):
             ConflictError: An open rollout of the model is for some of the same devices.
         """
         del context
+        check_may_use(request.model)
         ask = Ask(
             model=request.model,
             version=min(request.version, 2**53),
@@ -89,7 +91,15 @@ class RolloutService(fleet_pb2_grpc.RolloutServiceServicer):
         return fleet_pb2.AbortRolloutResponse(rollout=await self._change(request.id, rules.State.ABORTED, reason))
 
     async def _change(self, name: str, state: rules.State, reason: str = "") -> Any:
+        await self._find(name)
         return self._rollout(await self._conductor.change(name, state, reason, current_claims().subject))
+
+    async def _find(self, name: str) -> Layer:
+        await self._conductor.refresh()
+        layer = self._conductor.find(name)
+        if not current_claims().may_use(layer.plan.model):
+            raise unknown_rollout(name)
+        return layer
 
     async def GetRollout(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Tell how a rollout stands.
@@ -98,8 +108,7 @@ class RolloutService(fleet_pb2_grpc.RolloutServiceServicer):
             NotFoundError: There is none.
         """
         del context
-        await self._conductor.refresh()
-        layer = self._conductor.find(request.id)
+        layer = await self._find(request.id)
         events = await self._conductor.events(rollout=layer.plan.id, limit=_EVENTS)
         message = self._rollout(layer)
         takers = await self._conductor.takers(layer.plan.id)
@@ -113,8 +122,11 @@ class RolloutService(fleet_pb2_grpc.RolloutServiceServicer):
         """List rollouts, newest first."""
         del context
         await self._conductor.refresh()
+        claims = current_claims()
         layers = [
-            layer for layer in self._conductor.roster.rollouts.values() if request.model in ("", layer.plan.model)
+            layer
+            for layer in self._conductor.roster.rollouts.values()
+            if request.model in ("", layer.plan.model) and claims.may_use(layer.plan.model)
         ]
         layers.sort(key=lambda layer: layer.row.created_at, reverse=True)
         messages = []

@@ -103,7 +103,7 @@ class Roster:
         variants: Callable[[str, int], tuple[Variant, ...]],
         clock: Callable[[], float],
     ) -> None:
-        self._database, self._read_variants, self._clock = database, variants, clock
+        self._database, self.read_variants, self._clock = database, variants, clock
         self.revision = -1
         self.devices: dict[str, Device] = {}
         self.released: dict[str, int | None] = {}
@@ -141,7 +141,7 @@ class Roster:
         wanted |= {(row.model, row.pin) for row in changes.device_models if row.pin is not None}
         for model, version in wanted - set(self._variants):
             try:
-                changes.variants[model, version] = self._read_variants(model, version)
+                changes.variants[model, version] = self.read_variants(model, version)
             except IsthmusError as error:  # the device, which reads the manifest itself, decides
                 log.warning("variants are not known", model=model, version=version, reason=error.reason)
 
@@ -150,7 +150,7 @@ class Roster:
         self._variants[model, version] = variants
 
     def apply(self, changes: Changes) -> set[tuple[str, str]]:
-        """Take changes in; return the (device, model) pairs that may be told something else now, ("", model) for all."""
+        """Take changes in; return the (device, model) pairs that may be told other things, ("", model) for all."""
         concerned: set[tuple[str, str]] = set()
         self._variants |= changes.variants
         for model in changes.models:
@@ -191,7 +191,8 @@ class Roster:
                 device.facts = fleet_pb2.DeviceFacts.FromString(row.facts) if row.facts else None
                 concerned.update((row.id, model) for model in device.models)
         for entry in changes.device_models:
-            if (device := self.devices.get(entry.device_id)) is not None:
+            if entry.device_id in self.devices:
+                device = self.devices[entry.device_id]
                 known = device.models.setdefault(entry.model, OnDevice())
                 known.watched, known.pin, known.attempt = entry.watched, entry.pin, entry.attempt
                 known.failure = (
@@ -288,6 +289,11 @@ class Roster:
         """Return the version that a device said it serves; 0: none that is known."""
         entry = self.device(device_id).models.get(model)
         return 0 if entry is None or entry.heard is None else entry.heard.serving_version
+
+    def versions_told(self, model: str) -> set[int]:
+        """Return the versions of a model that rollouts and pins tell devices."""
+        pins = {entry.pin for device in self.devices.values() if (entry := device.models.get(model)) is not None}
+        return {layer.plan.version for layer in self._layers.get(model, ())} | {pin for pin in pins if pin is not None}
 
     def versions_in_use(self, model: str) -> dict[int, int]:
         """Return how many devices serve each version of a model."""

@@ -14,9 +14,11 @@ import grpc
 
 from benchmarks.devices import LightDevice, Script, all_good
 from cloud import database as db
-from cloud.conductor import Conductor, Releases, SignedTerms, supersede
+from cloud.conductor import Conductor, Releases
 from cloud.fleet import FleetService
+from cloud.records import SignedTerms, supersede
 from cloud.rollout_service import RolloutService
+from cloud.roster import Roster
 from isthmus.bundle import Variant
 from isthmus.status import StatusInterceptor
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
@@ -56,7 +58,6 @@ class Registry:
             return
 
         return Releases(
-            variants=lambda _model, version: self.variants.get(version, (ANY,)),
             terms=lambda _model, version: self.terms.get(version, SignedTerms(rollback_floor=1)),
             prepare=prepare,
             follow=follow,
@@ -181,7 +182,8 @@ async def fleet_on(
 ) -> AsyncIterator[Fleet]:
     """Serve a fleet on a database."""
     issuer, clock, registry = TokenIssuer.load(workspace.home), clock or Clock(), registry or Registry()
-    conductor = Conductor(database, registry.releases(), clock=clock, poll_s=0.05)
+    roster = Roster(database, lambda _model, version: registry.variants.get(version, (ANY,)), clock)
+    conductor = Conductor(database, roster, registry.releases(), clock=clock, poll_s=0.05)
     await conductor.refresh()
     server = grpc.aio.server(interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())))
     service = FleetService(database, conductor, issuer, IssuingCa.load(workspace.home), clock=clock)

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 
 _NOBODY: Final = 65534  # the server refuses to run as root
 _START_S: Final = 60.0
@@ -59,11 +60,11 @@ def postgresql_server(folder: Path) -> Iterator[PostgreSql]:
             if parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o001:
                 parent.chmod(parent.stat().st_mode | 0o011)
     log = (folder / "log").open("wb")
+    log_to: Any = {"stdout": log, "stderr": log}
     initdb = [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"]
-    subprocess.run([*map(str, initdb)], check=True, stdout=log, stderr=log, **user)
-    # Its own folder may lie too deep for a socket's path, which has 107 bytes at most.
+    subprocess.run([*map(str, initdb)], check=True, **log_to, **user)
     server = [binaries / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "max_connections=60"]
-    process = subprocess.Popen([*map(str, server)], stdout=log, stderr=log, **user)
+    process = subprocess.Popen([*map(str, server)], **log_to, **user)
     try:
         _wait(process, folder)
         yield PostgreSql(folder)
@@ -73,7 +74,7 @@ def postgresql_server(folder: Path) -> Iterator[PostgreSql]:
         log.close()
 
 
-def _unprivileged() -> dict[str, int | list[int]]:
+def _unprivileged() -> dict[str, Any]:
     return {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.getuid() == 0 else {}
 
 
@@ -83,7 +84,7 @@ def _wait(process: subprocess.Popen[bytes], folder: Path) -> None:
     while True:
         try:
             engine.connect().close()
-        except Exception:
+        except OperationalError:
             if process.poll() is not None or time.monotonic() > until:
                 raise
             time.sleep(0.02)

@@ -65,9 +65,9 @@ def test_a_bad_version_stops_in_its_first_stage_and_everybody_goes_back(
             await fill(fleet, 20, lambda device, version: Behaviour.GOOD)
             # One of the two devices of the first stage takes it, the others would roll it back.
             first = sorted(fleet.devices, key=lambda name: rules.position("triage-2-1", name))[:2]
-            for name, device in fleet.devices.items():
-                device.script = lambda _d, v, name=name: (
-                    Behaviour.ROLLED_BACK if v == 2 and name != first[0] else Behaviour.GOOD
+            for device in fleet.devices.values():
+                device.script = lambda name, version: (
+                    Behaviour.ROLLED_BACK if version == 2 and name != first[0] else Behaviour.GOOD
                 )
             await fleet.operator("rollout", "StartRollout", ask())
             aborted = await fleet.until_state(fleet_pb2.ROLLOUT_STATE_ABORTED)
