@@ -59,7 +59,7 @@ class Model(Base):
     __tablename__ = "models"
     name: Mapped[str] = mapped_column(primary_key=True)
     released: Mapped[int | None] = mapped_column(BigInteger)
-    revision: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    revision: Mapped[int] = mapped_column(BigInteger, default=0)
 
 
 class Ledger(Base):
@@ -90,8 +90,8 @@ class Device(Base):
     public_key_pem: Mapped[bytes]
     enrolled_at: Mapped[float]
     last_seen_at: Mapped[float]
-    facts: Mapped[bytes] = mapped_column(default=b"", server_default="")  # DeviceFacts, as the device sent them
-    revision: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0", index=True)
+    facts: Mapped[bytes] = mapped_column(default=b"")  # DeviceFacts, as the device sent them
+    revision: Mapped[int] = mapped_column(BigInteger, default=0, index=True)
 
 
 class DeviceModel(Base):
@@ -142,13 +142,13 @@ class Report(Base):
     bytes_fetched: Mapped[int] = mapped_column(BigInteger)
     variant: Mapped[str]
     reported_at: Mapped[float]
-    rollout: Mapped[str] = mapped_column(default="", server_default="")
-    attempt: Mapped[int] = mapped_column(default=0, server_default="0")
-    number: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
-    step: Mapped[str] = mapped_column(default="", server_default="")
-    evidence: Mapped[bytes] = mapped_column(default=b"", server_default="")  # Evidence, as the device sent it
-    serving_since: Mapped[float] = mapped_column(default=0.0, server_default="0")  # when it was first heard
-    revision: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0", index=True)
+    rollout: Mapped[str] = mapped_column(default="")
+    attempt: Mapped[int] = mapped_column(default=0)
+    number: Mapped[int] = mapped_column(BigInteger, default=0)
+    step: Mapped[str] = mapped_column(default="")
+    evidence: Mapped[bytes] = mapped_column(default=b"")  # Evidence, as the device sent it
+    serving_since: Mapped[float] = mapped_column(default=0.0)  # when it was first heard
+    revision: Mapped[int] = mapped_column(BigInteger, default=0, index=True)
 
 
 class Rollout(Base):
@@ -225,7 +225,8 @@ class Database:
         try:
             self._upgrade()
         except DatabaseError as error:
-            raise ConfigError(f"cannot open the database {self._engine.url}: {error.orig}") from error
+            reason = str(error.orig).strip().partition("\n")[0]
+            raise ConfigError(f"cannot open the database {self._engine.url}: {reason}") from error
 
     def _upgrade(self) -> None:
         """Bring the tables up to date, in one transaction and while no other cloud does."""

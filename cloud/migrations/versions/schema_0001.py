@@ -22,21 +22,21 @@ def upgrade() -> None:
         sa.Column("manifest_sha256", sa.String, nullable=False),
         sa.Column("heavy_digest", sa.String, nullable=False),
         sa.Column("heavy_version", sa.BigInteger, nullable=False),
-        sa.Column("published_at", sa.Float, nullable=False),
+        sa.Column("published_at", sa.Double, nullable=False),
     )
     op.create_table(
         "devices",
         sa.Column("id", sa.String, primary_key=True),
         sa.Column("public_key_pem", sa.LargeBinary, nullable=False),
-        sa.Column("enrolled_at", sa.Float, nullable=False),
-        sa.Column("last_seen_at", sa.Float, nullable=False),
+        sa.Column("enrolled_at", sa.Double, nullable=False),
+        sa.Column("last_seen_at", sa.Double, nullable=False),
     )
     op.create_table(
         "invites",
         sa.Column("code_sha256", sa.String, primary_key=True),
         sa.Column("device_id", sa.String, nullable=False),
-        sa.Column("expires_at", sa.Float, nullable=False),
-        sa.Column("used_at", sa.Float),
+        sa.Column("expires_at", sa.Double, nullable=False),
+        sa.Column("used_at", sa.Double),
     )
     op.create_table(
         "reports",
@@ -49,12 +49,12 @@ def upgrade() -> None:
         sa.Column("detail", sa.String, nullable=False),
         sa.Column("bytes_fetched", sa.BigInteger, nullable=False),
         sa.Column("variant", sa.String, nullable=False),
-        sa.Column("reported_at", sa.Float, nullable=False),
+        sa.Column("reported_at", sa.Double, nullable=False),
     )
     op.create_table(
         "assertions",
         sa.Column("device_id", sa.String, sa.ForeignKey("devices.id"), primary_key=True),
         sa.Column("jti", sa.String, primary_key=True),
-        sa.Column("expires_at", sa.Float, nullable=False),
+        sa.Column("expires_at", sa.Double, nullable=False),
     )
     op.execute("INSERT INTO schema (id, version) VALUES (1, 1)")

@@ -19,7 +19,7 @@ def upgrade() -> None:
     _add("devices", ("facts", sa.LargeBinary, ""), _REVISION)
     _add(
         "reports", ("rollout", sa.String, ""), ("attempt", sa.Integer, "0"), ("number", sa.BigInteger, "0"),
-        ("step", sa.String, ""), ("evidence", sa.LargeBinary, ""), ("serving_since", sa.Float, "0"), _REVISION,
+        ("step", sa.String, ""), ("evidence", sa.LargeBinary, ""), ("serving_since", sa.Double, "0"), _REVISION,
     )  # fmt: skip
     op.create_table(
         "ledger", sa.Column("id", sa.Integer, primary_key=True), sa.Column("revision", sa.BigInteger, nullable=False)
@@ -39,8 +39,12 @@ def upgrade() -> None:
 
 
 def _add(table: str, *columns: tuple[str, type[sa.types.TypeEngine[Any]], str]) -> None:
+    """Add columns with what they hold in the rows that are there."""
+    is_sqlite = op.get_bind().dialect.name == "sqlite"
     for name, kind, default in columns:
-        op.add_column(table, sa.Column(name, kind(), nullable=False, server_default=default))
+        # SQLite keeps '' as text, whatever the column's type, and the driver would not give it back as bytes.
+        value = sa.text("X''") if is_sqlite and kind is sa.LargeBinary else default
+        op.add_column(table, sa.Column(name, kind(), nullable=False, server_default=value))
 
 
 def _create_devices() -> None:
@@ -65,7 +69,7 @@ def _create_devices() -> None:
     op.create_table(
         "events",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
-        sa.Column("at", sa.Float, nullable=False, index=True),
+        sa.Column("at", sa.Double, nullable=False, index=True),
         sa.Column("kind", sa.String, nullable=False),
         sa.Column("device_id", sa.String, nullable=False, index=True),
         sa.Column("rollout", sa.String, nullable=False, index=True),
@@ -90,7 +94,7 @@ def _create_rollouts() -> None:
         sa.Column("stage", sa.Integer, nullable=False),
         sa.Column("reason", sa.String, nullable=False),
         sa.Column("detail", sa.String, nullable=False),
-        sa.Column("created_at", sa.Float, nullable=False),
+        sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("created_by", sa.String, nullable=False),
         sa.Column("revision", sa.BigInteger, nullable=False),
     )
@@ -98,9 +102,9 @@ def _create_rollouts() -> None:
         "rollout_stages",
         sa.Column("rollout", sa.String, sa.ForeignKey("rollouts.id"), primary_key=True),
         sa.Column("place", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("share", sa.Float, nullable=False),
+        sa.Column("share", sa.Double, nullable=False),
         sa.Column("count", sa.Integer, nullable=False),
         sa.Column("soak_s", sa.Integer, nullable=False),
         sa.Column("threshold", sa.BigInteger),
-        sa.Column("started_at", sa.Float),
+        sa.Column("started_at", sa.Double),
     )
