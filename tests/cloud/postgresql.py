@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ def postgresql_server(folder: Path) -> Iterator[PostgreSql]:
         _wait(process, folder)
         yield PostgreSql(folder)
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # SIGTERM would wait for clients to leave
         process.wait(30)
         log.close()
 
