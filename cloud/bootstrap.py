@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -26,13 +27,16 @@ from grpc_reflection.v1alpha import reflection
 
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
+from cloud.conductor import Conductor, Releases
 from cloud.config import CloudSettings
-from cloud.database import open_database
+from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway
 from cloud.heavy import HeavyPool
 from cloud.publish import Publisher
 from cloud.registry import RegistryService
+from cloud.rollout_service import RolloutService
+from cloud.roster import Roster
 from cloud.supervisor import TritonServer
 from cloud.triton import TritonClient, check_link
 from isthmus.address import check_free
@@ -50,7 +54,7 @@ _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens
 _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
-_SERVICES: Final = (SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService")
+_SERVICES: Final = (SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService", "isthmus.v1.RolloutService")
 
 log = structlog.get_logger(__name__)
 
@@ -81,7 +85,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         state = _open_state(settings.home, stack)
         issuer, authority = TokenIssuer.load(settings.home), IssuingCa.load(settings.home)
         repository = CloudRepository(settings.home)
-        database = open_database(state / "isthmus.db")
+        database = Database(settings.database) if settings.database else open_database(state / "isthmus.db")
         stack.callback(database.close)
         blobs, deltas, catalog = Blobs(str(state / "blobs")), Deltas(str(state / "deltas")), Catalog()
 
@@ -95,30 +99,40 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             count_stubs=triton.count_stubs if triton is not None else lambda: None,
         )
         stack.push_async_callback(pool.close)
+        roster = Roster(database, lambda model, version: publisher.variants(model, version), time.time)
         publisher = Publisher(
-            database, blobs, deltas, repository, catalog, pool,
-            heavy_versions=settings.heavy_versions, delta_bases=settings.delta_bases,
+            database, blobs, deltas, repository, catalog, pool, roster,
+            heavy_versions=settings.heavy_versions, delta_bases=settings.delta_bases, used_bases=settings.used_bases,
         )  # fmt: skip
+        conductor = Conductor(
+            database,
+            roster,
+            Releases(publisher.terms, publisher.prepare, publisher.follow),
+            poll_s=settings.rollout_poll_s,
+        )
         server, address = _server(settings, issuer)
         server.add_generic_rpc_handlers(
             [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
         )
-        fleet = FleetService(database, catalog, issuer, authority, token_ttl_s=settings.token_ttl_s)
+        fleet = FleetService(database, conductor, issuer, authority, token_ttl_s=settings.token_ttl_s)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryService(database, blobs, deltas, repository, catalog, publisher), server
+            RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.refresh), server
         )
+        fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
 
         ready_file = _ReadyFile(settings.ready_file, address, triton)
         ready_file.check()
         stack.callback(ready_file.remove)
         await _start_triton(triton, client, pool, ready_file)
         await publisher.restore()
+        await conductor.refresh()
+        await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
         await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
         await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
         servicer = await _listen(server, settings.drain_s, stack)
         await stack.enter_async_context(_background(_report_health(servicer, pool), name="health"))
-        stack.callback(catalog.close)
+        stack.callback(conductor.close)
         ready_file.write()
         log.info("cloud serves", address=address, models=catalog.models)
         return Cloud(address, pool, triton, stack.pop_all())

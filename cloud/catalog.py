@@ -6,8 +6,7 @@ loop and is never touched from another thread.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from cloud.heavy import HeavyId
@@ -25,8 +24,6 @@ class Catalog:
 
     def __init__(self) -> None:
         self._models: dict[str, _Entry] = {}
-        self._changed = asyncio.Event()
-        self._closed = False
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -38,15 +35,8 @@ class Catalog:
         self._models.setdefault(model, _Entry()).heavy[version] = heavy
 
     def release(self, model: str, version: int) -> None:
-        """Make a known version the one that devices should run, and tell the watchers."""
+        """Make a known version the one that is released."""
         self._models[model].released = version
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    def close(self) -> None:
-        """Send all watchers home: the process is about to stop."""
-        self._closed = True
-        self._changed.set()
 
     def released(self, model: str) -> int | None:
         """Return the version that devices should run, or None."""
@@ -61,11 +51,13 @@ class Catalog:
         """Return the heavy version that belongs to a known bundle version."""
         return self._models[model].heavy[version]
 
-    def wanted(self, model: str, newest: int) -> set[HeavyId]:
-        """Return the heavy versions that should be loaded: the released one's and those of the `newest` versions."""
+    def wanted(self, model: str, newest: int, also: Collection[int] = ()) -> set[HeavyId]:
+        """Return the heavy versions that should be loaded: those of the released, the `newest`, and `also` these."""
         entry = self._models[model]
-        keep = {entry.heavy[version] for version in sorted(entry.heavy)[-newest:]}
-        return keep if entry.released is None else keep | {entry.heavy[entry.released]}
+        keep = {*sorted(entry.heavy)[-newest:], *(version for version in also if version in entry.heavy)}
+        if entry.released is not None:
+            keep.add(entry.released)
+        return {entry.heavy[version] for version in keep}
 
     def resolve(self, model: str, version: str) -> tuple[int, HeavyId]:
         """Return the bundle version that a request means (none named: the released one) and its heavy version.
@@ -83,18 +75,6 @@ class Catalog:
             what = f"has no version {version[:20]!r}" if version else "has no released version"
             raise NotFoundError(f"model {model!r} {what}", reason="unknown-version")
         return number, entry.heavy[number]
-
-    async def watch(self, models: Collection[str]) -> AsyncGenerator[tuple[str, int], None]:
-        """Yield (model, version) for each released version now, and whenever one changes, until the catalog closes."""
-        told: dict[str, int] = {}
-        while not self._closed:
-            changed = self._changed  # taken before looking, so that no change falls in between
-            for model in models:
-                version = self.released(model)
-                if version is not None and told.get(model) != version:
-                    told[model] = version
-                    yield model, version
-            await changed.wait()
 
 
 def unknown_model(model: str) -> NotFoundError:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from typing import Any, Final, Self
 
 import grpc
 
+from cloud.fleet_rows import device_record, device_rows, moment
 from isthmus.address import split_address
 from isthmus.bundle import MANIFEST, Manifest, open_bundle
 from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError, UnavailableError
@@ -84,6 +84,7 @@ class CloudClient:
         self._cloud, self._timeout_s = address.cloud, timeout_s
         self._registry: Any = registry_pb2_grpc.RegistryServiceStub(self._channel)
         self._fleet: Any = fleet_pb2_grpc.FleetServiceStub(self._channel)
+        self._rollouts: Any = fleet_pb2_grpc.RolloutServiceStub(self._channel)
         self._inference: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -228,16 +229,64 @@ class CloudClient:
             )
         request = fleet_pb2.InviteRequest(device_id=device_id, ttl_s=ttl_s)
         answer = self._call(f"invite {device_id}", self._fleet.Invite, request)
-        return {"device": device_id, "code": answer.code, "expires_at": _moment(answer.expires_at)}
+        return {"device": device_id, "code": answer.code, "expires_at": moment(answer.expires_at)}
 
-    def list_devices(self) -> list[dict[str, Any]]:
-        """Return one row for each device and model that it reported on."""
-        answer = self._call("list devices", self._fleet.ListDevices, fleet_pb2.ListDevicesRequest())
-        return [
-            _device_row(device, report)
-            for device in answer.devices
-            for report in (device.reports or [fleet_pb2.ReportRequest()])
-        ]
+    def list_devices(self, selector: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+        """Return one row for each device with these labels and model that it runs or reported on."""
+        request = fleet_pb2.ListDevicesRequest(selector=selector)
+        answer = self._call("list devices", self._fleet.ListDevices, request)
+        return [row for device in answer.devices for row in device_rows(device)]
+
+    def device(self, device_id: str) -> dict[str, Any]:
+        """Return what is known of one device."""
+        request = fleet_pb2.GetDeviceRequest(device_id=device_id)
+        answer = self._call(f"show device {device_id}", self._fleet.GetDevice, request)
+        return device_record(answer.device, answer.events)
+
+    def set_labels(self, device_id: str, labels: Mapping[str, str], remove: Sequence[str] = ()) -> dict[str, str]:
+        """Set and remove labels of a device; return all that it has then."""
+        request = fleet_pb2.SetLabelsRequest(device_id=device_id, set=labels, remove=remove)
+        return dict(self._call(f"label device {device_id}", self._fleet.SetLabels, request).labels)
+
+    def pin(self, device_id: str, model: str, version: int) -> None:
+        """Hold a device at a version of a model."""
+        request = fleet_pb2.PinRequest(device_id=device_id, model=model, version=version)
+        self._call(f"pin device {device_id}", self._fleet.Pin, request)
+
+    def unpin(self, device_id: str, model: str) -> None:
+        """Let a device follow releases and rollouts of a model again."""
+        self._call(
+            f"unpin device {device_id}", self._fleet.Unpin, fleet_pb2.UnpinRequest(device_id=device_id, model=model)
+        )
+
+    def retry(self, device_id: str, model: str) -> int:
+        """Ask a device to try again what failed on it; return the number of the attempt."""
+        request = fleet_pb2.RetryDeviceRequest(device_id=device_id, model=model)
+        return int(self._call(f"have device {device_id} retry", self._fleet.RetryDevice, request).attempt)
+
+    def start_rollout(self, request: Any) -> Any:
+        """Start a rollout, or tell what it would do."""
+        return self._call(
+            f"roll out {request.model}@{request.version}", self._rollouts.StartRollout, request, PUBLISH_S
+        )
+
+    def change_rollout(self, change: str, name: str, reason: str = "") -> Any:
+        """Pause, resume or abort a rollout; return it."""
+        calls: dict[str, tuple[Any, Any]] = {
+            "pause": (self._rollouts.PauseRollout, fleet_pb2.PauseRolloutRequest(id=name)),
+            "resume": (self._rollouts.ResumeRollout, fleet_pb2.ResumeRolloutRequest(id=name)),
+            "abort": (self._rollouts.AbortRollout, fleet_pb2.AbortRolloutRequest(id=name, reason=reason)),
+        }
+        return self._call(f"{change} rollout {name}", *calls[change]).rollout
+
+    def rollout(self, name: str) -> Any:
+        """Return a rollout and its history."""
+        return self._call(f"show rollout {name}", self._rollouts.GetRollout, fleet_pb2.GetRolloutRequest(id=name))
+
+    def rollouts(self, model: str = "") -> list[Any]:
+        """Return all rollouts, newest first."""
+        request = fleet_pb2.ListRolloutsRequest(model=model)
+        return list(self._call("list rollouts", self._rollouts.ListRollouts, request).rollouts)
 
     def status(self) -> dict[str, Any]:
         """Return what the cloud runs: Triton's version and each loaded heavy model with its counters."""
@@ -281,21 +330,6 @@ def _upload_messages(path: Path, sha256: str, length: int, told: Progress) -> It
             told.sent(len(data))
 
 
-def _device_row(device: Any, report: Any) -> dict[str, Any]:
-    known = report.state in fleet_pb2.UpdateState.values()  # a newer cloud may know more
-    state = fleet_pb2.UpdateState.Name(report.state).removeprefix("UPDATE_STATE_").lower() if known else "?"
-    return {
-        "device": device.device_id,
-        "last_seen": _moment(device.last_seen_at),
-        "model": report.model or None,
-        "serving": report.serving_version or None,
-        "variant": report.variant or None,
-        "last_update": f"{report.version} {state}" if report.model else None,
-        "reason": report.reason or None,
-        "bytes_fetched": report.bytes_fetched if report.model else None,
-    }
-
-
 def _statistics_row(model: Any) -> dict[str, Any]:
     success = model.inference_stats.success
     return {
@@ -305,7 +339,3 @@ def _statistics_row(model: Any) -> dict[str, Any]:
         "executions": model.execution_count,
         "mean_ms": round(success.ns / success.count / 1e6, 3) if success.count else None,
     }
-
-
-def _moment(stamp: Any) -> str:
-    return datetime.fromtimestamp(stamp.seconds, UTC).isoformat()

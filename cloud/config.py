@@ -36,7 +36,18 @@ class CloudSettings(Settings):
     heavy_versions: int = Field(
         default=3, ge=1, le=16, description="Newest heavy models of each model that stay loaded"
     )
-    delta_bases: int = Field(default=3, ge=0, le=16, description="Earlier versions that deltas are prepared from")
+    delta_bases: int = Field(
+        default=3, ge=0, le=16, description="Newest earlier versions that deltas are prepared from"
+    )
+    used_bases: int = Field(
+        default=8, ge=0, le=64, description="Versions in use, by most devices first, that deltas are prepared from, too"
+    )
+    database: str = Field(
+        default="", description="Address of a PostgreSQL database; empty keeps an SQLite file in the workspace"
+    )
+    rollout_poll_s: float = Field(
+        default=1.0, gt=0, le=60, description="How often rollouts are decided on and other replicas are followed"
+    )
     ready_file: Path | None = Field(default=None, description="File that gets the address and process ids once serving")
 
     @field_validator("listen")

@@ -1,9 +1,9 @@
-"""`isthmus model` and `isthmus device`: what an operator does with a cloud."""
+"""`isthmus model` and `isthmus device`: what an operator does with models and devices of a cloud."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from cloud.client import CloudClient
 
 model_app = typer.Typer(no_args_is_help=True, help="Publish, release and list model versions.")
-device_app = typer.Typer(no_args_is_help=True, help="Invite and list devices.")
+device_app = typer.Typer(no_args_is_help=True, help="Invite, list, label, pin and retry devices.")
 
 CloudOption = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")]
 TrustOption = Annotated[Path | None, typer.Option(help="Folder with ca.pem.")]
 TokenOption = Annotated[Path | None, typer.Option(help="File with an operator's token.")]
+DeviceArgument = Annotated[str, typer.Argument(help="The device's name.")]
 ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with these settings.")]
 
 
@@ -99,7 +100,7 @@ def release(
     config: ConfigOption = None,
 ) -> None:
     """Make a published version the one that devices run. A device never goes back: it refuses an older one."""
-    model, number = _parse_version(version)
+    model, number = parse_version(version)
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
         before = [row["version"] for row in client.list_versions() if row["model"] == model and row["released"]]
         client.release(model, number)
@@ -145,18 +146,115 @@ def invite(
 
 @device_app.command("list")
 def list_devices(
+    selector: Annotated[str, typer.Option(help="Only devices with these labels: group=line-3,site=a.")] = "",
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the devices with what they last reported."""
+    """List the devices with what they are told and what they last reported."""
+    labels = parse_labels([selector] if selector else [])
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
-        show_table("devices", client.list_devices(), as_json=as_json)
+        show_table("devices", client.list_devices(labels), as_json=as_json)
 
 
-def _parse_version(text: str) -> tuple[str, int]:
+@device_app.command()
+def show(
+    device: DeviceArgument,
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what DEVICE is, what it is told, what it reported and what happened to it."""
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        record = client.device(device)
+    if as_json:
+        show_record("device", record, as_json=True)
+        return
+    models, history = record.pop("models"), record.pop("history")
+    record["labels"] = ", ".join(f"{key}={value}" for key, value in record["labels"].items()) or None
+    show_record("device", record)
+    for model in models:
+        show_record(f"model {model.pop('model')}", model)
+    show_table("history, newest first", history)
+
+
+@device_app.command()
+def label(
+    device: DeviceArgument,
+    labels: Annotated[list[str], typer.Argument(help="group=line-3 sets a label, group- removes it.")],
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set and remove labels of DEVICE; a rollout that is under way takes in, or lets go, who it is for then."""
+    remove = [text[:-1] for text in labels if text.endswith("-") and "=" not in text]
+    wanted = parse_labels([text for text in labels if "=" in text or not text.endswith("-")])
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        show_record(f"labels of {device}", client.set_labels(device, wanted, remove), as_json=as_json)
+
+
+@device_app.command()
+def pin(
+    device: DeviceArgument,
+    version: Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="triage@3; with --release just triage.")],
+    release: Annotated[bool, typer.Option("--release", help="Follow releases and rollouts again.")] = False,
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Hold DEVICE at one version of a model, whatever is released or rolled out."""
+    model, number = (version.partition("@")[0], 0) if release else parse_version(version)
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        if release:
+            client.unpin(device, model)
+        else:
+            client.pin(device, model, number)
+    note(f"{device} follows releases of {model}" if release else f"{device} is held at {model}@{number}")
+
+
+@device_app.command()
+def retry(
+    device: DeviceArgument,
+    model: Annotated[str, typer.Argument(help="For example triage.")],
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Have DEVICE try again the version of MODEL that failed on it."""
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        attempt = client.retry(device, model)
+    note(f"{device} tries {model} again (attempt {attempt})")
+
+
+def parse_labels(texts: Sequence[str]) -> dict[str, str]:
+    """Return the labels in texts such as "group=line-3,site=a".
+
+    Raises:
+        InputError: One has no name or no value, or comes twice.
+    """
+    labels: dict[str, str] = {}
+    for text in (part.strip() for whole in texts for part in whole.split(",")):
+        key, equals, value = text.partition("=")
+        if not equals or not key or not value or labels.get(key, value) != value:
+            raise InputError(f"expected labels such as group=line-3, each once, got {text!r}")
+        labels[key] = value
+    return labels
+
+
+def parse_version(text: str) -> tuple[str, int]:
+    """Return model and version in a text such as "triage@3".
+
+    Raises:
+        InputError: It names none.
+    """
     model, at, number = text.rpartition("@")
     if not at or not model or not number.isdecimal():
         raise InputError(

@@ -3,10 +3,12 @@
 A publish is done in this order, so that a crash or a refusal at any point leaves nothing half visible; what is there
 already is found and kept when the operator tries again:
 
-(1) the manifest is the one that was asked for, its model accepts the version, and the calibration record belongs to it;
+(1) the manifest is the one that was asked for, its model accepts the version, and the calibration record belongs to
+    it;
 (2) the signed metadata vouches for exactly this manifest;
 (3) all blobs are stored with the right lengths;
-(4) deltas from the last versions are prepared, and each is applied once to see that it gives the right bytes;
+(4) deltas from the last versions, and from those that devices run, are prepared, and each is applied once to see that
+    it gives the right bytes;
 (5) Triton has loaded the heavy model and answered the golden inputs in the declared form;
 (6) the signed metadata is committed: from here on devices can verify the version;
 (7) the database is told: from here on it exists. A release, and retiring what nobody needs any more, come after.
@@ -22,9 +24,9 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 from safetensors import SafetensorError
@@ -36,7 +38,8 @@ from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog, unknown_model
 from cloud.deltas import PreparedDelta, prepare_deltas
 from cloud.heavy import HeavyId, HeavyPool
-from isthmus.bundle import CALIBRATION, GOLDEN, Manifest, parse_calibration, parse_manifest
+from cloud.records import SignedTerms, check_no_rollout, supersede
+from isthmus.bundle import CALIBRATION, GOLDEN, Manifest, Variant, parse_calibration, parse_manifest
 from isthmus.digests import sha256_bytes
 from isthmus.errors import BundleError, ConflictError, NotFoundError, TrustError
 from isthmus.tensors import Array
@@ -46,6 +49,16 @@ _GOLDEN_ROWS: Final = 4  # enough to see the form of an answer
 _INPUT: Final = "input."
 
 log = structlog.get_logger(__name__)
+
+
+class Fleet(Protocol):
+    """What publishing asks of the fleet."""
+
+    def versions_in_use(self, model: str) -> Mapping[int, int]:
+        """Return how many devices run each version of a model."""
+
+    def versions_told(self, model: str) -> Collection[int]:
+        """Return the versions of a model that devices are told beside the released one."""
 
 
 class Publisher:
@@ -59,7 +72,9 @@ class Publisher:
         catalog: Follows the database.
         pool: Loads heavy models.
         heavy_versions: How many of a model's newest versions stay loaded beside the released one.
-        delta_bases: From how many earlier versions deltas are prepared.
+        delta_bases: From how many earlier versions deltas are prepared, whether devices run them or not.
+        used_bases: From how many of the versions that devices run, those on most devices first.
+        fleet: Knows which versions devices run and are told.
         clock: Returns Unix seconds.
     """
 
@@ -71,14 +86,17 @@ class Publisher:
         repository: CloudRepository,
         catalog: Catalog,
         pool: HeavyPool,
+        fleet: Fleet,
         *,
         heavy_versions: int = 3,
         delta_bases: int = 3,
+        used_bases: int = 8,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database, self._blobs, self._deltas = database, blobs, deltas
         self._repository, self._catalog, self._pool = repository, catalog, pool
-        self._heavy_versions, self._delta_bases, self._clock = heavy_versions, delta_bases, clock
+        self._heavy_versions, self._clock = heavy_versions, clock
+        self._delta_bases, self._used_bases, self._fleet = delta_bases, used_bases, fleet
         self._lock = asyncio.Lock()
 
     async def restore(self) -> None:
@@ -87,21 +105,27 @@ class Publisher:
         A heavy model that does not load any more is logged: the others must serve.
         """
         with self._database.read() as session:
-            versions = session.scalars(select(db.Version)).all()
-            released = {model.name: model.released for model in session.scalars(select(db.Model))}
+            models = session.scalars(select(db.Model.name)).all()
+        for model in models:
+            self._read_versions(model)
+            await self._load_wanted(model)
+        await self._pool.sweep()
+
+    def _read_versions(self, model: str) -> None:
+        with self._database.read() as session:
+            versions = session.scalars(select(db.Version).where(db.Version.model == model)).all()
+            released = session.get_one(db.Model, model).released
         for row in versions:
             self._catalog.publish(row.model, row.version, HeavyId(row.model, row.heavy_version))
-        manifests = {(row.model, row.version): row.manifest_sha256 for row in versions}
-        for model, version in released.items():
-            if version is not None:
-                self._catalog.release(model, version)
-            for heavy in sorted(self._catalog.wanted(model, self._heavy_versions)):
-                try:
-                    manifest = parse_manifest(self._blobs.read_all(manifests[heavy.model, heavy.version]))
-                    await self._load_heavy(heavy, manifest)
-                except (BundleError, TrustError, NotFoundError) as error:
-                    log.exception("heavy model cannot be served", heavy=heavy.name, reason=error.reason)
-        await self._pool.sweep()
+        if released is not None:
+            self._catalog.release(model, released)
+
+    async def _load_wanted(self, model: str) -> None:
+        for heavy in sorted(self._catalog.wanted(model, self._heavy_versions, self._fleet.versions_told(model))):
+            try:
+                await self._load_heavy(heavy, self.manifest(heavy.model, heavy.version))
+            except (BundleError, TrustError, NotFoundError) as error:
+                log.exception("heavy model cannot be served", heavy=heavy.name, reason=error.reason)
 
     async def publish(
         self, model: str, version: int, manifest_json: bytes, targets_json: bytes, *, release: bool
@@ -119,9 +143,9 @@ class Publisher:
             manifest = await asyncio.to_thread(
                 self._check, model, version, manifest_json, targets_json
             )  # (1), (2), (3)
-            bases = self._catalog.versions(model)[-self._delta_bases :] if self._delta_bases else []
-            old = [await asyncio.to_thread(self.manifest, model, base) for base in bases]
-            deltas = await prepare_deltas(self._blobs, self._deltas, manifest, old)  # (4)
+            if release:
+                await asyncio.to_thread(self._check_release, model)
+            deltas = await self._prepare_deltas(manifest)  # (4)
             heavy = await asyncio.to_thread(self._heavy_id, manifest)
             fresh = heavy not in self._pool.loaded
             try:
@@ -156,10 +180,54 @@ class Publisher:
                     f"model {model!r} has no version {version}; it has {', '.join(map(str, known[-5:]))}",
                     reason="unknown-version",
                 )
+            await asyncio.to_thread(self._check_release, model)
             heavy = self._catalog.heavy(model, version)
             await self._load_heavy(heavy, await asyncio.to_thread(self.manifest, model, heavy.version))
             await _uninterrupted(self._release(model, version))
             await self._retire_unwanted(model)
+
+    async def prepare(self, model: str, version: int) -> None:
+        """Make ready what a rollout of a version needs: its heavy model, and deltas from what devices run now.
+
+        Raises:
+            NotFoundError: There is no such version.
+            UnavailableError: Its heavy model cannot be loaded now.
+        """
+        async with self._lock:
+            heavy = self._catalog.heavy(model, version)
+            await self._load_heavy(heavy, await asyncio.to_thread(self.manifest, model, heavy.version))
+            await self._prepare_deltas(await asyncio.to_thread(self.manifest, model, version))
+
+    async def _prepare_deltas(self, manifest: Manifest) -> list[PreparedDelta]:
+        known = [version for version in self._catalog.versions(manifest.name) if version < manifest.version]
+        used = {
+            version: count for version, count in self._fleet.versions_in_use(manifest.name).items() if version in known
+        }
+        most_used = sorted(used, key=lambda version: (-used[version], -version))[: self._used_bases]
+        bases = sorted({*(known[-self._delta_bases :] if self._delta_bases else ()), *most_used})
+        old = [await asyncio.to_thread(self.manifest, manifest.name, base) for base in bases]
+        return await prepare_deltas(self._blobs, self._deltas, manifest, old)
+
+    async def follow(self, models: Collection[str]) -> None:
+        """Take over what the database says of these models: a rollout or another replica released or published."""
+        async with self._lock:
+            for model in models:
+                await asyncio.to_thread(self._read_versions, model)
+                await self._load_wanted(model)
+
+    def terms(self, model: str, version: int) -> SignedTerms:
+        """Return what the signed metadata say of a version beside its digest; nothing where they do not list it."""
+        targets = json.loads(self._repository.targets_json())["signed"]["targets"]
+        custom = targets.get(f"{model}/{version}/manifest.json", {}).get("custom") or {}
+        return SignedTerms(int(custom.get("rollback_floor", 0)), str(custom.get("withdrawn", "")))
+
+    def variants(self, model: str, version: int) -> tuple[Variant, ...]:
+        """Return the variants of a published version.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        return self.manifest(model, version).variants
 
     def manifest(self, model: str, version: int) -> Manifest:
         """Return the manifest of a published version.
@@ -195,7 +263,7 @@ class Publisher:
         log.info("version released", model=model, version=version)
 
     async def _retire_unwanted(self, model: str) -> None:
-        wanted = self._catalog.wanted(model, self._heavy_versions)
+        wanted = self._catalog.wanted(model, self._heavy_versions, self._fleet.versions_told(model))
         for heavy in self._pool.loaded:
             if heavy.model == model and heavy not in wanted:
                 await self._pool.retire(heavy)
@@ -264,6 +332,7 @@ class Publisher:
             if session.get(db.Model, manifest.name) is None:
                 session.add(db.Model(name=manifest.name))
                 session.flush()
+            session.get_one(db.Model, manifest.name).revision = db.next_revision(session)
             session.add(
                 db.Version(
                     model=manifest.name,
@@ -277,7 +346,15 @@ class Publisher:
 
     def _record_release(self, model: str, version: int) -> None:
         with self._database.write() as session:
-            session.get_one(db.Model, model).released = version
+            revision = db.next_revision(session)
+            supersede(session, model, revision)
+            row = session.get_one(db.Model, model)
+            row.released, row.revision = version, revision
+
+    def _check_release(self, model: str) -> None:
+        """Refuse early what _record_release would refuse after the work: an open rollout of the model."""
+        with self._database.read() as session:
+            check_no_rollout(session, model)
 
 
 async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:

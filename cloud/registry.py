@@ -7,7 +7,7 @@ process, because signed metadata vouches for every byte of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any, Final, TypeVar
 
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
-    """Signed metadata, content-addressed blobs, and deltas between them."""
+    """Signed metadata, content-addressed blobs, and deltas between them; `changed` hears of each publish."""
 
     def __init__(
         self,
@@ -39,9 +39,12 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         repository: CloudRepository,
         catalog: Catalog,
         publisher: Publisher,
+        *,
+        changed: Callable[[], Awaitable[None]],
     ) -> None:
         self._database, self._blobs, self._deltas = database, blobs, deltas
         self._repository, self._catalog, self._publisher = repository, catalog, publisher
+        self._changed = changed
 
     async def FetchMetadata(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Stream one metadata file.
@@ -121,6 +124,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         heavy_version, deltas = await self._publisher.publish(
             request.model, request.version, request.manifest_json, request.targets_json, release=request.release
         )
+        await self._changed()
         prepared = [
             registry_pb2.PreparedDelta(
                 path=row.path, from_version=row.from_version, delta_bytes=row.delta_bytes, full_bytes=row.full_bytes
@@ -140,6 +144,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         if not current_claims().may_use(request.model):
             raise unknown_model(request.model)
         await self._publisher.release(request.model, request.version)
+        await self._changed()
         return registry_pb2.ReleaseResponse()
 
     async def ListVersions(self, request: Any, context: Any) -> Any:  # noqa: N802

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
+
+from cloud import database as db
+from tests.cloud.postgresql import PostgreSql, postgresql_server
 
 CONFIG: Final = """
 backend: "python"
@@ -55,3 +58,22 @@ async def eventually(condition: Callable[[], Awaitable[bool]], what: str, *, wit
                 await asyncio.sleep(0.02)
     except TimeoutError:
         pytest.fail(f"not within {within_s} s: {what}")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[db.Database]:
+    """A database of each kind that the cloud may run on."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path / 'isthmus.db'}"
+    else:
+        url = request.getfixturevalue("postgresql").new_database()
+    opened = db.Database(url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSql]:
+    """A real PostgreSQL server, for as long as the tests run."""
+    with postgresql_server(tmp_path_factory.mktemp("postgresql")) as server:
+        yield server

@@ -1,8 +1,6 @@
-"""The catalog resolves versions and tells watchers of every release."""
+"""The catalog resolves versions and knows which heavy models are wanted."""
 
 from __future__ import annotations
-
-import asyncio
 
 import pytest
 
@@ -35,20 +33,5 @@ def test_wants_the_newest_and_the_released_heavy_versions() -> None:
     assert catalog.wanted("triage", 2) == {HeavyId("triage", 3), HeavyId("triage", 4)}
     catalog.release("triage", 1)
     assert catalog.wanted("triage", 1) == {HeavyId("triage", 1), HeavyId("triage", 4)}
-
-
-def test_watchers_hear_the_state_at_once_and_then_every_change() -> None:
-    async def story() -> list[tuple[str, int]]:
-        catalog = filled()
-        catalog.release("triage", 1)
-        watching = catalog.watch(["unknown", "triage"])
-        heard = [await anext(watching)]
-        for version in (2, 3):
-            catalog.release("triage", version)
-            heard.append(await anext(watching))
-        catalog.release("triage", 3)
-        catalog.close()
-        heard += [change async for change in watching]
-        return heard
-
-    assert asyncio.run(story()) == [("triage", 1), ("triage", 2), ("triage", 3)]
+    # What devices are told, too; a version that is not known is nobody's.
+    assert catalog.wanted("triage", 1, {3, 99}) == {HeavyId("triage", number) for number in (1, 3, 4)}

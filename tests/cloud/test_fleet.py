@@ -15,75 +15,50 @@ import grpc
 import pytest
 from cryptography import x509
 
-from cloud.catalog import Catalog
 from cloud.database import open_database
-from cloud.fleet import FleetService
-from cloud.heavy import HeavyId
-from isthmus.status import REASON_KEY, StatusInterceptor
-from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
-from security.enrolment import IssuingCa, make_csr, new_device_key
-from security.interceptors import AuthInterceptor
-from security.tls import channel_credentials, server_credentials
-from security.tokens import TokenIssuer, make_assertion
-from tests.cloud.workspaces import Workspace, make_workspace
+from isthmus.status import REASON_KEY
+from isthmus.v1 import fleet_pb2
+from security.enrolment import make_csr, new_device_key
+from security.tokens import make_assertion
+from tests.cloud.fleets import Clock, Fleet, fleet_on
+from tests.cloud.workspaces import make_workspace
 
 BROKEN_SUBJECT = rb'{"sub": "\ud800"}'  # JSON that no database takes
 
 
-class Clock:
-    """A clock that moves when it is told to."""
-
-    def __init__(self) -> None:
-        self.offset_s = 0.0
-
-    def __call__(self) -> float:
-        return datetime.now(UTC).timestamp() + self.offset_s
-
-
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A fleet service behind the real interceptors."""
+    """A fleet service behind the real interceptors, and the loop that it lives in."""
 
     runner: asyncio.Runner
-    workspace: Workspace
-    address: str
-    catalog: Catalog
-    clock: Clock
-    folder: Path
+    fleet: Fleet
+
+    @property
+    def folder(self) -> Path:
+        return self.fleet.folder
+
+    @property
+    def clock(self) -> Clock:
+        return self.fleet.clock
 
     @asynccontextmanager
     async def stub(self) -> AsyncIterator[Any]:
-        trust = channel_credentials(self.workspace.trust / "ca.pem")
-        async with grpc.aio.secure_channel(self.address, trust) as channel:
-            yield fleet_pb2_grpc.FleetServiceStub(channel)
+        async with self.fleet.stubs() as (fleet, _):
+            yield fleet
 
     def bearer(
         self, role: str, subject: str = "somebody", models: tuple[str, ...] = ("*",)
     ) -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {self.workspace.token(role, subject, models)}"),)
+        return self.fleet.bearer(role, subject, models)
 
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
-    workspace, clock = make_workspace(tmp_path / "workspace"), Clock()
-    issuer = TokenIssuer.load(workspace.home)
-    database = open_database(tmp_path / "isthmus.db")
+    workspace, database = make_workspace(tmp_path / "workspace"), open_database(tmp_path / "isthmus.db")
     with asyncio.Runner() as runner:
-
-        async def start() -> tuple[grpc.aio.Server, int, Catalog]:
-            catalog = Catalog()
-            authority = IssuingCa.load(workspace.home)
-            server = grpc.aio.server(interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())))
-            service = FleetService(database, catalog, issuer, authority, clock=clock)
-            fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
-            credentials = server_credentials(workspace.home / "server.key", workspace.home / "server.pem")
-            port = server.add_secure_port("127.0.0.1:0", credentials)
-            await server.start()
-            return server, port, catalog
-
-        server, port, catalog = runner.run(start())
-        yield Stage(runner, workspace, f"127.0.0.1:{port}", catalog, clock, tmp_path)
-        runner.run(server.stop(0))
+        serving = fleet_on(database, workspace, tmp_path)
+        yield Stage(runner, runner.run(serving.__aenter__()))
+        runner.run(serving.__aexit__(None, None, None))
     database.close()
 
 
@@ -258,18 +233,16 @@ def test_enrolling_again_replaces_the_key(stage: Stage) -> None:
 
 def test_watch_tells_the_state_and_every_change_and_ends_with_the_token(stage: Stage) -> None:
     async def story() -> list[tuple[str, int]]:
-        for version in (1, 2):
-            stage.catalog.publish("triage", version, HeavyId("triage", version))
-        stage.catalog.release("triage", 1)
+        await stage.fleet.publish(1, release=True)
         async with stage.stub() as fleet:
             request = fleet_pb2.WatchRequest(models=["triage", "unknown"])
             call = fleet.Watch(request, metadata=stage.bearer("device", "camera-1"), timeout=20)
             messages = aiter(call)
             heard = [await anext(messages)]
-            stage.catalog.release("triage", 2)
+            await stage.fleet.publish(2, release=True)
             heard.append(await anext(messages))
             stage.clock.offset_s += 3600  # the token has expired; the next change ends the stream
-            stage.catalog.release("triage", 1)
+            await stage.fleet.publish(3, release=True)
             heard += [message async for message in messages]
             return [(message.model, message.version) for message in heard]
 
@@ -279,8 +252,7 @@ def test_watch_tells_the_state_and_every_change_and_ends_with_the_token(stage: S
 
 def test_reports_are_kept_under_the_devices_own_name(stage: Stage) -> None:
     async def story() -> None:
-        stage.catalog.publish("triage", 3, HeavyId("triage", 3))
-        stage.catalog.release("triage", 3)
+        await stage.fleet.publish(3, release=True)
         async with stage.stub() as fleet:
             await enrol(stage, fleet)
             report = fleet_pb2.ReportRequest(

@@ -65,6 +65,31 @@ class FleetServiceStub(object):
                 request_serializer=isthmus_dot_v1_dot_fleet__pb2.ListDevicesRequest.SerializeToString,
                 response_deserializer=isthmus_dot_v1_dot_fleet__pb2.ListDevicesResponse.FromString,
                 _registered_method=True)
+        self.GetDevice = channel.unary_unary(
+                '/isthmus.v1.FleetService/GetDevice',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.GetDeviceRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.GetDeviceResponse.FromString,
+                _registered_method=True)
+        self.SetLabels = channel.unary_unary(
+                '/isthmus.v1.FleetService/SetLabels',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.SetLabelsRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.SetLabelsResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/isthmus.v1.FleetService/Pin',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.PinRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/isthmus.v1.FleetService/Unpin',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.RetryDevice = channel.unary_unary(
+                '/isthmus.v1.FleetService/RetryDevice',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.RetryDeviceRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.RetryDeviceResponse.FromString,
+                _registered_method=True)
         self.WhoAmI = channel.unary_unary(
                 '/isthmus.v1.FleetService/WhoAmI',
                 request_serializer=isthmus_dot_v1_dot_fleet__pb2.WhoAmIRequest.SerializeToString,
@@ -118,6 +143,41 @@ class FleetServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDevice(self, request, context):
+        """Tells what is known of one device, its history included. Scope: fleet:admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLabels(self, request, context):
+        """Sets and removes labels of a device; rollouts choose devices by them. Scope: fleet:admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Holds a device at one version of a model, whatever is released or rolled out. Scope: fleet:admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Lets a device follow releases and rollouts again. Scope: fleet:admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryDevice(self, request, context):
+        """Asks a device to try again a version that failed on it. Scope: fleet:admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WhoAmI(self, request, context):
         """Tells the caller how the connection and the caller are seen from here. Scope: any valid token.
         """
@@ -157,6 +217,31 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.ListDevices,
                     request_deserializer=isthmus_dot_v1_dot_fleet__pb2.ListDevicesRequest.FromString,
                     response_serializer=isthmus_dot_v1_dot_fleet__pb2.ListDevicesResponse.SerializeToString,
+            ),
+            'GetDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDevice,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.GetDeviceRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.GetDeviceResponse.SerializeToString,
+            ),
+            'SetLabels': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLabels,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.SetLabelsRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.SetLabelsResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.PinRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.UnpinRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.UnpinResponse.SerializeToString,
+            ),
+            'RetryDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryDevice,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.RetryDeviceRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.RetryDeviceResponse.SerializeToString,
             ),
             'WhoAmI': grpc.unary_unary_rpc_method_handler(
                     servicer.WhoAmI,
@@ -338,6 +423,141 @@ class FleetService(object):
             _registered_method=True)
 
     @staticmethod
+    def GetDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.FleetService/GetDevice',
+            isthmus_dot_v1_dot_fleet__pb2.GetDeviceRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.GetDeviceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLabels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.FleetService/SetLabels',
+            isthmus_dot_v1_dot_fleet__pb2.SetLabelsRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.SetLabelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.FleetService/Pin',
+            isthmus_dot_v1_dot_fleet__pb2.PinRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.FleetService/Unpin',
+            isthmus_dot_v1_dot_fleet__pb2.UnpinRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.FleetService/RetryDevice',
+            isthmus_dot_v1_dot_fleet__pb2.RetryDeviceRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.RetryDeviceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def WhoAmI(request,
             target,
             options=(),
@@ -354,6 +574,302 @@ class FleetService(object):
             '/isthmus.v1.FleetService/WhoAmI',
             isthmus_dot_v1_dot_fleet__pb2.WhoAmIRequest.SerializeToString,
             isthmus_dot_v1_dot_fleet__pb2.WhoAmIResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class RolloutServiceStub(object):
+    """Staged activation of versions. Every method asks for the scope fleet:admin.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.StartRollout = channel.unary_unary(
+                '/isthmus.v1.RolloutService/StartRollout',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.StartRolloutRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.StartRolloutResponse.FromString,
+                _registered_method=True)
+        self.PauseRollout = channel.unary_unary(
+                '/isthmus.v1.RolloutService/PauseRollout',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.PauseRolloutRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.PauseRolloutResponse.FromString,
+                _registered_method=True)
+        self.ResumeRollout = channel.unary_unary(
+                '/isthmus.v1.RolloutService/ResumeRollout',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.ResumeRolloutRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.ResumeRolloutResponse.FromString,
+                _registered_method=True)
+        self.AbortRollout = channel.unary_unary(
+                '/isthmus.v1.RolloutService/AbortRollout',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.AbortRolloutRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.AbortRolloutResponse.FromString,
+                _registered_method=True)
+        self.GetRollout = channel.unary_unary(
+                '/isthmus.v1.RolloutService/GetRollout',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.GetRolloutRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.GetRolloutResponse.FromString,
+                _registered_method=True)
+        self.ListRollouts = channel.unary_unary(
+                '/isthmus.v1.RolloutService/ListRollouts',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.ListRolloutsRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.ListRolloutsResponse.FromString,
+                _registered_method=True)
+
+
+class RolloutServiceServicer(object):
+    """Staged activation of versions. Every method asks for the scope fleet:admin.
+    """
+
+    def StartRollout(self, request, context):
+        """Starts a rollout, or tells what it would do.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseRollout(self, request, context):
+        """Tells no further device until it is resumed; devices that took the version keep it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeRollout(self, request, context):
+        """Goes on with a paused rollout.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbortRollout(self, request, context):
+        """Ends a rollout and sends every device that took the version back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRollout(self, request, context):
+        """Tells how a rollout stands.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRollouts(self, request, context):
+        """Lists rollouts, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RolloutServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'StartRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartRollout,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.StartRolloutRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.StartRolloutResponse.SerializeToString,
+            ),
+            'PauseRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseRollout,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.PauseRolloutRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.PauseRolloutResponse.SerializeToString,
+            ),
+            'ResumeRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeRollout,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.ResumeRolloutRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.ResumeRolloutResponse.SerializeToString,
+            ),
+            'AbortRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortRollout,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.AbortRolloutRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.AbortRolloutResponse.SerializeToString,
+            ),
+            'GetRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRollout,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.GetRolloutRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.GetRolloutResponse.SerializeToString,
+            ),
+            'ListRollouts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRollouts,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.ListRolloutsRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.ListRolloutsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'isthmus.v1.RolloutService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('isthmus.v1.RolloutService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class RolloutService(object):
+    """Staged activation of versions. Every method asks for the scope fleet:admin.
+    """
+
+    @staticmethod
+    def StartRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.RolloutService/StartRollout',
+            isthmus_dot_v1_dot_fleet__pb2.StartRolloutRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.StartRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.RolloutService/PauseRollout',
+            isthmus_dot_v1_dot_fleet__pb2.PauseRolloutRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.PauseRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.RolloutService/ResumeRollout',
+            isthmus_dot_v1_dot_fleet__pb2.ResumeRolloutRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.ResumeRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.RolloutService/AbortRollout',
+            isthmus_dot_v1_dot_fleet__pb2.AbortRolloutRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.AbortRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.RolloutService/GetRollout',
+            isthmus_dot_v1_dot_fleet__pb2.GetRolloutRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.GetRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRollouts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.RolloutService/ListRollouts',
+            isthmus_dot_v1_dot_fleet__pb2.ListRolloutsRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.ListRolloutsResponse.FromString,
             options,
             channel_credentials,
             insecure,

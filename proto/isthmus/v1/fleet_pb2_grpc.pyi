@@ -45,6 +45,16 @@ class FleetServiceStub:
     """Reports what the device runs and what became of an update. Scope: device."""
     ListDevices: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListDevicesRequest, _fleet_pb2.ListDevicesResponse]
     """Lists the devices with what they last reported. Scope: fleet:admin."""
+    GetDevice: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.GetDeviceRequest, _fleet_pb2.GetDeviceResponse]
+    """Tells what is known of one device, its history included. Scope: fleet:admin."""
+    SetLabels: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.SetLabelsRequest, _fleet_pb2.SetLabelsResponse]
+    """Sets and removes labels of a device; rollouts choose devices by them. Scope: fleet:admin."""
+    Pin: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.PinRequest, _fleet_pb2.PinResponse]
+    """Holds a device at one version of a model, whatever is released or rolled out. Scope: fleet:admin."""
+    Unpin: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.UnpinRequest, _fleet_pb2.UnpinResponse]
+    """Lets a device follow releases and rollouts again. Scope: fleet:admin."""
+    RetryDevice: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.RetryDeviceRequest, _fleet_pb2.RetryDeviceResponse]
+    """Asks a device to try again a version that failed on it. Scope: fleet:admin."""
     WhoAmI: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.WhoAmIRequest, _fleet_pb2.WhoAmIResponse]
     """Tells the caller how the connection and the caller are seen from here. Scope: any valid token."""
 
@@ -65,6 +75,16 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """Reports what the device runs and what became of an update. Scope: device."""
     ListDevices: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListDevicesRequest, _fleet_pb2.ListDevicesResponse]  # type: ignore[assignment]
     """Lists the devices with what they last reported. Scope: fleet:admin."""
+    GetDevice: _aio.UnaryUnaryMultiCallable[_fleet_pb2.GetDeviceRequest, _fleet_pb2.GetDeviceResponse]  # type: ignore[assignment]
+    """Tells what is known of one device, its history included. Scope: fleet:admin."""
+    SetLabels: _aio.UnaryUnaryMultiCallable[_fleet_pb2.SetLabelsRequest, _fleet_pb2.SetLabelsResponse]  # type: ignore[assignment]
+    """Sets and removes labels of a device; rollouts choose devices by them. Scope: fleet:admin."""
+    Pin: _aio.UnaryUnaryMultiCallable[_fleet_pb2.PinRequest, _fleet_pb2.PinResponse]  # type: ignore[assignment]
+    """Holds a device at one version of a model, whatever is released or rolled out. Scope: fleet:admin."""
+    Unpin: _aio.UnaryUnaryMultiCallable[_fleet_pb2.UnpinRequest, _fleet_pb2.UnpinResponse]  # type: ignore[assignment]
+    """Lets a device follow releases and rollouts again. Scope: fleet:admin."""
+    RetryDevice: _aio.UnaryUnaryMultiCallable[_fleet_pb2.RetryDeviceRequest, _fleet_pb2.RetryDeviceResponse]  # type: ignore[assignment]
+    """Asks a device to try again a version that failed on it. Scope: fleet:admin."""
     WhoAmI: _aio.UnaryUnaryMultiCallable[_fleet_pb2.WhoAmIRequest, _fleet_pb2.WhoAmIResponse]  # type: ignore[assignment]
     """Tells the caller how the connection and the caller are seen from here. Scope: any valid token."""
 
@@ -120,6 +140,46 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the devices with what they last reported. Scope: fleet:admin."""
 
     @_abc_1.abstractmethod
+    def GetDevice(
+        self,
+        request: _fleet_pb2.GetDeviceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.GetDeviceResponse, _abc.Awaitable[_fleet_pb2.GetDeviceResponse]]:
+        """Tells what is known of one device, its history included. Scope: fleet:admin."""
+
+    @_abc_1.abstractmethod
+    def SetLabels(
+        self,
+        request: _fleet_pb2.SetLabelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.SetLabelsResponse, _abc.Awaitable[_fleet_pb2.SetLabelsResponse]]:
+        """Sets and removes labels of a device; rollouts choose devices by them. Scope: fleet:admin."""
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _fleet_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.PinResponse, _abc.Awaitable[_fleet_pb2.PinResponse]]:
+        """Holds a device at one version of a model, whatever is released or rolled out. Scope: fleet:admin."""
+
+    @_abc_1.abstractmethod
+    def Unpin(
+        self,
+        request: _fleet_pb2.UnpinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.UnpinResponse, _abc.Awaitable[_fleet_pb2.UnpinResponse]]:
+        """Lets a device follow releases and rollouts again. Scope: fleet:admin."""
+
+    @_abc_1.abstractmethod
+    def RetryDevice(
+        self,
+        request: _fleet_pb2.RetryDeviceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.RetryDeviceResponse, _abc.Awaitable[_fleet_pb2.RetryDeviceResponse]]:
+        """Asks a device to try again a version that failed on it. Scope: fleet:admin."""
+
+    @_abc_1.abstractmethod
     def WhoAmI(
         self,
         request: _fleet_pb2.WhoAmIRequest,
@@ -128,3 +188,94 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         """Tells the caller how the connection and the caller are seen from here. Scope: any valid token."""
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class RolloutServiceStub:
+    """Staged activation of versions. Every method asks for the scope fleet:admin."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> RolloutServiceAsyncStub: ...
+    StartRollout: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.StartRolloutRequest, _fleet_pb2.StartRolloutResponse]
+    """Starts a rollout, or tells what it would do."""
+    PauseRollout: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.PauseRolloutRequest, _fleet_pb2.PauseRolloutResponse]
+    """Tells no further device until it is resumed; devices that took the version keep it."""
+    ResumeRollout: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ResumeRolloutRequest, _fleet_pb2.ResumeRolloutResponse]
+    """Goes on with a paused rollout."""
+    AbortRollout: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.AbortRolloutRequest, _fleet_pb2.AbortRolloutResponse]
+    """Ends a rollout and sends every device that took the version back."""
+    GetRollout: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.GetRolloutRequest, _fleet_pb2.GetRolloutResponse]
+    """Tells how a rollout stands."""
+    ListRollouts: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListRolloutsRequest, _fleet_pb2.ListRolloutsResponse]
+    """Lists rollouts, newest first."""
+
+@_typing.type_check_only
+class RolloutServiceAsyncStub(RolloutServiceStub):
+    """Staged activation of versions. Every method asks for the scope fleet:admin."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    StartRollout: _aio.UnaryUnaryMultiCallable[_fleet_pb2.StartRolloutRequest, _fleet_pb2.StartRolloutResponse]  # type: ignore[assignment]
+    """Starts a rollout, or tells what it would do."""
+    PauseRollout: _aio.UnaryUnaryMultiCallable[_fleet_pb2.PauseRolloutRequest, _fleet_pb2.PauseRolloutResponse]  # type: ignore[assignment]
+    """Tells no further device until it is resumed; devices that took the version keep it."""
+    ResumeRollout: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ResumeRolloutRequest, _fleet_pb2.ResumeRolloutResponse]  # type: ignore[assignment]
+    """Goes on with a paused rollout."""
+    AbortRollout: _aio.UnaryUnaryMultiCallable[_fleet_pb2.AbortRolloutRequest, _fleet_pb2.AbortRolloutResponse]  # type: ignore[assignment]
+    """Ends a rollout and sends every device that took the version back."""
+    GetRollout: _aio.UnaryUnaryMultiCallable[_fleet_pb2.GetRolloutRequest, _fleet_pb2.GetRolloutResponse]  # type: ignore[assignment]
+    """Tells how a rollout stands."""
+    ListRollouts: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListRolloutsRequest, _fleet_pb2.ListRolloutsResponse]  # type: ignore[assignment]
+    """Lists rollouts, newest first."""
+
+class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Staged activation of versions. Every method asks for the scope fleet:admin."""
+
+    @_abc_1.abstractmethod
+    def StartRollout(
+        self,
+        request: _fleet_pb2.StartRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.StartRolloutResponse, _abc.Awaitable[_fleet_pb2.StartRolloutResponse]]:
+        """Starts a rollout, or tells what it would do."""
+
+    @_abc_1.abstractmethod
+    def PauseRollout(
+        self,
+        request: _fleet_pb2.PauseRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.PauseRolloutResponse, _abc.Awaitable[_fleet_pb2.PauseRolloutResponse]]:
+        """Tells no further device until it is resumed; devices that took the version keep it."""
+
+    @_abc_1.abstractmethod
+    def ResumeRollout(
+        self,
+        request: _fleet_pb2.ResumeRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.ResumeRolloutResponse, _abc.Awaitable[_fleet_pb2.ResumeRolloutResponse]]:
+        """Goes on with a paused rollout."""
+
+    @_abc_1.abstractmethod
+    def AbortRollout(
+        self,
+        request: _fleet_pb2.AbortRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.AbortRolloutResponse, _abc.Awaitable[_fleet_pb2.AbortRolloutResponse]]:
+        """Ends a rollout and sends every device that took the version back."""
+
+    @_abc_1.abstractmethod
+    def GetRollout(
+        self,
+        request: _fleet_pb2.GetRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.GetRolloutResponse, _abc.Awaitable[_fleet_pb2.GetRolloutResponse]]:
+        """Tells how a rollout stands."""
+
+    @_abc_1.abstractmethod
+    def ListRollouts(
+        self,
+        request: _fleet_pb2.ListRolloutsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.ListRolloutsResponse, _abc.Awaitable[_fleet_pb2.ListRolloutsResponse]]:
+        """Lists rollouts, newest first."""
+
+def add_RolloutServiceServicer_to_server(servicer: RolloutServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,164 @@
+"""Light devices: the fleet's real protocol over real TLS, with scripted updates instead of models.
+
+Each enrols with a one-time code, gets tokens for assertions that it signs, watches, and reports numbered states, as
+an agent does; what it is told to run it "installs" at once, unless its script says otherwise. One device is one TLS
+channel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+
+from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
+from security.enrolment import make_csr, new_device_key
+from security.tokens import make_assertion
+
+CALL_S: Final = 30.0
+PAUSE_S: Final = 0.2  # between attempts to reach the cloud
+# Channels of one process share a connection when their arguments are equal; a device has its own.
+_OPTIONS: Final = (("grpc.use_local_subchannel_pool", 1),)
+
+
+class Behaviour(StrEnum):
+    """What a version does on a device."""
+
+    GOOD = "good"
+    REFUSED = "refused"  # its self-test fails
+    ROLLED_BACK = "rolled-back"  # it fails while it serves
+    STUCK = "stuck"  # it never ends
+
+
+Script = Callable[[str, int], Behaviour]
+
+
+def all_good(_device: str, _version: int) -> Behaviour:
+    """Let every version work everywhere."""
+    return Behaviour.GOOD
+
+
+@dataclass(slots=True)
+class LightDevice:
+    """One device; `run` lives until it is cancelled and outlasts a cloud that is away.
+
+    Args:
+        name: Its identity.
+        folder: Gets its key.
+        model: The one model that it runs.
+        facts: What it says of itself.
+        script: What becomes of each version.
+        soak: How long it waits of the seconds that the cloud asks it to soak.
+    """
+
+    name: str
+    folder: Path
+    model: str
+    facts: Any = None
+    script: Script = all_good
+    soak: Callable[[int], float] = float
+    serving: int = 0
+    told: list[int] = field(default_factory=list)  # versions, as they came
+    served: list[int] = field(default_factory=list)
+    reports: int = 0
+    watching: asyncio.Event = field(default_factory=asyncio.Event)
+    _audience: str = ""
+    _token: str = ""
+    _number: int = 0
+    _failed: tuple[int, int] = (0, -1)  # version and attempt
+
+    @property
+    def key(self) -> Path:
+        """Return where the private key lies."""
+        return self.folder / f"{self.name}.key"
+
+    async def enrol(self, channel: grpc.aio.Channel, code: str) -> None:
+        """Exchange a one-time code for an identity."""
+        stub: Any = fleet_pb2_grpc.FleetServiceStub(channel)
+        csr = make_csr(new_device_key(self.key), self.name, ["localhost"])
+        answer = await stub.Enrol(fleet_pb2.EnrolRequest(code=code, csr_pem=csr), timeout=CALL_S)
+        self._audience = answer.token_audience
+
+    async def run(self, address: Callable[[], str], credentials: grpc.ChannelCredentials) -> None:
+        """Watch, and do what the script says, until cancelled."""
+        while True:
+            async with grpc.aio.secure_channel(address(), credentials, options=_OPTIONS) as channel:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await self._session(fleet_pb2_grpc.FleetServiceStub(channel))
+            self.watching.clear()
+            await asyncio.sleep(PAUSE_S)
+
+    async def _session(self, stub: Any) -> None:
+        assertion = make_assertion(self.key, self.name, self._audience, datetime.now(UTC))
+        answer = await stub.IssueToken(fleet_pb2.IssueTokenRequest(assertion=assertion), timeout=CALL_S)
+        self._token = answer.access_token
+        request = fleet_pb2.WatchRequest(models=[self.model], facts=self.facts)
+        updating: asyncio.Task[None] | None = None
+        call = stub.Watch(request, metadata=self._metadata())
+        try:
+            await call.initial_metadata()
+            self.watching.set()
+            async for message in call:
+                self.told.append(message.version)
+                if updating is not None:
+                    updating.cancel()
+                    await asyncio.gather(updating, return_exceptions=True)
+                updating = asyncio.create_task(self._update(stub, message))
+        finally:
+            call.cancel()
+            if updating is not None:
+                updating.cancel()
+                await asyncio.gather(updating, return_exceptions=True)
+
+    async def _update(self, stub: Any, told: Any) -> None:
+        if told.version == self.serving:
+            await self._report(stub, told, fleet_pb2.UPDATE_STATE_ACTIVE)
+            return
+        if self._failed == (told.version, told.attempt):
+            return
+        behaviour = self.script(self.name, told.version) if told.version > self.serving else Behaviour.GOOD
+        await self._report(stub, told, fleet_pb2.UPDATE_STATE_UPDATING, step="fetch")
+        if behaviour is Behaviour.STUCK:
+            return
+        if behaviour is Behaviour.REFUSED:
+            self._failed = (told.version, told.attempt)
+            await self._report(stub, told, fleet_pb2.UPDATE_STATE_REFUSED, reason="self-test-failed")
+            return
+        before, self.serving = self.serving, told.version
+        self.served.append(told.version)
+        if told.HasField("trial"):
+            await self._report(stub, told, fleet_pb2.UPDATE_STATE_SOAKING)
+            if behaviour is Behaviour.ROLLED_BACK:
+                self._failed, self.serving = (told.version, told.attempt), before
+                await self._report(stub, told, fleet_pb2.UPDATE_STATE_ROLLED_BACK, reason="trial-error-rate")
+                return
+            await asyncio.sleep(self.soak(told.trial.soak_s))
+        await self._report(stub, told, fleet_pb2.UPDATE_STATE_ACTIVE)
+
+    async def _report(self, stub: Any, told: Any, state: int, *, reason: str = "", step: str = "") -> None:
+        self._number += 1
+        report = fleet_pb2.ReportRequest(
+            model=self.model, version=told.version, state=fleet_pb2.UpdateState.ValueType(state),
+            serving_version=self.serving, reason=reason, rollout=told.rollout, attempt=told.attempt,
+            number=self._number, step=step,
+        )  # fmt: skip
+        while True:  # a lost report is sent again
+            try:
+                await stub.Report(report, metadata=self._metadata(), timeout=CALL_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                await asyncio.sleep(PAUSE_S)
+            else:
+                self.reports += 1
+                return
+
+    def _metadata(self) -> Any:
+        return (("authorization", f"Bearer {self._token}"),)
