@@ -156,7 +156,7 @@ def apply_delta(old: Path | None, delta: Path, out: Path, *, sha256: str, length
         DeltaError: The delta is malformed, or was made from another base or for another target.
         DigestMismatchError: The rebuilt bytes are not the trusted ones.
     """
-    part = out.with_name(out.name + ".rebuilding")
+    part = part_of(out)
     try:
         with delta.open("rb") as file:
             header = read_header(file)
@@ -172,6 +172,11 @@ def apply_delta(old: Path | None, delta: Path, out: Path, *, sha256: str, length
         raise DeltaError(f"{delta.name}: the compressed frame is damaged ({error})") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_of(out: Path) -> Path:
+    """Return where `out` is until everything holds."""
+    return out.with_name(out.name + ".rebuilding")
 
 
 def _check_meant(header: Header, old: Path | None, sha256: str, length: int) -> None:

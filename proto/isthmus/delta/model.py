@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -153,7 +154,7 @@ def fit_model(kind: Kind, counts: Counts, feature_numbers: I16) -> Model:
     members = [[int(at)] for at in used] or [[0]]
     sums = [counts[at].astype(np.float64) for at in used] or [np.eye(1, counts.shape[1])[0]]
     costs = [_cost(row) for row in sums]
-    joins = [_cost(left + right) for left, right in zip(sums, sums[1:], strict=False)]
+    joins = [_cost(left + right) for left, right in pairwise(sums)]
     while len(sums) > 1:
         gains = [costs[at] + costs[at + 1] - joins[at] for at in range(len(joins))]
         best = int(np.argmax(gains))

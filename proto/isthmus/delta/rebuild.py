@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from isthmus.delta import elements, model
+from isthmus.delta.container import Header, Method
 from isthmus.delta.elements import Kind
 from isthmus.delta.rans import U16, Decoder
 from isthmus.delta.segments import Group, Piece, Section, Segment, decompress, read_group, read_states
@@ -31,6 +34,44 @@ def rebuild_groups(file: BinaryIO, old: Path, *, length: int, old_length: int) -
             yield from _rebuild_group(file, base, group)
     if file.read(1):
         raise DeltaError("the delta goes on after the target is complete")
+
+
+def describe(file: BinaryIO, header: Header) -> list[dict[str, int | float | str]]:
+    """Return what the target is made of, and what the delta's bytes are; `file` is behind the header.
+
+    Raises:
+        DeltaError: The delta is malformed.
+    """
+    if header.method is not Method.SEGMENTS:
+        return []
+    found: Counter[str] = Counter()
+    segments: Counter[str] = Counter()
+    packed: Counter[str] = Counter()
+    left = header.target_length
+    while left:
+        at = file.tell()
+        group = read_group(file, left=left, old_length=header.base_length)
+        left -= group.length
+        for segment in group.segments:
+            tensor = segment.piece is Piece.TENSOR
+            name = group.models[segment.model].kind.name.lower() if tensor else segment.piece.name.lower()
+            found[name] += segment.length
+            segments[name] += 1
+        packed["map"] += file.tell() - at
+        packed["literal"] += sum(section.packed for section in group.sections)
+        packed["coded tensors"] += 4 * group.lanes + 2 * group.words
+        file.seek(group.payload, os.SEEK_CUR)
+    names = dict.fromkeys((*found, *packed))
+    return [
+        {
+            "part": name,
+            "segments": segments[name],
+            "target_bytes": found[name],
+            "target_share": round(found[name] / header.target_length, 4),
+            "delta_bytes": packed[name],
+        }
+        for name in names
+    ]
 
 
 def _rebuild_group(file: BinaryIO, base: BinaryIO, group: Group) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import BinaryIO, Final
 
@@ -47,7 +47,7 @@ class Segment:
     old_offset: int = 0
     model: int = 0  # number in the group's models
     row: int = 1  # elements
-    numbers: Numbers = Numbers()
+    numbers: Numbers = field(default_factory=Numbers)
 
 
 @dataclass(frozen=True, slots=True)
