@@ -18,7 +18,7 @@ import structlog
 
 from edge.plan import FilePlan
 from isthmus.bundle import FileEntry
-from isthmus.delta import apply_delta
+from isthmus.delta import apply_apart
 from isthmus.digests import check_file
 from isthmus.errors import DeltaError, DigestMismatchError, NotFoundError
 
@@ -83,7 +83,7 @@ async def _rebuild(fetcher: Fetcher, plan: FilePlan, old: FileEntry, base: Path,
     wanted, moved = plan.wanted, 0
     try:
         moved = await fetcher.delta(old.sha256, wanted.sha256, delta, limit=wanted.length)
-        await asyncio.to_thread(apply_delta, base, delta, target, sha256=wanted.sha256, length=wanted.length)
+        await apply_apart(base, delta, target, sha256=wanted.sha256, length=wanted.length)
     except NotFoundError:
         rebuilt = False
     except (DeltaError, DigestMismatchError, OSError) as error:  # a base that cannot be read is not needed either

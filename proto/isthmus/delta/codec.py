@@ -8,21 +8,31 @@ behind but a file with the digest that the caller trusts.
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import numpy as np
 import zstandard
 
-from isthmus.delta.container import HEADER_BYTES, Header, Method, read_header
-from isthmus.digests import CHUNK, check_file, sha256_bytes, sha256_file
+from isthmus.delta.alignment import pair_tensors
+from isthmus.delta.container import Header, Method, read_header
+from isthmus.delta.layout import find_tensors
+from isthmus.delta.rebuild import rebuild_groups
+from isthmus.delta.writing import write_groups
+from isthmus.digests import CHUNK, check_file, sha256_file
 from isthmus.errors import DeltaError, DigestMismatchError
 
 ESTIMATE_LEVEL: Final = 3
+MIDDLE_LEVEL: Final = 12
 LEVEL: Final = 19
+MAX_PATCH: Final = 1 << 24  # bytes of a base that is a dictionary as a whole: the decoder holds it twice
+MAX_WINDOW: Final = 25  # bits: what decoding holds of the target
+HARD_BYTES: Final = 1 << 23  # of larger files the hardest level takes too long
+_HARDER: Final = 0.7  # the hardest level makes of general data hardly less than this share of the quickest
 _NO_BASE: Final = "0" * 64
 
 
@@ -35,45 +45,100 @@ class DeltaInfo:
     target_length: int  # bytes of the file that it rebuilds
 
 
-def make_delta(old: Path | None, new: Path, out: Path) -> DeltaInfo:
-    """Write to `out` the smallest delta that turns `old` into `new`; without `old`, the compressed file."""
-    target = new.read_bytes()
-    base = old.read_bytes() if old is not None else b""
-    frames = _candidates(base, target)
-    method = min(frames, key=lambda m: len(_compress(frames[m], m, base, ESTIMATE_LEVEL)))
-    frame = _compress(frames[method], method, base, LEVEL)
-    full = method is Method.FULL
-    header = Header(
-        method=method,
-        base_sha256=_NO_BASE if full else sha256_bytes(base),
-        target_sha256=sha256_bytes(target),
-        target_length=len(target),
-        base_length=0 if full else len(base),
-    )
-    out.write_bytes(header.pack() + frame)
-    return DeltaInfo(method, HEADER_BYTES + len(frame), len(target))
+def make_delta(
+    old: Path | None,
+    new: Path,
+    out: Path,
+    *,
+    old_layout: Path | None = None,
+    new_layout: Path | None = None,
+) -> DeltaInfo:
+    """Write to `out` the smallest delta that turns `old` into `new`; without `old`, the compressed file.
+
+    Args:
+        old: The base; None for a delta that needs none.
+        new: The target.
+        out: Where the delta goes.
+        old_layout: The OpenVINO description of the old weights; by default the `.xml` file beside them.
+        new_layout: The same of the new weights.
+    """
+    target, base = mapped(new), mapped(old)
+    full = Header(Method.FULL, _NO_BASE, sha256_file(new), len(target), 0)
+    if old is None or not len(base):
+        return _write(out, full, [_compress(target, Method.FULL, base, LEVEL)])
+    based = Header(Method.PATCH, sha256_file(old), full.target_sha256, len(target), len(base))
+    tensors = find_tensors(base, old_layout or _beside(old)), find_tensors(target, new_layout or _beside(new))
+    pairs = pair_tensors(*tensors, base, target)
+    best = _Candidate(full, b"")
+    if pairs or len(base) > MAX_PATCH or len(target) > MAX_PATCH:
+        groups = b"".join(write_groups(pairs, base, target))
+        best = _Candidate(replace(based, method=Method.SEGMENTS), groups)
+    for candidate in _general(full, based, base, target, best):
+        if not best.body or len(candidate.body) < len(best.body):
+            best = candidate
+    return _write(out, best.header, [best.body])
 
 
-def _candidates(base: bytes, target: bytes) -> dict[Method, bytes]:
-    frames = {Method.FULL: target}
-    if base:
-        frames[Method.PATCH] = target
-    if base and len(base) == len(target):
-        frames[Method.DIFFERENCE] = (_octets(target) - _octets(base)).tobytes()
-    return frames
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    header: Header
+    body: bytes
 
 
-def _octets(data: bytes) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def _general(
+    full: Header, based: Header, base: memoryview, target: memoryview, best: _Candidate
+) -> Iterator[_Candidate]:
+    """Yield what general compression makes, hard only where it has a chance against `best`."""
+    frames = {Method.FULL: (full, target)}
+    if len(base) <= MAX_PATCH and len(target) <= MAX_PATCH:
+        frames[Method.PATCH] = (based, target)
+        if len(base) == len(target):
+            moved = (_octets(target) - _octets(base)).data
+            frames[Method.DIFFERENCE] = (replace(based, method=Method.DIFFERENCE), moved)
+    bound = len(best.body) if best.body else None
+    quick = {method: _estimate(data, method, base) for method, (_, data) in frames.items()}
+    method = min(quick, key=lambda m: quick[m])
+    if bound is None or quick[method] * _HARDER < bound:
+        header, data = frames[method]
+        yield _Candidate(header, _compress(data, method, base, LEVEL if len(target) <= HARD_BYTES else MIDDLE_LEVEL))
+
+
+def _estimate(data: memoryview, method: Method, base: memoryview) -> int:
+    return len(_compress(data, method, base, ESTIMATE_LEVEL))
+
+
+def _beside(path: Path) -> Path | None:
+    xml = path.with_suffix(".xml")
+    return xml if path.suffix == ".bin" and xml.is_file() else None
+
+
+def mapped(path: Path | None) -> memoryview:
+    """Return a file's bytes, mapped into memory for as long as anything refers to them."""
+    if path is None or not path.stat().st_size:
+        return memoryview(b"")
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _write(out: Path, header: Header, body: Iterable[bytes]) -> DeltaInfo:
+    with out.open("wb") as file:
+        file.write(header.pack())
+        for part in body:
+            file.write(part)
+        return DeltaInfo(header.method, file.tell(), header.target_length)
+
+
+def _octets(data: memoryview | bytes) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return np.frombuffer(data, dtype=np.uint8)
 
 
-def _compress(data: bytes, method: Method, base: bytes, level: int) -> bytes:
+def _compress(data: memoryview, method: Method, base: memoryview, level: int) -> bytes:
     patch = method is Method.PATCH
-    window = max(10, min(zstandard.WINDOWLOG_MAX, (len(data) + len(base)).bit_length()))
+    window = max(10, min(MAX_WINDOW, (len(data) + (len(base) if patch else 0)).bit_length()))
     parameters = zstandard.ZstdCompressionParameters.from_level(
         level, source_size=len(data), window_log=window, enable_ldm=patch, write_content_size=True
     )
-    dictionary = zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT) if patch else None
+    dictionary = zstandard.ZstdCompressionDict(bytes(base), dict_type=zstandard.DICT_TYPE_RAWCONTENT) if patch else None
     return zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters).compress(data)
 
 
@@ -91,7 +156,7 @@ def apply_delta(old: Path | None, delta: Path, out: Path, *, sha256: str, length
         DeltaError: The delta is malformed, or was made from another base or for another target.
         DigestMismatchError: The rebuilt bytes are not the trusted ones.
     """
-    part = out.with_name(out.name + ".rebuilding")
+    part = part_of(out)
     try:
         with delta.open("rb") as file:
             header = read_header(file)
@@ -107,6 +172,11 @@ def apply_delta(old: Path | None, delta: Path, out: Path, *, sha256: str, length
         raise DeltaError(f"{delta.name}: the compressed frame is damaged ({error})") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_of(out: Path) -> Path:
+    """Return where `out` is until everything holds."""
+    return out.with_name(out.name + ".rebuilding")
 
 
 def _check_meant(header: Header, old: Path | None, sha256: str, length: int) -> None:
@@ -127,6 +197,10 @@ def _check_meant(header: Header, old: Path | None, sha256: str, length: int) -> 
 
 
 def _rebuild(header: Header, old: Path | None, file: BinaryIO) -> Iterator[bytes]:
+    if header.method is Method.SEGMENTS:
+        if old is not None:
+            yield from rebuild_groups(file, old, length=header.target_length, old_length=header.base_length)
+        return
     dictionary = None
     if header.method is Method.PATCH and old is not None:
         dictionary = zstandard.ZstdCompressionDict(old.read_bytes(), dict_type=zstandard.DICT_TYPE_RAWCONTENT)

@@ -1,0 +1,171 @@
+"""What a weight is: element kinds, their order-preserving integers, and differences as symbols with raw bits.
+
+Values become unsigned integers in the order of the values; (new - old) modulo 2^width is read as a signed number d.
+With a = |d| > 0, e = floor(log2 a) and m mantissa bits, the symbol is 1 + 2 * (e * 2^m + the m bits below a's leading
+bit) + (d < 0); the max(0, e - m) bits below those follow raw. No difference is symbol 0.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.delta.rans import U8, U32
+
+Ints = NDArray[np.unsignedinteger[Any]]
+Differences = NDArray[np.int64]
+
+
+class Kind(IntEnum):
+    """Element kinds; INT4 is two elements in a byte, differenced as nibbles."""
+
+    INT8 = 1
+    INT16 = 2
+    INT32 = 3
+    FLOAT16 = 4
+    BFLOAT16 = 5
+    FLOAT32 = 6
+    INT4 = 7
+
+
+_DTYPES: Final = {
+    Kind.INT8: np.dtype("<u1"),
+    Kind.INT16: np.dtype("<u2"),
+    Kind.INT32: np.dtype("<u4"),
+    Kind.FLOAT16: np.dtype("<u2"),
+    Kind.BFLOAT16: np.dtype("<u2"),
+    Kind.FLOAT32: np.dtype("<u4"),
+    Kind.INT4: np.dtype("<u1"),
+}
+_MANTISSA: Final = {
+    Kind.INT8: 2,
+    Kind.INT16: 2,
+    Kind.INT32: 1,
+    Kind.FLOAT16: 2,
+    Kind.BFLOAT16: 2,
+    Kind.FLOAT32: 1,
+    Kind.INT4: 2,
+}
+_FEATURE_SHIFT: Final = {
+    Kind.INT8: 0,
+    Kind.INT16: 8,
+    Kind.INT32: 24,
+    Kind.FLOAT16: 8,
+    Kind.BFLOAT16: 7,
+    Kind.FLOAT32: 23,
+    Kind.INT4: 0,
+}
+FLOATS: Final = frozenset({Kind.FLOAT16, Kind.BFLOAT16, Kind.FLOAT32})
+
+
+def width(kind: Kind) -> int:
+    """Return the bytes that one stored element has (for INT4 the byte of two)."""
+    return _DTYPES[kind].itemsize
+
+
+def count(kind: Kind, length: int) -> int:
+    """Return how many elements `length` bytes hold."""
+    return length * 2 if kind is Kind.INT4 else length // width(kind)
+
+
+def bits(kind: Kind) -> int:
+    """Return the bits of one element."""
+    return 4 if kind is Kind.INT4 else 8 * width(kind)
+
+
+def to_ints(data: bytes | memoryview | NDArray[np.uint8], kind: Kind) -> Ints:
+    """Return the elements of `data` as unsigned integers in the order of their values."""
+    raw = np.frombuffer(data, _DTYPES[kind])
+    if kind is Kind.INT4:
+        nibbles = np.empty(raw.size * 2, np.uint8)
+        nibbles[0::2] = raw & 15
+        nibbles[1::2] = raw >> 4
+        return nibbles
+    if kind in FLOATS:
+        top = raw.dtype.type(1 << (bits(kind) - 1))
+        return np.where(raw & top, ~raw, raw | top)
+    return raw
+
+
+def to_bytes(values: Ints, kind: Kind) -> bytes:
+    """Undo `to_ints`."""
+    if kind is Kind.INT4:
+        return ((values[0::2] & 15) | (values[1::2] << 4 & 0xF0)).astype(np.uint8).tobytes()
+    if kind in FLOATS:
+        top = values.dtype.type(1 << (bits(kind) - 1))
+        values = np.where(values & top, values ^ top, ~values)
+    return values.tobytes()
+
+
+def features(values: Ints, kind: Kind) -> U8:
+    """Return the byte of each old element that helps to predict how it moves: its value, or its exponent."""
+    if kind in FLOATS:
+        top = values.dtype.type(1 << (bits(kind) - 1))
+        magnitude = np.where(values & top, values ^ top, ~values)
+        magnitude &= top - values.dtype.type(1)
+        return (magnitude >> values.dtype.type(_FEATURE_SHIFT[kind])).astype(np.uint8)
+    if _FEATURE_SHIFT[kind]:
+        return (values >> values.dtype.type(_FEATURE_SHIFT[kind])).astype(np.uint8)
+    return values
+
+
+def exponents(kind: Kind) -> NDArray[np.float64]:
+    """Return for each feature of a float its binary exponent: how much coarser the grid of the values is there."""
+    feature = np.arange(256)
+    exponent = feature >> 2 if kind is Kind.FLOAT16 else feature
+    return np.maximum(exponent, 1).astype(np.float64)
+
+
+def symbol_count(kind: Kind) -> int:
+    """Return how many symbols the kind has."""
+    return 3 + 2 * ((bits(kind) - 1) << _MANTISSA[kind])
+
+
+def bit_counts(kind: Kind) -> U8:
+    """Return for each symbol how many raw bits follow it."""
+    exponent = (np.maximum(np.arange(symbol_count(kind)), 1) - 1) // 2 >> _MANTISSA[kind]
+    return np.maximum(exponent - _MANTISSA[kind], 0).astype(np.uint8)
+
+
+def differences(old: Ints, new: Ints, kind: Kind) -> Differences:
+    """Return the signed modular differences."""
+    half = 1 << (bits(kind) - 1)
+    mask = 2 * half - 1
+    return ((new.astype(np.int64) - old.astype(np.int64) + half) & mask) - half
+
+
+def to_symbols(difference: Differences, kind: Kind) -> tuple[U8, U32]:
+    """Return the symbol and the raw bits of each difference."""
+    mantissa = _MANTISSA[kind]
+    size = np.abs(difference)
+    pattern = size.astype(np.float64).view(np.int64) >> (52 - mantissa)
+    cls = pattern - (1023 << mantissa)
+    symbols = np.where(size == 0, 0, 1 + 2 * cls + (difference < 0)).astype(np.uint8)
+    return symbols, (size & ((1 << bit_counts(kind)[symbols].astype(np.int64)) - 1)).astype(np.uint32)
+
+
+def _bases(kind: Kind) -> Differences:
+    mantissa = _MANTISSA[kind]
+    symbols = np.arange(symbol_count(kind))
+    cls = (np.maximum(symbols, 1) - 1) // 2
+    exponent, top = cls >> mantissa, cls & ((1 << mantissa) - 1)
+    shifts = exponent - mantissa
+    leading = top | 1 << mantissa
+    base = np.where(shifts >= 0, leading << np.maximum(shifts, 0), leading >> np.maximum(-shifts, 0))
+    return np.where(symbols == 0, 0, np.where((symbols - 1) & 1, -base, base))
+
+
+def move(old: Ints, symbols: U8, raw: U32 | None, kind: Kind) -> Ints:
+    """Return the new elements: `old` moved by what the symbols and raw bits say, modulo 2^width."""
+    dtype = old.dtype
+    base = (_bases(kind) & ((1 << bits(kind)) - 1)).astype(dtype).take(symbols)
+    if raw is not None:
+        extra = raw.astype(dtype)
+        negative = symbols.astype(bool) & ~(symbols & 1).astype(bool)
+        np.negative(extra, out=extra, where=negative)
+        base += extra
+    base += old
+    return base

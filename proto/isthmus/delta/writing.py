@@ -1,0 +1,267 @@
+"""Makes the body of format 2: segments from pairs of tensors, models fitted to them, literals packed."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import zstandard
+
+from isthmus.delta import elements, model
+from isthmus.delta.alignment import Pair, sampled_cost
+from isthmus.delta.elements import FLOATS, Kind
+from isthmus.delta.model import MAX_CONTEXTS, Model, Numbers
+from isthmus.delta.rans import U8, U16, U32, Coded, encode
+from isthmus.delta.rebuild import blocks
+from isthmus.delta.segments import (
+    GROUP_HEADER,
+    MAX_DICTIONARY,
+    MAX_GROUP,
+    MAX_SECTION,
+    Piece,
+    Section,
+    Segment,
+    pack_map,
+)
+
+_PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
+_HARD: Final = 1 << 22  # bytes of literals that are compressed hard; more must not take minutes
+_LANE_SHARE: Final = 0.01  # of the coded bytes may go into the lanes' states
+_UNALIKE: Final = 0.97  # a pair that costs this share of its size is no pair
+
+_Run = tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Draft:
+    segment: Segment
+    kind: Kind
+    contexts: U8
+    symbols: U8
+    raw: U32
+
+
+def write_groups(pairs: Sequence[Pair], base: memoryview, target: memoryview) -> Iterator[bytes]:
+    """Yield the body's groups."""
+    free = _complement([(pair.old_offset, pair.length) for pair in pairs], len(base))
+    for group in _grouped(_runs(pairs, len(target))):
+        yield _write_group(group, base, target, free)
+
+
+def _runs(pairs: Sequence[Pair], size: int) -> Iterator[Pair | _Run]:
+    """Yield pairs and the gaps between them, none longer than `_PART`, in the order of the new file."""
+    at = 0
+    for pair in pairs:
+        yield from _cut_gap(at, pair.offset)
+        at = pair.offset + pair.length
+        yield from _cut_pair(pair)
+    yield from _cut_gap(at, size)
+
+
+def _cut_gap(begin: int, end: int) -> Iterator[_Run]:
+    for at in range(begin, end, _PART):
+        yield at, min(_PART, end - at)
+
+
+def _cut_pair(pair: Pair) -> Iterator[Pair]:
+    block = 2 * model.block_rows(pair.row) * pair.row * elements.width(pair.kind)
+    size = max(1, _PART // block) * block
+    for at in range(0, pair.length, size):
+        length = min(size, pair.length - at)
+        yield replace(pair, offset=pair.offset + at, old_offset=pair.old_offset + at, length=length)
+
+
+def _grouped(runs: Iterator[Pair | _Run]) -> Iterator[list[Pair | _Run]]:
+    group: list[Pair | _Run] = []
+    filled = 0
+    for run in runs:
+        size = run.length if isinstance(run, Pair) else run[1]
+        if group and filled + size > MAX_GROUP:
+            yield group
+            group, filled = [], 0
+        group.append(run)
+        filled += size
+    if group:
+        yield group
+
+
+def _complement(runs: Sequence[_Run], size: int) -> list[_Run]:
+    """Return the runs of a file that none of `runs` covers."""
+    left, at = [], 0
+    for offset, length in sorted(runs):
+        if offset > at:
+            left.append((at, offset - at))
+        at = max(at, offset + length)
+    if at < size:
+        left.append((at, size - at))
+    return left
+
+
+def _write_group(runs: Sequence[Pair | _Run], base: memoryview, target: memoryview, free: Sequence[_Run]) -> bytes:
+    drafts: dict[int, _Draft] = {}
+    segments: list[Segment] = []
+    literals: list[_Run] = []
+    for run in runs:
+        made = _draft(run, base, target) if isinstance(run, Pair) else run
+        if isinstance(made, _Draft):
+            drafts[len(segments)] = made
+            segments.append(made.segment)
+        elif isinstance(made, Segment):
+            segments.append(made)
+        else:
+            literals.append(made)
+            segments.append(Segment(Piece.LITERAL, made[1]))
+    models, arrays = _fit(drafts, segments)
+    lanes, states, words = _code(arrays)
+    sections, frames = _pack_literals(literals, base, target, free)
+    segments = _merged(segments)
+    raw = pack_map(sections, models, segments)
+    packed = _compress(raw, 19)
+    length = sum(segment.length for segment in segments)
+    header = GROUP_HEADER.pack(length, len(packed), len(raw), sum(map(len, frames)), words.size, lanes)
+    return b"".join((header, packed, *frames, states.astype("<u4").tobytes(), words.astype("<u2").tobytes()))
+
+
+def _draft(pair: Pair, base: memoryview, target: memoryview) -> _Draft | Segment | _Run:
+    old_bytes = base[pair.old_offset : pair.old_offset + pair.length]
+    new_bytes = target[pair.offset : pair.offset + pair.length]
+    if old_bytes == new_bytes:
+        return Segment(Piece.COPY, pair.length, pair.old_offset)
+    if sampled_cost(pair, base, target) > _UNALIKE:
+        return pair.offset, pair.length
+    old, new = elements.to_ints(old_bytes, pair.kind), elements.to_ints(new_bytes, pair.kind)
+    difference = elements.differences(old, new, pair.kind)
+    numbers = model.fit_numbers(old, difference, pair.kind, pair.row)
+    segment = Segment(Piece.TENSOR, pair.length, pair.old_offset, 0, pair.row, numbers)
+    contexts = _contexts(elements.features(old, pair.kind), numbers, first_features(pair.kind), pair.row)
+    return _Draft(segment, pair.kind, contexts, *elements.to_symbols(difference, pair.kind))
+
+
+def _contexts(features: U8, numbers: Numbers, feature_numbers: model.I16, row: int) -> U8:
+    return model.contexts(features, numbers, feature_numbers, MAX_CONTEXTS, row, 0)
+
+
+def first_features(kind: Kind) -> model.I16:
+    """Return the features' numbers that a kind begins with."""
+    if kind not in FLOATS:
+        return np.zeros(256, np.int16)
+    return np.round(-elements.exponents(kind) * model.FLOAT_STEPS).astype(np.int16)
+
+
+def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model], list[Coded]]:
+    counts: dict[Kind, model.Counts] = {}
+    for draft in drafts.values():
+        width = elements.symbol_count(draft.kind)
+        index = draft.contexts.astype(np.int32) * width + draft.symbols
+        mine = np.bincount(index, minlength=MAX_CONTEXTS * width).reshape(MAX_CONTEXTS, width)
+        counts[draft.kind] = counts[draft.kind] + mine if draft.kind in counts else mine
+    kinds = sorted(counts)
+    models = [model.fit_model(kind, counts[kind], first_features(kind)) for kind in kinds]
+    arrays = []
+    for place, draft in drafts.items():
+        number = kinds.index(draft.kind)
+        segments[place] = replace(segments[place], model=number)
+        arrays += _arrays(draft, models[number])
+    return models, arrays
+
+
+def _arrays(draft: _Draft, mine: Model) -> Iterator[Coded]:
+    scale = elements.count(draft.kind, draft.segment.length) / draft.segment.length
+    for _, at, size in blocks(draft.kind, draft.segment):
+        part = slice(round(at * scale), round((at + size) * scale))
+        groups = mine.groups[draft.contexts[part]]
+        yield Coded(draft.symbols[part], groups, mine.frequencies, mine.bit_counts, draft.raw[part])
+
+
+def _code(arrays: Sequence[Coded]) -> tuple[int, U32, U16]:
+    if not arrays:
+        return 0, np.zeros(0, np.uint32), np.zeros(0, np.uint16)
+    bits = 0.0
+    for coded in arrays:
+        index = coded.contexts.astype(np.int32) * coded.frequencies.shape[1] + coded.symbols
+        costs = 12 - np.log2(np.maximum(coded.frequencies, 1)).ravel()
+        bits += float(costs[index].sum())
+        if coded.bit_counts is not None:
+            bits += float(coded.bit_counts[coded.symbols].sum())
+    wanted = _LANE_SHARE * bits / 16
+    lanes = 1 << int(np.clip(np.log2(max(wanted, 1.0)), 0, 13))
+    states, words = encode(arrays, lanes)
+    return lanes, states, words
+
+
+def _pack_literals(
+    literals: Sequence[_Run], base: memoryview, target: memoryview, free: Sequence[_Run]
+) -> tuple[list[Section], list[bytes]]:
+    sections, frames = [], []
+    total = sum(length for _, length in literals)
+    level = 19 if total <= _HARD else 9
+    for runs in _sections(literals):
+        data = b"".join(target[offset : offset + length] for offset, length in runs)
+        middle = runs[len(runs) // 2][0] * len(base) // max(1, len(target))
+        known = _nearest(free, middle)
+        dictionary = b"".join(base[offset : offset + length] for offset, length in known)
+        frame = _compress(data, level, dictionary)
+        sections.append(Section(len(data), len(frame), known))
+        frames.append(frame)
+    return sections, frames
+
+
+def _sections(literals: Sequence[_Run]) -> Iterator[list[_Run]]:
+    runs: list[_Run] = []
+    room = MAX_SECTION
+    for offset, length in literals:
+        while length:
+            taken = min(length, room)
+            runs.append((offset, taken))
+            offset, length, room = offset + taken, length - taken, room - taken
+            if not room:
+                yield runs
+                runs, room = [], MAX_SECTION
+    if runs:
+        yield runs
+
+
+def _nearest(free: Sequence[_Run], middle: int) -> tuple[_Run, ...]:
+    """Return the runs around a place of the old file, as many as a dictionary may hold."""
+    chosen: list[_Run] = []
+    room = MAX_DICTIONARY
+    right = bisect_left(free, (middle, 0))
+    left = right - 1
+    while room and len(chosen) < 4000 and (left >= 0 or right < len(free)):
+        ahead = free[right][0] - middle if right < len(free) else 1 << 62
+        behind = middle - sum(free[left]) if left >= 0 else 1 << 62
+        if ahead < behind:
+            offset, length = free[right]
+            chosen.append((offset, min(length, room)))
+            right += 1
+        else:
+            offset, length = free[left]
+            begin = min(max(offset, middle - room // 2), offset + length - min(length, room))
+            chosen.append((begin, min(length, room)))
+            left -= 1
+        room -= chosen[-1][1]
+    return tuple(sorted(chosen))
+
+
+def _compress(data: bytes, level: int, dictionary: bytes = b"") -> bytes:
+    window = max(10, min(26, (len(data) + len(dictionary)).bit_length()))
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        level, source_size=len(data), window_log=window, write_content_size=True, enable_ldm=bool(dictionary)
+    )
+    known = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT) if dictionary else None
+    return zstandard.ZstdCompressor(dict_data=known, compression_params=parameters).compress(data)
+
+
+def _merged(segments: Sequence[Segment]) -> list[Segment]:
+    """Join copies and literals that follow one another."""
+    merged: list[Segment] = []
+    for segment in segments:
+        last = merged[-1] if merged else None
+        if (last and last.piece is segment.piece is Piece.LITERAL) or (last and last.piece is segment.piece is Piece.COPY and last.old_offset + last.length == segment.old_offset):
+            merged[-1] = replace(last, length=last.length + segment.length)
+        else:
+            merged.append(segment)
+    return merged
