@@ -245,6 +245,10 @@ class Updater:
         except PostponedError as error:
             self._tell(from_version, Became.UPDATING, error.reason, error.message, order=order)
             raise
+        except UnavailableError as error:
+            if error.reason == "no-space":  # there was room when it began: somebody else needs it
+                await asyncio.to_thread(self._store.drop_partial, order.version)
+            raise
         finally:
             self.step = Step.IDLE
 
