@@ -123,6 +123,7 @@ def measure(swapped: Swapped, *, rounds: int, slice_s: float, swaps: int) -> tup
         under_load = median(swapped.swaps_ms)
         for _ in range(_WARM):
             swapped.swap()
+        swapped.ask(slice_s)
         first = swapped.resident_kib
         asking = pool.submit(swapped.ask, slice_s)
         for _ in range(swaps):

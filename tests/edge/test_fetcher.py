@@ -210,7 +210,7 @@ def test_a_cloud_that_is_killed_during_a_fetch_costs_no_byte_twice(tmp_path: Pat
         async with open_channel(f"localhost:{port}", identity.ca) as channel:
             fetching = asyncio.ensure_future(RegistryFetcher(channel, token).blob("a", path, length=len(data)))
             async with asyncio.timeout(60):
-                while not path.exists() or path.stat().st_size < len(data) // 4:
+                while not (tmp_path / "log").exists() or path.stat().st_size < len(data) // 4:
                     await asyncio.sleep(0.005)
                 process.kill()
                 process.wait()
