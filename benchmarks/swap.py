@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_openvino(bundle, model.onnx)
         for variant in VARIANTS:
             note(f"{variant}: {rounds} rounds of {2 * slice_s:g} s, then {swaps} swaps")
-            arguments_ = ["-m", "benchmarks.servers.swapping", bundle, variant, folder / variant]
+            arguments_: list[str | Path] = ["-m", "benchmarks.servers.swapping", bundle, variant, folder / variant]
             with (
                 child(f"agent-{variant}", arguments_, folder) as server,
                 child("load", ["-m", "benchmarks.servers.load"], folder) as load,

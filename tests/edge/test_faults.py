@@ -85,6 +85,10 @@ def test_a_delta_that_is_spoilt_at_any_tenth_costs_its_bytes_and_no_more(
     with_device(tmp_path, scenario)
 
 
+def always(data: bytes) -> Callable[[bytes], bytes]:
+    return lambda right: data
+
+
 def test_a_delta_from_another_base_or_for_another_model_is_not_used(tmp_path: Path) -> None:
     def delta_between(old: bytes, new: bytes) -> bytes:
         for name, data in (("old", old), ("new", new)):
@@ -98,7 +102,7 @@ def test_a_delta_from_another_base_or_for_another_model_is_not_used(tmp_path: Pa
         await device.serve(1)
         device.registry.floors[2] = 1
         for wrong in (delta_between(ninth, second), delta_between(first, ninth), delta_between(b"", ninth * 9)):
-            device.registry.tamper["delta"] = lambda data, wrong=wrong: wrong
+            device.registry.tamper["delta"] = always(wrong)
             assert (await device.updater.update(Order(version=2))).active
             assert await device.right(2)
             assert (await device.updater.update(Order(version=1))).active

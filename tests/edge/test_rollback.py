@@ -50,8 +50,8 @@ def test_a_signed_but_bad_version_goes_back_and_says_why(tmp_path: Path, fault: 
                 failures = 0
                 async with asyncio.timeout(20):
                     while last(cloud, 2).state != ROLLED_BACK:
-                        told = await agent.infer(bundles.SURE)
-                        failures += told["isthmus.route"] not in ("edge", "cloud")
+                        answer = await agent.infer(bundles.SURE)
+                        failures += answer["isthmus.route"] not in ("edge", "cloud")
                 assert failures == 0
                 told = last(cloud, 2)
                 assert (told.reason, told.serving_version, told.rollout, told.attempt) == (reason, 1, "r7", 1)
