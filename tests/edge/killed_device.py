@@ -249,7 +249,7 @@ def kill_at(step: Step, moment: str) -> None:
         if moment == "after" and at is step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Updater._step_to = killing_step_to  # type: ignore[method-assign]
+    Updater._step_to = killing_step_to  # type: ignore[assignment, method-assign]
     SlotStore._write_state = killing_write  # type: ignore[method-assign]
 
 

@@ -111,7 +111,7 @@ def make_updater(
 ) -> Updater:
     """`parts` are further arguments of the updater."""
     clock = {"clock": parts["clock"]} if "clock" in parts else {}
-    given = {
+    given: dict[str, Any] = {
         "manifests": registry,
         "fetcher": registry,
         "choose": partial(

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from edge.fleet import Desired, FleetLink
-from edge.updater import Outcome
+from edge.outcome import Outcome
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 
 

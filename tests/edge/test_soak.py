@@ -373,7 +373,7 @@ def test_a_roll_back_does_not_wait_for_a_disk_that_takes_no_writes(tmp_path: Pat
         await device.updater.update(Order(version=3, terms=TERMS))
         refused = 0
 
-        def refuse(*args: object, **kwargs: object) -> None:
+        def refuse(*args: Any, **kwargs: Any) -> None:
             nonlocal refused
             refused += 1
             if refused < 5:
