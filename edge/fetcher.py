@@ -17,7 +17,7 @@ from edge.backoff import Backoff
 from isthmus.errors import DigestMismatchError, InputError, IsthmusError, NotFoundError, UnavailableError
 from isthmus.status import from_rpc
 from isthmus.v1 import registry_pb2, registry_pb2_grpc
-from security.trust import TrustedManifests
+from security.trust import SignedTarget, TrustedManifests
 
 METADATA_BYTES: Final = 8 << 20  # no metadata file or manifest is larger
 TARGETS: Final = "targets/"  # prefix of names that stand for a signed target, by its SHA-256
@@ -156,6 +156,11 @@ class SignedManifests:
         """Return the manifest that the operator signed; blocks. Errors are those of security.trust."""
         with self._one_at_a_time:
             return self._trusted.manifest(model, version)
+
+    def target(self, model: str, version: int) -> SignedTarget:
+        """Return what the operator signed for a version, withdrawn or not; as `manifest`."""
+        with self._one_at_a_time:
+            return self._trusted.target(model, version)
 
 
 def _translated(error: grpc.aio.AioRpcError, what: str) -> IsthmusError:

@@ -56,7 +56,7 @@ _BEFORE: Final = {
 }
 
 # Refusals that time may heal: a clock that is wrong until the network is up, metadata that the cloud must sign anew.
-_MAY_PASS: Final = frozenset({"expired-metadata", "not-published"})
+_MAY_PASS: Final = frozenset({"expired-metadata", "freeze", "not-published"})
 
 
 class Manifests(Protocol):

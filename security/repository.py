@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from isthmus.errors import ConfigError, ConflictError, NotFoundError, TrustError
+from security.custom import Terms, same_file, set_terms, terms_of
 from security.keyfiles import make_private_folder, read_file, replace_file
 from security.metadata import (
     ROOT_LIFETIME,
@@ -97,7 +98,9 @@ class OperatorRepository:
             )
         _signer_for(Targets.type, _newest_root(self._folder / "tuf"), self._folder / "targets.key")
 
-    def sign_manifest(self, model: str, version: int, manifest: bytes, current_targets: bytes) -> bytes:
+    def sign_manifest(
+        self, model: str, version: int, manifest: bytes, current_targets: bytes, *, rollback_floor: int = 0
+    ) -> bytes:
         """Return the next targets metadata, which also vouches for this manifest; keep a copy.
 
         Args:
@@ -105,6 +108,7 @@ class OperatorRepository:
             version: Its version.
             manifest: The manifest's bytes.
             current_targets: The targets metadata that the cloud serves now.
+            rollback_floor: The oldest version to which a device that ran this one may go back; 0: never back.
 
         Raises:
             TrustError: What the cloud serves is not signed by the operator, or older than it can be.
@@ -125,8 +129,9 @@ class OperatorRepository:
             )
         target = TargetFile.from_data(path, manifest, ["sha256"])
         existing = metadata.signed.targets.get(path)
-        if existing is not None and existing != target:
+        if existing is not None and not same_file(existing, target):
             raise ConflictError(f"{model} {version} is signed already, with another manifest", hint="use a new version")
+        set_terms(target, Terms(rollback_floor))
         metadata.signed.targets[path] = target
         metadata.signed.version += 1
         metadata.signed.expires = _expiry(self._clock(), TARGETS_LIFETIME)
@@ -191,11 +196,12 @@ class CloudRepository:
         if offered.is_expired(self._clock()):
             raise TrustError(f"the targets metadata expired at {offered.expires}", reason="expired-metadata")
         for path, target in current.targets.items():
-            if offered.targets.get(path) != target:
+            if not same_file(offered.targets.get(path), target):
                 raise TrustError(f"the targets metadata changes or removes {path}", reason="target-changed")
-        for path in offered.targets:
+        for path, target in offered.targets.items():
             if not is_target_path(path):
                 raise TrustError(f"expected MODEL/VERSION/manifest.json as target, got {path[:120]!r}")
+            terms_of(target)
 
     def commit(self, targets_json: bytes) -> None:
         """Make this the current targets metadata.

@@ -14,7 +14,7 @@ from isthmus.errors import ConfigError, DigestMismatchError, InputError, TrustEr
 from security.keyfiles import save_private_key
 from security.metadata import Metadata, TargetFile, Targets, load_signer, parse, sign
 from security.repository import CloudRepository
-from security.trust import MAX_MANIFEST_BYTES, TrustedManifests
+from security.trust import MAX_MANIFEST_BYTES, SignedTarget, TrustedManifests
 from security.workspace import init_workspace
 from tests.security.registry import Registry
 
@@ -120,10 +120,9 @@ def test_a_rolled_back_registry_is_refused_also_after_a_restart(registry: Regist
 
 
 def test_expired_metadata_is_refused_until_the_cloud_signs_again(registry: Registry, tmp_path: Path) -> None:
-    """The device reads the real clock, so the cloud signs as if it were two days ago: its timestamp lives for one."""
     manifest = registry.publish("triage", 1, clock=lambda: datetime.now(UTC) - timedelta(days=2))
     device = registry.device(tmp_path / "device")
-    assert _refusal(device) == "expired-metadata"
+    assert _refusal(device) == "freeze"
     assert registry.cloud.refresh_if_due(datetime.now(UTC))
     assert device.manifest("triage", 1) == manifest
 
@@ -240,3 +239,11 @@ def test_a_folder_that_cannot_be_written_is_the_operators_to_fix(registry: Regis
     (tmp_path / "device").write_text("a file where the folder should be")
     with pytest.raises(ConfigError):
         registry.device(tmp_path / "device").manifest("triage", 1)
+
+
+def test_a_device_knows_the_terms_of_a_version(registry: Registry, tmp_path: Path) -> None:
+    manifest = registry.publish("triage", 1)
+    registry.publish("triage", 2, rollback_floor=1)
+    device = registry.device(tmp_path / "device")
+    assert device.target("triage", 1) == SignedTarget(manifest, 0, "")
+    assert device.target("triage", 2).rollback_floor == 1
