@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -27,6 +27,7 @@ from security.keyfiles import read_file
 from security.repository import OperatorRepository
 from security.tls import channel_credentials
 
+TARGETS: Final = "targets"  # the role of the organisation's own operators
 CHUNK: Final = 256 << 10  # bytes of one upload message
 PUBLISH_S: Final = 1800.0  # deltas and loading a large heavy model take their time
 MAX_MESSAGE_BYTES: Final = 64 << 20
@@ -95,14 +96,24 @@ class CloudClient:
         self._channel.close()
 
     def publish(
-        self, bundle: Path, operator: Path, *, release: bool = True, progress: Progress | None = None
+        self,
+        bundle: Path,
+        operator: Path,
+        *,
+        release: bool = True,
+        rollback_floor: int | None = None,
+        keys: Sequence[Path] = (),
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Upload a bundle, sign its manifest and make the version known.
 
         Args:
             bundle: The bundle's folder.
-            operator: The workspace's operator folder, which holds the signing key.
+            operator: The workspace's operator folder, or a publisher's, which holds the signing key.
             release: Whether devices should move to the version at once.
+            rollback_floor: The oldest version to which a device that ran this one may go back, 0 for none; not given:
+                the version that is released now.
+            keys: Key files of other holders, where more than one must sign.
             progress: Gets told how far it is.
 
         Raises:
@@ -110,21 +121,31 @@ class CloudClient:
         """
         told = progress or Progress()
         manifest = open_bundle(bundle)
-        repository = OperatorRepository(operator)
+        repository = OperatorRepository(operator, keys=keys)
         repository.check()
-        self._check_new(manifest)
+        floor = self._check_new(manifest, rollback_floor)
+        self._follow_roots(repository)
         uploaded = self._upload_missing(bundle, manifest, told)
         data = (bundle / MANIFEST).read_bytes()
-        targets = repository.sign_manifest(manifest.name, manifest.version, data, self.current_targets())
+        targets, own = self._current(repository)
+        signed = repository.sign_manifest(
+            manifest.name, manifest.version, data, targets, current_own=own, rollback_floor=floor
+        )
         told.waiting("deltas and heavy model")
         request = registry_pb2.PublishRequest(
-            model=manifest.name, version=manifest.version, manifest_json=data, targets_json=targets, release=release
+            model=manifest.name,
+            version=manifest.version,
+            manifest_json=data,
+            targets_json=signed,
+            release=release,
+            role=repository.role,
         )
         answer = self._call(f"publish {manifest.name}@{manifest.version}", self._registry.Publish, request, PUBLISH_S)
         return {
             "model": manifest.name,
             "version": manifest.version,
             "released": release,
+            "rollback_floor": floor or None,
             "heavy_version": answer.heavy_version,
             "uploaded_bytes": uploaded,
             "deltas": [
@@ -139,9 +160,66 @@ class CloudClient:
             ],
         }
 
-    def _check_new(self, manifest: Manifest) -> None:
-        """Refuse early what the cloud would refuse after an upload."""
-        published = [row["version"] for row in self.list_versions() if row["model"] == manifest.name]
+    def withdraw(
+        self, model: str, version: int, reason: str, operator: Path, *, keys: Sequence[Path] = ()
+    ) -> dict[str, Any]:
+        """Sign that no device may install a version any more, and tell the cloud.
+
+        Args:
+            model: The model.
+            version: Its version.
+            reason: Why; devices show it.
+            operator: The operator folder that published it.
+            keys: Key files of other holders, where more than one must sign.
+
+        Raises:
+            NotFoundError: That folder's role has not signed such a version.
+            IsthmusError: As `publish`.
+        """
+        repository = OperatorRepository(operator, keys=keys)
+        repository.check()
+        self._follow_roots(repository)
+        targets, own = self._current(repository)
+        signed = repository.sign_withdrawal(model, version, reason, targets, current_own=own)
+        self.submit({f"{repository.role}.json": signed})
+        released = any(
+            row["released"] for row in self.list_versions() if (row["model"], row["version"]) == (model, version)
+        )
+        return {"model": model, "version": version, "withdrawn": reason.strip(), "released": released}
+
+    def submit(self, files: Mapping[str, bytes]) -> None:
+        """Hand signed metadata to the cloud: roots, a withdrawal, delegations; all of them take effect, or none.
+
+        Raises:
+            IsthmusError: The cloud refuses them.
+        """
+        request = registry_pb2.SubmitMetadataRequest(
+            files=[registry_pb2.SignedFile(name=name, data=data) for name, data in files.items()]
+        )
+        self._call(f"hand over {', '.join(files)}", self._registry.SubmitMetadata, request)
+
+    def _follow_roots(self, repository: OperatorRepository) -> None:
+        """Bring the operator folder to the newest root, each one checked against the one before it."""
+        while True:
+            try:
+                root_json = self.metadata(f"{repository.root.version + 1}.root.json")
+            except NotFoundError:
+                return
+            repository.follow_root(root_json)
+
+    def _current(self, repository: OperatorRepository) -> tuple[bytes, bytes | None]:
+        """Return the targets metadata and, for a publisher, its own, as the cloud serves them now."""
+        if repository.role == TARGETS:
+            return self.current_targets(), None
+        try:
+            return self.current_targets(), self.current_targets(repository.role)
+        except NotFoundError:
+            return self.current_targets(), None
+
+    def _check_new(self, manifest: Manifest, floor: int | None) -> int:
+        """Refuse early what the cloud would refuse after an upload; return the rollback floor."""
+        rows = [row for row in self.list_versions() if row["model"] == manifest.name]
+        published = [row["version"] for row in rows]
         if published and manifest.version <= max(published):
             newest = max(published)
             raise InputError(
@@ -149,6 +227,11 @@ class CloudClient:
                 hint=f"compile it with version = {newest + 1} in the recipe",
                 reason="already-published",
             )
+        if floor is None:
+            return next((row["version"] for row in rows if row["released"]), 0)
+        if floor >= manifest.version:
+            raise InputError(f"expected a rollback floor below version {manifest.version}, got {floor}")
+        return floor
 
     def _upload_missing(self, bundle: Path, manifest: Manifest, told: Progress) -> int:
         paths = {entry.sha256: path for path, entry in manifest.files.items()}
@@ -162,8 +245,8 @@ class CloudClient:
             self._call(f"upload {paths[digest]}", self._registry.UploadBlob, messages, PUBLISH_S)
         return total
 
-    def current_targets(self) -> bytes:
-        """Return the targets metadata that the cloud serves now, as it came: whoever signs checks it.
+    def current_targets(self, role: str = TARGETS) -> bytes:
+        """Return the metadata that the cloud serves now for a role, as it came: whoever signs checks it.
 
         Raises:
             NotFoundError: The cloud serves none.
@@ -171,7 +254,10 @@ class CloudClient:
         timestamp = json.loads(self.metadata("timestamp.json"))
         snapshot_version = timestamp["signed"]["meta"]["snapshot.json"]["version"]
         snapshot = json.loads(self.metadata(f"{snapshot_version}.snapshot.json"))
-        return self.metadata(f"{snapshot['signed']['meta']['targets.json']['version']}.targets.json")
+        entry = snapshot["signed"]["meta"].get(f"{role}.json")
+        if entry is None:
+            raise NotFoundError(f"the cloud serves no {role} metadata")
+        return self.metadata(f"{entry['version']}.{role}.json")
 
     def metadata(self, name: str) -> bytes:
         """Return one signed metadata file.
@@ -215,6 +301,8 @@ class CloudClient:
                 "heavy_version": row.heavy_version,
                 "bytes": row.bytes,
                 "variants": list(row.variants),
+                "rollback_floor": row.rollback_floor or None,
+                "withdrawn": row.withdrawn or None,
             }
             for row in answer.versions
         ]

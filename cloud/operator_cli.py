@@ -24,6 +24,10 @@ device_app = typer.Typer(no_args_is_help=True, help="Invite and list devices.")
 CloudOption = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")]
 TrustOption = Annotated[Path | None, typer.Option(help="Folder with ca.pem.")]
 TokenOption = Annotated[Path | None, typer.Option(help="File with an operator's token.")]
+KeyOption = Annotated[
+    list[Path] | None,
+    typer.Option("--key", help="Key file of another holder, where several must sign; repeat for more.", metavar="FILE"),
+]
 ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with these settings.")]
 
 
@@ -58,6 +62,14 @@ def publish(
     trust: TrustOption = None,
     token_file: TokenOption = None,
     release: Annotated[bool, typer.Option("--release/--no-release", help="Move devices to it at once.")] = True,
+    rollback_floor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|none",
+            help="Oldest version to which devices that ran this one may go back. Default: the released one.",
+        ),
+    ] = None,
+    key: KeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,11 +79,7 @@ def publish(
     flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file}
     started = time.monotonic()
     with connect(flags, config) as (client, settings):
-        if settings.operator is None:
-            raise ConfigError(
-                "the setting operator is not set",
-                hint="--operator or ISTHMUS_OPERATOR names the workspace's operator folder, which signs bundles",
-            )
+        operator_dir = _operator(settings)
         with progress() as display:
             task = display.add_task("upload", total=None)
             told = Progress(
@@ -79,7 +87,14 @@ def publish(
                 sent=lambda count: display.advance(task, count),
                 waiting=lambda what: display.update(display.add_task(what, total=None), visible=True),
             )
-            record = client.publish(bundle, settings.operator, release=release, progress=told)
+            record = client.publish(
+                bundle,
+                operator_dir,
+                release=release,
+                rollback_floor=_parse_floor(rollback_floor),
+                keys=key or (),
+                progress=told,
+            )
     if as_json:
         show_record("published", record, as_json=True)
         return
@@ -88,6 +103,28 @@ def publish(
     if deltas:
         show_table("deltas that were prepared", deltas)
     note(f"done in {time.monotonic() - started:.1f} s")
+
+
+@model_app.command()
+def withdraw(
+    version: Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="For example triage@3.")],
+    reason: Annotated[str, typer.Option(help="Why; devices and logs show it.", metavar="TEXT")],
+    cloud: CloudOption = None,
+    operator: Annotated[Path | None, typer.Option(help="The operator folder that published it.")] = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    key: KeyOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign that no device may install a version any more; it cannot be released again."""
+    model, number = _parse_version(version)
+    flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file}
+    with connect(flags, config) as (client, settings):
+        record = client.withdraw(model, number, reason, _operator(settings), keys=key or ())
+    show_record("withdrawn", record, as_json=as_json)
+    if record["released"]:
+        note(f"{version} is still the released version: release another one (isthmus model release)")
 
 
 @model_app.command()
@@ -154,6 +191,25 @@ def list_devices(
     """List the devices with what they last reported."""
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
         show_table("devices", client.list_devices(), as_json=as_json)
+
+
+def _operator(settings: OperatorSettings) -> Path:
+    if settings.operator is None:
+        raise ConfigError(
+            "the setting operator is not set",
+            hint="--operator or ISTHMUS_OPERATOR names the workspace's operator folder, which signs bundles",
+        )
+    return settings.operator
+
+
+def _parse_floor(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if text == "none":
+        return 0
+    if not text.isdecimal() or int(text) == 0:
+        raise InputError(f"--rollback-floor: expected a version or none, got {text[:40]!r}")
+    return int(text)
 
 
 def _parse_version(text: str) -> tuple[str, int]:

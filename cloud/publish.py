@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,6 +39,8 @@ from isthmus.bundle import CALIBRATION, GOLDEN, Manifest, parse_calibration, par
 from isthmus.digests import sha256_bytes
 from isthmus.errors import BundleError, ConflictError, NotFoundError, TrustError
 from isthmus.tensors import Array
+from security.custom import Terms
+from security.metadata import Targets, manifest_path, parse
 from security.repository import CloudRepository
 
 _GOLDEN_ROWS: Final = 4  # enough to see the form of an answer
@@ -104,9 +105,24 @@ class Publisher:
         await self._pool.sweep()
 
     async def publish(
-        self, model: str, version: int, manifest_json: bytes, targets_json: bytes, *, release: bool
+        self,
+        model: str,
+        version: int,
+        manifest_json: bytes,
+        targets_json: bytes,
+        *,
+        release: bool,
+        role: str = Targets.type,
     ) -> tuple[int, list[PreparedDelta]]:
         """Take in one bundle version; return its heavy version and the deltas that were prepared.
+
+        Args:
+            model: The bundle's model.
+            version: Its version.
+            manifest_json: Its manifest.
+            targets_json: The next metadata of the role that vouches for it.
+            release: Whether devices should move to it at once.
+            role: "targets", or a publisher's.
 
         Raises:
             BundleError: The bundle is inconsistent or its heavy model does not work.
@@ -117,7 +133,7 @@ class Publisher:
         """
         async with self._lock:
             manifest = await asyncio.to_thread(
-                self._check, model, version, manifest_json, targets_json
+                self._check, model, version, manifest_json, targets_json, role
             )  # (1), (2), (3)
             bases = self._catalog.versions(model)[-self._delta_bases :] if self._delta_bases else []
             old = [await asyncio.to_thread(self.manifest, model, base) for base in bases]
@@ -128,7 +144,7 @@ class Publisher:
                 await self._load_heavy(heavy, manifest)  # (5)
                 await self._pool.try_out(heavy, manifest, await asyncio.to_thread(self._golden_inputs, manifest))
                 await asyncio.to_thread(self._blobs.store, manifest_json)
-                await _uninterrupted(self._commit(manifest, manifest_json, targets_json, heavy))  # (6), (7)
+                await _uninterrupted(self._commit(manifest, manifest_json, targets_json, role, heavy))  # (6), (7)
             except BaseException:
                 # A second attempt may bring another heavy model under the same version; but a caller who left while
                 # the commit went on to its end has published it.
@@ -146,6 +162,7 @@ class Publisher:
         Raises:
             NotFoundError: There is no such version.
             UnavailableError: Its heavy model cannot be loaded now.
+            ConflictError: The operator has withdrawn it.
         """
         async with self._lock:
             known = self._catalog.versions(model)
@@ -156,10 +173,33 @@ class Publisher:
                     f"model {model!r} has no version {version}; it has {', '.join(map(str, known[-5:]))}",
                     reason="unknown-version",
                 )
+            terms = (await asyncio.to_thread(self.terms)).get(manifest_path(model, version))
+            if terms is not None and terms.withdrawn:
+                raise ConflictError(
+                    f"{model}@{version} was withdrawn: {terms.withdrawn}",
+                    reason="withdrawn",
+                    hint="isthmus model list shows the versions that can be released",
+                )
             heavy = self._catalog.heavy(model, version)
             await self._load_heavy(heavy, await asyncio.to_thread(self.manifest, model, heavy.version))
             await _uninterrupted(self._release(model, version))
             await self._retire_unwanted(model)
+
+    async def submit(self, files: Mapping[str, bytes]) -> None:
+        """Take in signed metadata that makes no new version known: roots, withdrawals, delegations.
+
+        Raises:
+            TrustError: A file is not acceptable, or names a version that was not published.
+            ConflictError: A file does not follow the current one.
+            ConfigError: A new root names snapshot or timestamp keys that are not here.
+        """
+        async with self._lock:
+            await _uninterrupted(asyncio.to_thread(self._repository.commit_all, files, known_only=True))
+        log.info("signed metadata taken in", files=sorted(files))
+
+    def terms(self) -> dict[str, Terms]:
+        """Return what the operators say about every version, by its manifest's path."""
+        return self._repository.terms()
 
     def manifest(self, model: str, version: int) -> Manifest:
         """Return the manifest of a published version.
@@ -173,18 +213,20 @@ class Publisher:
             raise NotFoundError(f"model {model!r} has no version {version}", reason="unknown-version")
         return parse_manifest(self._blobs.read_all(row.manifest_sha256))
 
-    def _check(self, model: str, version: int, manifest_json: bytes, targets_json: bytes) -> Manifest:
+    def _check(self, model: str, version: int, manifest_json: bytes, targets_json: bytes, role: str) -> Manifest:
         """Return the manifest when it may be published; blocks, for signatures and thousands of blobs take a while."""
         manifest = parse_manifest(manifest_json)  # (1)
         _check_identity(manifest, model, version)
         self._check_newest(model, version)
-        self._repository.accept_targets(targets_json)  # (2)
+        self._repository.accept_targets(targets_json, role)  # (2)
         _check_vouched(targets_json, manifest, manifest_json)
         self._check_blobs(manifest)  # (3)
         return manifest
 
-    async def _commit(self, manifest: Manifest, manifest_json: bytes, targets_json: bytes, heavy: HeavyId) -> None:
-        await asyncio.to_thread(self._repository.commit, targets_json)
+    async def _commit(
+        self, manifest: Manifest, manifest_json: bytes, targets_json: bytes, role: str, heavy: HeavyId
+    ) -> None:
+        await asyncio.to_thread(self._repository.commit, targets_json, role)
         await asyncio.to_thread(self._record, manifest, sha256_bytes(manifest_json), heavy)
         self._catalog.publish(manifest.name, manifest.version, heavy)
         log.info("version published", model=manifest.name, version=manifest.version, heavy=heavy.name)
@@ -297,9 +339,9 @@ def _check_identity(manifest: Manifest, model: str, version: int) -> None:
 
 def _check_vouched(targets_json: bytes, manifest: Manifest, manifest_json: bytes) -> None:
     path = f"{manifest.name}/{manifest.version}/manifest.json"
-    target = json.loads(targets_json)["signed"]["targets"].get(path)
+    target = parse(targets_json, Targets).signed.targets.get(path)
     if target is None:
         raise TrustError(f"the signed metadata does not list {path}", reason="unsigned")
-    same_digest = hmac.compare_digest(target["hashes"].get("sha256", ""), sha256_bytes(manifest_json))
-    if target["length"] != len(manifest_json) or not same_digest:
+    same_digest = hmac.compare_digest(target.hashes.get("sha256", ""), sha256_bytes(manifest_json))
+    if target.length != len(manifest_json) or not same_digest:
         raise TrustError(f"the signed metadata vouches for another {path}", reason="digest-mismatch")

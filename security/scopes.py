@@ -48,6 +48,7 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "UploadBlob": REGISTRY_PUBLISH,
         "Publish": REGISTRY_PUBLISH,
         "Release": REGISTRY_PUBLISH,
+        "SubmitMetadata": REGISTRY_PUBLISH,
         "ListVersions": REGISTRY_READ,
     },
     "isthmus.v1.AgentService": {

@@ -22,7 +22,7 @@ from tuf.ngclient.updater import Updater
 
 from isthmus.errors import ConfigError, DigestMismatchError, IsthmusError, NotFoundError, TrustError, UnavailableError
 from security.custom import terms_of
-from security.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp, manifest_path, parse
+from security.metadata import Metadata, Root, Snapshot, Targets, Timestamp, manifest_path, parse
 
 MAX_MANIFEST_BYTES: Final = 4 << 20
 _METADATA_URL: Final = "isthmus:///metadata/"
@@ -225,7 +225,9 @@ def _reason_unsigned(fetcher: _Fetcher, trusted: Any, metadata_dir: Path) -> str
     good, keyids = _signers(fetcher, trusted)
     if good:
         return "wrong-threshold"
-    return "revoked-key" if keyids & _former_keys(fetcher.role, metadata_dir) else "unsigned"
+    role = trusted.root.roles.get(fetcher.role)
+    former = set() if role is None else _former_keys(fetcher.role, metadata_dir) - set(role.keyids)
+    return "revoked-key" if keyids & former else "unsigned"
 
 
 def _signers(fetcher: _Fetcher, trusted: Any) -> tuple[set[str], set[str]]:

@@ -251,10 +251,10 @@ def test_a_caller_who_leaves_during_the_commit_has_published(
     committing = threading.Event()
     commit = CloudRepository.commit
 
-    def slow_commit(repository: CloudRepository, targets: bytes) -> None:
+    def slow_commit(repository: CloudRepository, targets: bytes, role: str) -> None:
         committing.set()
         assert left.wait(10)
-        commit(repository, targets)
+        commit(repository, targets, role)
 
     left = threading.Event()
     monkeypatch.setattr(CloudRepository, "commit", slow_commit)

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from isthmus.errors import ConfigError, DigestMismatchError, InputError, TrustError, UnavailableError
 from security.keyfiles import save_private_key
-from security.metadata import Metadata, TargetFile, Targets, load_signer, parse, sign
+from security.metadata import Metadata, MetaFile, TargetFile, Targets, load_signer, parse, sign
 from security.repository import CloudRepository
 from security.trust import MAX_MANIFEST_BYTES, SignedTarget, TrustedManifests
 from security.workspace import init_workspace
@@ -131,7 +131,7 @@ def test_an_expired_root_is_refused(tmp_path: Path) -> None:
     long_ago = datetime.now(UTC) - timedelta(days=731)
     init_workspace(tmp_path / "workspace", ["localhost"], "acme", long_ago)
     registry = Registry(tmp_path / "workspace")
-    registry.publish("triage", 1)
+    registry.publish("triage", 1, clock=lambda: long_ago)
     assert _refusal(registry.device(tmp_path / "device")) == "expired-metadata"
 
 
@@ -155,7 +155,10 @@ def _forged_targets(registry: Registry, manifest: bytes) -> bytes:
 def test_a_broken_into_cloud_cannot_ship_a_model(registry: Registry, tmp_path: Path) -> None:
     """The attacker has all keys of the cloud and signs targets, snapshot and timestamp with them."""
     forged = _forged_targets(registry, b"evil")
-    registry.cloud._write(forged, datetime.now(UTC))
+    state = registry.cloud._state()
+    state.roles["targets"], state.files["targets"] = parse(forged, Targets), forged
+    state.meta["targets.json"] = MetaFile.from_data(2, forged, ["sha256"])
+    registry.cloud._write(state, datetime.now(UTC))
     assert _refusal(registry.device(tmp_path / "device")) == "unsigned"
 
 
