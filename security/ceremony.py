@@ -46,7 +46,6 @@ from security.repository import expiry, newest_root
 
 CANDIDATE: Final = "candidate.root.json"
 ROLES: Final = (Root.type, Targets.type, Snapshot.type, Timestamp.type)
-SOON_DAYS: Final = {Root.type: 90, Targets.type: 60, Snapshot.type: 2, Timestamp.type: 0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,11 @@ class _Fetcher(FetcherInterface):
     @property
     def role(self) -> str:
         """Return the role of the metadata file that came last; empty: it was a target."""
-        return "" if "/" in self.last_name else self.last_name.removesuffix(".json").lstrip("0123456789").lstrip(".")
+        return (
+            ""
+            if self.last_name.startswith("targets/")
+            else self.last_name.removesuffix(".json").lstrip("0123456789").lstrip(".")
+        )
 
 
 def _name_of(url: str) -> str:

@@ -50,6 +50,9 @@ class Servicer(registry_pb2_grpc.RegistryServiceServicer):
     async def FetchMetadata(  # noqa: N802
         self, request: registry_pb2.FetchMetadataRequest, context: Any
     ) -> AsyncIterator[registry_pb2.FetchMetadataResponse]:
+        while request.name == "trickle.json":
+            yield registry_pb2.FetchMetadataResponse(data=b" ")
+            await asyncio.sleep(0.02)
         while True:
             yield registry_pb2.FetchMetadataResponse(data=b"x" * (1 << 20))
 
@@ -57,7 +60,7 @@ class Servicer(registry_pb2_grpc.RegistryServiceServicer):
 Scenario = Callable[[RegistryFetcher, Servicer, Path], Awaitable[None]]
 
 
-def with_fetcher(tmp_path: Path, scenario: Scenario, *, stall_s: float = 30.0) -> None:
+def with_fetcher(tmp_path: Path, scenario: Scenario, *, stall_s: float = 30.0, slow_s: float = 300.0) -> None:
     async def token() -> str:
         return "t"
 
@@ -69,7 +72,7 @@ def with_fetcher(tmp_path: Path, scenario: Scenario, *, stall_s: float = 30.0) -
         port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
         await server.start()
         async with open_channel(f"localhost:{port}", identity.ca) as channel:
-            await scenario(RegistryFetcher(channel, token, stall_s=stall_s), servicer, tmp_path / "file")
+            await scenario(RegistryFetcher(channel, token, stall_s=stall_s, slow_s=slow_s), servicer, tmp_path / "file")
         await server.stop(None)
 
     asyncio.run(run())
@@ -151,3 +154,14 @@ def test_stalled_stream_is_given_up_after_some_attempts(tmp_path: Path) -> None:
             await fetcher.metadata("targets/stalls")
 
     with_fetcher(tmp_path, scenario, stall_s=0.2)
+
+
+def test_metadata_that_trickles_is_given_up(tmp_path: Path) -> None:
+    """Slow retrieval: each byte comes long before the stream counts as stalled, and the file never ends."""
+
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        with pytest.raises(UnavailableError) as refusal:
+            await fetcher.metadata("trickle.json")
+        assert refusal.value.reason == "too-slow"
+
+    with_fetcher(tmp_path, scenario, stall_s=30.0, slow_s=0.3)
