@@ -21,6 +21,7 @@ from compiler.targets import Target, Tuning, UnsupportedModelError
 from compiler.verify import Materials, Proof, tolerance, verdict
 from compiler.worker import ARTEFACT, GOLDEN, LOGITS, RESULT, BuildJob, BuildResult
 from compiler.workshop import Workshop
+from isthmus.bundle import Ceilings
 from isthmus.errors import ConfigError, InputError, IsthmusError
 from isthmus.machine import machine
 from isthmus.tensors import Array
@@ -38,6 +39,7 @@ class Candidate:
     cpu: str = ""
     setting: str = ""  # empty: all of the target's, in order
     required: bool = True
+    ceilings: Ceilings | None = None  # what it may take on a device
     tuning: Tuning = field(default_factory=Tuning)
     previous: Path | None = None  # the entry of the version before
 

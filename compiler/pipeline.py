@@ -410,6 +410,7 @@ def _variant(entry: Accepted) -> Variant:
         verified=report.verified,
         accuracy=report.accuracy,
         latency_ms=None if report.timing is None else report.timing.p50_ms,
+        ceilings=candidate.ceilings,
     )
 
 

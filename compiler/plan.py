@@ -13,7 +13,7 @@ from compiler.recipe import Recipe, VariantSection, load_recipe
 from compiler.sources import digest
 from compiler.targets import TARGETS, Target, Tuning, load_target
 from compiler.workshop import CAPTURE_TOOLS
-from isthmus.bundle import INT8, MANIFEST, Manifest, open_bundle
+from isthmus.bundle import INT8, MANIFEST, Ceilings, Manifest, open_bundle
 from isthmus.digests import sha256_file
 from isthmus.errors import InputError, MissingExtraError
 
@@ -121,6 +121,7 @@ def _candidate(section: VariantSection, target: Target) -> Candidate:
         cpu=section.cpu,
         setting=section.setting,
         required=section.required,
+        ceilings=_ceilings(section),
         tuning=Tuning(trials=section.tune_trials, seconds=section.tune_minutes * 60),
     )
 
@@ -163,3 +164,10 @@ def _file_digest(path: Path) -> str:
             f"cannot read {path}: {error.strerror}",
             hint="the paths under [data] name safetensors files",
         ) from error
+
+
+def _ceilings(section: VariantSection) -> Ceilings | None:
+    if section.max_latency_ms is None and section.max_memory_mb is None:
+        return None
+    memory = None if section.max_memory_mb is None else round(section.max_memory_mb * 1e6)
+    return Ceilings(latency_ms=section.max_latency_ms, memory_bytes=memory)

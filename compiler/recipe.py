@@ -115,6 +115,8 @@ class VariantSection(_Section):
     cpu: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9_.+,-]*$")  # least processor, for compiled code
     setting: str = Field(default="", max_length=64)  # empty: from the fastest on, until the guard is content
     required: bool = True  # False: left out, and reported, when it cannot be built or is worse than the guard allows
+    max_latency_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # a device refuses what is slower
+    max_memory_mb: float | None = Field(default=None, gt=0, le=1e6, allow_inf_nan=False)  # ... or takes more memory
     tune_trials: int = Field(default=0, ge=0, le=1_000_000)
     tune_minutes: float = Field(default=0, ge=0, le=100_000, allow_inf_nan=False)
 

@@ -12,23 +12,25 @@ import importlib.util
 import json
 import os
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import Any, BinaryIO, Final, Protocol
 
 import grpc
 import structlog
 
 from edge.audit import Audit
 from edge.backoff import Backoff
+from edge.conditions import PostponedError
 from edge.deferred.assembly import Deferred
 from edge.fleet import Desired, FleetLink
 from edge.identity import AccessToken
 from edge.model import ServedModels
 from edge.server import AgentServer
 from edge.spool import Spool
+from edge.state import Order
 from edge.store import write_atomically
 from edge.updater import Updater
 from edge.uplink import Uplink, watch_connection
@@ -36,6 +38,7 @@ from isthmus.errors import ConfigError, UnavailableError
 from isthmus.v1 import agent_pb2
 
 _RESTART_S: Final = 60.0  # longest pause before a loop that failed starts again
+_LONGEST_WAIT_S: Final = 3600.0  # of a postponed update: clocks are set, disks are emptied
 
 log = structlog.get_logger(__name__)
 
@@ -117,6 +120,7 @@ class Agent:
         }
         for model, updater in self.updaters.items():
             loops[f"update {model}"] = partial(self._keep_current, model, updater)
+            loops[f"trial {model}"] = updater.watch_trials
         if self.spools:
             loops["captures"] = self._keep_captures
         if self.deferred is not None:
@@ -135,26 +139,38 @@ class Agent:
     async def _keep_current(self, model: str, updater: Updater) -> None:
         backoff = Backoff(first_s=1.0, longest_s=60.0)
         await self._serve_installed(model, updater, backoff)
+        if updater.order is not None and not self.desired.version(model):
+            self.desired.set(model, updater.order)  # what was under way goes on, with or without the cloud's word
         if not self.models.version(model) and not self.desired.version(model):
             log.info("waiting for a first version", model=model, hint=f"isthmus model release {model}@VERSION")
-        settled = 0  # the version that was activated or refused last
+        settled: Order | None = None  # what was activated or refused last
         while True:
             await self.server.set_ready(ready=self.models.ready)
-            version = self.desired.version(model)
-            if version in (0, settled, self.models.version(model)):
+            order = self.desired.order(model)
+            if updater.trial is not None:
+                updater.take_back(order)
+                await _first_of(updater.settled(), self.desired.change(model))
+                continue
+            if order.version in (0, self.models.version(model)) or order == settled:
                 await self.desired.change(model)
-                settled = 0 if self.desired.version(model) != settled else settled
+                continue
+            failed = updater.gave_up(order)
+            if failed is not None:
+                log.info("not tried again", model=model, version=order.version, reason=failed.reason)
+                self.fleet.report(failed)
+                settled = order
                 continue
             try:
-                outcome = await updater.update(version)
+                outcome = await updater.update(order)
             except UnavailableError as error:
-                log.info("update postponed", model=model, version=version, error=error.message)
-                await backoff.pause()
+                log.info("update postponed", model=model, version=order.version, error=error.message)
+                wait_s = error.retry_s if isinstance(error, PostponedError) else None
+                await _first_of(_wait(backoff, wait_s), self.desired.change(model))
                 continue
             if not outcome.final:
                 await backoff.pause()
                 continue
-            settled = version
+            settled = order
             backoff.reset()
 
     async def _serve_installed(self, model: str, updater: Updater, backoff: Backoff) -> None:
@@ -191,12 +207,31 @@ class Agent:
             await self.metrics.stop()
         for spool in self.spools.values():
             await spool.flush()
+        for updater in self.updaters.values():
+            await updater.stop()
         for name, _ in self.models:
             self.models.swap(name, None)
         if self.deferred is not None:
             self.deferred.deferral.close()
         await self.channel.close()
         self.lock.close()
+
+
+async def _wait(backoff: Backoff, wait_s: float | None) -> None:
+    if wait_s is None:
+        await backoff.pause()
+    else:
+        await asyncio.sleep(min(wait_s, _LONGEST_WAIT_S))
+
+
+async def _first_of(*waits: Coroutine[Any, Any, None]) -> None:
+    """Wait for one of them; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _outlasting(name: str, loop: Callable[[], Awaitable[None]]) -> None:
@@ -274,6 +309,24 @@ def describe_status(
 
 
 def _add_update(model: agent_pb2.ModelStatus, updater: Updater) -> None:
+    model.step = updater.step.value
+    trial = updater.trial
+    if trial is not None:
+        seen, terms = trial.seen, trial.terms
+        model.trial.CopyFrom(
+            agent_pb2.TrialStatus(
+                seconds=seen.seconds,
+                soak_s=terms.soak_s,
+                requests=seen.requests,
+                min_requests=terms.min_requests,
+                errors=seen.errors,
+                escalated=seen.escalated,
+                audited=seen.audited,
+                disagreed=seen.disagreed,
+                latency_p50_ms=seen.quantile_ms(0.5),
+                latency_p50_ms_before=trial.before.quantile_ms(0.5),
+            )
+        )
     last = updater.last
     if last is None:
         return
@@ -281,7 +334,7 @@ def _add_update(model: agent_pb2.ModelStatus, updater: Updater) -> None:
         agent_pb2.UpdateStatus(
             from_version=last.from_version,
             to_version=last.to_version,
-            outcome="active" if last.active else "refused",
+            outcome=last.became.value,
             reason=last.reason,
             detail=last.detail,
             bytes_fetched=last.bytes_fetched,

@@ -25,6 +25,7 @@ import structlog
 
 from edge.agreement import count_agreement
 from edge.answers import check_cloud_answer, wanted_outputs
+from edge.intervals import wilson
 from edge.model import LiveModel
 from edge.question import Question
 from edge.uplink import Answer, Check, Failure
@@ -36,6 +37,7 @@ _WINDOW: Final = 1000  # newest audits, for the interval
 _RATIOS: Final = (1.5, 2.0, 3.0, 5.0)  # alternatives, as multiples of the expected disagreement ...
 _STEPS: Final = (0.05, 0.1, 0.2)  # ... and as additions to it
 _LARGEST: Final = 0.95
+_VERSIONS: Final = 2  # of a model: one on trial, and the one before it
 _Z: Final = 1.96  # of the 95 % interval
 
 _by_lot: Final = random.Random().random  # noqa: S311 - no secret, and no system call for every request
@@ -100,7 +102,7 @@ class Auditor:
     def report(self) -> AuditReport:
         """Return what is known."""
         count, hits = len(self._newest), sum(self._newest)
-        low, high = _wilson(hits, count)
+        low, high = wilson(hits, count, _Z)
         rate = hits / count if count else self._record_rate
         risk = None
         if self._record_risk is not None:
@@ -137,7 +139,7 @@ class Audit:
         self._alarm = alarm
         self._draw = draw
         self._running: set[asyncio.Task[None]] = set()
-        self._auditors: dict[str, tuple[str, Auditor]] = {}  # by model: the calibration record's id, and its watch
+        self._auditors: dict[str, dict[str, Auditor]] = {}  # by model, and by its calibration record's id
 
     def offer(self, question: Question, light: Mapping[str, Array], live: LiveModel, score: float) -> None:
         """Audit this answer, if the lot falls on it; returns at once."""
@@ -196,22 +198,15 @@ class Audit:
             self._alarm(live, what)
 
     def _auditor(self, live: LiveModel) -> Auditor:
-        found = self._auditors.get(live.manifest.name)
-        if found is None or found[0] != live.calibration_id:
-            found = (live.calibration_id, Auditor(live.operating_point, live.calibration.data.samples))
-            self._auditors[live.manifest.name] = found
-        return found[1]
+        kept = self._auditors.setdefault(live.manifest.name, {})
+        found = kept.get(live.calibration_id)
+        if found is None:
+            found = kept[live.calibration_id] = Auditor(live.operating_point, live.calibration.data.samples)
+            for oldest in list(kept)[:-_VERSIONS]:
+                del kept[oldest]
+        return found
 
 
 def _risk(point: VariantCalibration) -> float | None:
     known = [at for at in point.curve if at.risk is not None]
     return min(known, key=lambda at: abs(at.threshold - point.threshold)).risk if known else None
-
-
-def _wilson(hits: int, count: int) -> tuple[float, float]:
-    if not count:
-        return 0.0, 1.0
-    rate, square = hits / count, _Z * _Z
-    middle = (rate + square / (2 * count)) / (1 + square / count)
-    half = _Z * math.sqrt(rate * (1 - rate) / count + square / (4 * count * count)) / (1 + square / count)
-    return max(middle - half, 0.0), min(middle + half, 1.0)

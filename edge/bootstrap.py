@@ -12,31 +12,36 @@ from edge.agent import Agent, MetricsListener, describe_status
 from edge.audit import Audit
 from edge.bench import read_choice
 from edge.breaker import Breaker
+from edge.conditions import Conditions
 from edge.config import EdgeSettings
 from edge.deferred.assembly import Deferred, open_deferred
 from edge.deferred.service import absent_handlers
 from edge.deferred.store import Limits
-from edge.fetcher import RegistryFetcher, SignedManifests
+from edge.fetcher import Pace, RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
 from edge.hedge import Hedge
 from edge.identity import AccessToken, DeviceHome, Enrolment
 from edge.model import LiveModel, ServedModels, open_model
+from edge.outbox import Outbox
 from edge.plan import choose_variant
 from edge.question import Limits as QuestionLimits
 from edge.response_cache import ResponseCache
 from edge.retry import QuotaPause, RetryBudget
 from edge.router import Router
-from edge.runtimes import is_installed
+from edge.runtimes import RUNTIMES, is_installed
 from edge.server import AgentServer, InferenceService, is_local, may_use_all
+from edge.shadow import Shadow
 from edge.spool import Spool
 from edge.store import SlotStore
 from edge.updater import Updater
 from edge.uplink import Uplink, open_channel
+from isthmus import __version__
 from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
 from isthmus.policies import check_serving
 from isthmus.tensors import Array
+from isthmus.v1 import fleet_pb2
 from security.interceptors import AuthInterceptor, current_claims
 from security.tls import server_credentials
 from security.tokens import TokenVerifier
@@ -58,16 +63,24 @@ def build_agent(settings: EdgeSettings) -> Agent:
     token = AccessToken(home, enrolment, channel)
     uplink = _uplink(settings, channel, token)
     desired = Desired(names)
-    fleet = FleetLink(channel, token.wait, names, desired, unauthenticated=token.renew_soon)
+    fleet = FleetLink(
+        channel,
+        token.wait,
+        names,
+        desired,
+        facts=_facts(),
+        outbox=Outbox(home.reports),
+        unauthenticated=token.renew_soon,
+    )
     models = ServedModels(names)
-    updaters = _updaters(settings, home, channel, token, models, fleet)
+    audit, shadow = _audit(settings, uplink, fleet), Shadow()
+    updaters = _updaters(settings, home, enrolment, channel, token, models, fleet, audit, shadow)
     spools = {
         name: Spool(home.spool(name), limit_bytes=settings.capture_mib << 20) for name in names if settings.capture
     }
     spool_full = asyncio.Event()
     deferred = _deferred(settings, home, uplink)
     cache = ResponseCache(settings.response_cache_mib << 20) if settings.response_cache_mib else None
-    audit = _audit(settings, uplink, fleet)
     router = Router(
         models,
         uplink,
@@ -78,6 +91,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         deferral=None if deferred is None else deferred.deferral,
         cache=cache,
         audit=audit,
+        shadow=shadow,
     )
     credentials, interceptors = _protection(settings, home, enrolment)
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use
@@ -109,7 +123,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         ready_file=settings.ready_file,
         deferred=deferred,
         audit=audit,
-        metrics=_metrics(settings, enrolment.device_id, models, uplink, spools, cache, audit),
+        metrics=_metrics(settings, enrolment.device_id, models, uplink, spools, cache, audit, updaters),
     )
 
 
@@ -155,12 +169,16 @@ def _uplink(settings: EdgeSettings, channel: grpc.aio.Channel, token: AccessToke
 def _updaters(
     settings: EdgeSettings,
     home: DeviceHome,
+    enrolment: Enrolment,
     channel: grpc.aio.Channel,
     token: AccessToken,
     models: ServedModels,
     fleet: FleetLink,
+    audit: Audit | None,
+    shadow: Shadow,
 ) -> dict[str, Updater]:
-    fetcher = RegistryFetcher(channel, token.wait)
+    rate = settings.updates.max_bytes_per_s
+    fetcher = RegistryFetcher(channel, token.wait, pace=Pace(rate) if rate else None)
     manifests = SignedManifests(home.path / "tuf", home.root.read_bytes(), fetcher, asyncio.get_running_loop())
     return {
         name: Updater(
@@ -179,9 +197,19 @@ def _updaters(
                 batch_rows=settings.batch_rows,
             ),
             report=fleet.report,
+            conditions=Conditions(settings.updates, enrolment.device_id, name),
+            audit=audit,
+            shadow=shadow,
         )
         for name, _ in models
     }
+
+
+def _facts() -> fleet_pb2.DeviceFacts:
+    runtimes = [name for name in RUNTIMES if is_installed(name)]
+    return fleet_pb2.DeviceFacts(
+        platform=machine(), runtimes=runtimes, bfloat16=computes_bfloat16(), agent_version=__version__
+    )
 
 
 def _choose(settings: EdgeSettings, home: DeviceHome, manifest: Manifest) -> Variant:
@@ -232,13 +260,14 @@ def _metrics(
     spools: Mapping[str, Spool],
     cache: ResponseCache | None,
     audit: Audit | None,
+    updaters: Mapping[str, Updater],
 ) -> MetricsListener | None:
     if settings.metrics_listen is None:
         return None
     from edge.metrics import AgentCollector, agent_registry
     from edge.metrics_server import MetricsServer
 
-    registry = agent_registry(AgentCollector(device_id, models, uplink, spools, cache, audit))
+    registry = agent_registry(AgentCollector(device_id, models, uplink, spools, cache, audit, updaters))
     return MetricsServer(settings.metrics_listen, registry, public=settings.metrics_public)
 
 

@@ -143,9 +143,20 @@ def _told(model: dict[str, Any]) -> dict[str, Any]:
     last = model.get("last_update") or {}
     update = f"{last['from_version']} -> {last['to_version']} {last['outcome']} {last['reason']}" if last else None
     plain = {name: model[name] for name in ("version", "variant", "threshold")}
+    trial = model.get("trial")
     answers = {f"answers {route}": count for route, count in model["answers"].items()}
-    update_told = {"last update": update, "bytes fetched": last.get("bytes_fetched")}
+    update_told = {"step": model["step"], **({} if trial is None else _told_trial(trial)), "last update": update}
+    update_told |= {"detail": last.get("detail") or None, "bytes fetched": last.get("bytes_fetched")}
     return {**plain, **answers, "errors": model["errors"], **_told_audit(model.get("audit")), **update_told}
+
+
+def _told_trial(trial: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "trial": f"{trial['seconds']:.0f} of {trial['soak_s']:.0f} s, {trial['requests']} requests",
+        "trial errors": trial["errors"],
+        "trial escalated": trial["escalated"],
+        "trial disagreement": f"{trial['disagreed']} of {trial['audited']}",
+    }
 
 
 def _told_audit(audit: dict[str, Any] | None) -> dict[str, Any]:

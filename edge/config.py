@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from edge.trial import Terms
+from edge.window import parse_window
 from isthmus.settings import Settings
+
+
+def _check_window(text: str) -> str:
+    parse_window(text)
+    return text
+
+
+class UpdateSettings(BaseModel):
+    """When and how versions are brought: the table `[updates]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    max_bytes_per_s: int = Field(default=0, ge=0, description="Most bytes a second that fetches move; 0 for no limit.")
+    metered: bool = Field(default=False, description="Whether bytes cost money here.")
+    metered_max_bytes: int = Field(default=0, ge=0, description="What an update may move over a metered link.")
+    window: Annotated[str, AfterValidator(_check_window)] | None = Field(
+        default=None, description='Local time in which versions may change, "01:00-05:00" or "sat-sun 01:00-05:00".'
+    )
+    fetch_outside_window: bool = Field(default=True, description="Bring files at any time, change in the window.")
+    jitter_s: float = Field(default=0.0, ge=0, le=604_800, description="Longest wait of a device before a fetch.")
+    crashes: int = Field(default=3, ge=1, le=100, description="Crashes in a row after which a version is given up.")
+    trial: Terms = Field(default=Terms(), description="How versions prove themselves, where the cloud does not say.")
 
 
 class EdgeSettings(Settings):
@@ -94,5 +118,6 @@ class EdgeSettings(Settings):
     defer_key: Path | None = Field(
         default=None, description="File with the key of deferred requests; in the device's folder when unset."
     )
+    updates: UpdateSettings = Field(default=UpdateSettings(), description="When and how versions are brought.")
     shutdown_s: float = Field(default=5.0, ge=0, description="Time for requests in progress at shutdown, seconds.")
     ready_file: Path | None = Field(default=None, description="Written when the agent listens: JSON, address and pid.")

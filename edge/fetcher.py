@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +31,34 @@ class _RequestRefusedError(UnavailableError):
     """The registry calls the request wrong: its idea of a file is another than ours."""
 
 
+class Pace:
+    """Keeps bytes below a rate: whoever has moved some waits until the rate allows for them.
+
+    Args:
+        bytes_per_s: The rate.
+        clock: Monotonic seconds.
+        pause: Waits for so many seconds.
+    """
+
+    def __init__(
+        self,
+        bytes_per_s: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._clock = clock
+        self._pause = pause
+        self._free_at = clock()
+
+    async def spend(self, count: int) -> None:
+        """Wait for so many bytes' turn; time that nobody used is not saved up."""
+        now = self._clock()
+        self._free_at = max(self._free_at, now) + count / self._bytes_per_s
+        await self._pause(self._free_at - now)
+
+
 class RegistryFetcher:
     """The registry as a device sees it.
 
@@ -38,6 +67,7 @@ class RegistryFetcher:
         token: Returns the access token, waiting for the first one.
         stall_s: Longest wait for the next chunk.
         slow_s: Longest time for a whole metadata file, however steadily it trickles.
+        pace: Slows files down; metadata is small.
     """
 
     def __init__(
@@ -47,10 +77,12 @@ class RegistryFetcher:
         *,
         stall_s: float = _STALL_S,
         slow_s: float = _SLOW_S,
+        pace: Pace | None = None,
     ) -> None:
         self._stub = registry_pb2_grpc.RegistryServiceStub(channel)
         self._token = token
         self._stall_s, self._slow_s = stall_s, slow_s
+        self._pace = pace
 
     async def metadata(self, name: str) -> bytes:
         """Return a metadata file, or the target for a name "targets/<sha256>".
@@ -117,6 +149,8 @@ class RegistryFetcher:
                     async for chunk in self._chunks(await start(offset), limit - offset, what):
                         await asyncio.to_thread(file.write, chunk)
                         moved += len(chunk)
+                        if self._pace is not None:
+                            await self._pace.spend(len(chunk))
             except UnavailableError as error:
                 if isinstance(error, _RequestRefusedError) and offset > 0:
                     await asyncio.to_thread(
@@ -168,13 +202,8 @@ class SignedManifests:
         self._trusted = TrustedManifests(metadata_dir, root, fetch)
         self._one_at_a_time = threading.Lock()
 
-    def manifest(self, model: str, version: int) -> bytes:
-        """Return the manifest that the operator signed; blocks. Errors are those of security.trust."""
-        with self._one_at_a_time:
-            return self._trusted.manifest(model, version)
-
     def target(self, model: str, version: int) -> SignedTarget:
-        """Return what the operator signed for a version, withdrawn or not; as `manifest`."""
+        """Return the manifest that the operator signed, and its terms; blocks. Errors are those of security.trust."""
         with self._one_at_a_time:
             return self._trusted.target(model, version)
 

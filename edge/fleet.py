@@ -12,33 +12,49 @@ from typing import Any, Final
 
 import grpc
 import structlog
+from pydantic import ValidationError
 
 from edge.backoff import Backoff
-from edge.updater import Outcome
+from edge.outbox import Outbox
+from edge.outcome import Outcome
+from edge.state import Became, Order
+from edge.trial import Evidence, Terms
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 
 REPORT_TIMEOUT_S: Final = 10.0
 AUDIT_ALARM: Final = "audit-alarm"  # the reason of such a report
 _REFUSALS: Final = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND})
 
+_STATES: Final = {
+    Became.ACTIVE: fleet_pb2.UPDATE_STATE_ACTIVE,
+    Became.REFUSED: fleet_pb2.UPDATE_STATE_REFUSED,
+    Became.UPDATING: fleet_pb2.UPDATE_STATE_UPDATING,
+    Became.SOAKING: fleet_pb2.UPDATE_STATE_SOAKING,
+    Became.ROLLED_BACK: fleet_pb2.UPDATE_STATE_ROLLED_BACK,
+}
+
 log = structlog.get_logger(__name__)
 
 
 class Desired:
-    """The version that each model should be at, as last heard; 0 while unknown."""
+    """What each model should be at, as last heard; version 0 while unknown."""
 
     def __init__(self, models: tuple[str, ...]) -> None:
-        self._versions = dict.fromkeys(models, 0)
+        self._orders = dict.fromkeys(models, Order())
         self._changed = {model: asyncio.Event() for model in models}
 
     def version(self, model: str) -> int:
         """Return the version."""
-        return self._versions[model]
+        return self._orders[model].version
 
-    def set(self, model: str, version: int) -> None:
+    def order(self, model: str) -> Order:
+        """Return the version with how it has to prove itself."""
+        return self._orders[model]
+
+    def set(self, model: str, order: Order) -> None:
         """Note what was heard; models that do not run here are ignored."""
-        if model in self._versions and self._versions[model] != version:
-            self._versions[model] = version
+        if model in self._orders and self._orders[model] != order:
+            self._orders[model] = order
             self._changed[model].set()
 
     async def change(self, model: str) -> None:
@@ -55,6 +71,8 @@ class FleetLink:
         token: Returns the access token, waiting for the first one.
         models: The models that this device runs.
         desired: Hears the versions.
+        facts: What this device is, for whoever chooses versions for it.
+        outbox: Keeps reports until they are sent.
         unauthenticated: Called when the cloud does not accept the token.
     """
 
@@ -65,6 +83,8 @@ class FleetLink:
         models: tuple[str, ...],
         desired: Desired,
         *,
+        facts: fleet_pb2.DeviceFacts | None = None,
+        outbox: Outbox | None = None,
         unauthenticated: Callable[[], None] = lambda: None,
     ) -> None:
         self._stub = fleet_pb2_grpc.FleetServiceStub(channel)
@@ -72,7 +92,8 @@ class FleetLink:
         self._models = models
         self._desired = desired
         self._unauthenticated = unauthenticated
-        self._reports: dict[str, fleet_pb2.ReportRequest] = {}
+        self._outbox = outbox or Outbox()
+        self._facts = facts or fleet_pb2.DeviceFacts()
         self._to_report = asyncio.Event()
         self._watch_backoff = Backoff()
         self._report_backoff = Backoff()
@@ -83,59 +104,85 @@ class FleetLink:
         self._report_backoff.wake()
 
     def report(self, outcome: Outcome) -> None:
-        """Send this as soon as the cloud can be reached; a newer report of the model replaces it until then."""
-        state = fleet_pb2.UPDATE_STATE_ACTIVE if outcome.active else fleet_pb2.UPDATE_STATE_REFUSED
-        self._reports[outcome.model] = fleet_pb2.ReportRequest(
+        """Send this as soon as the cloud can be reached; a newer report of the version replaces it until then."""
+        report = fleet_pb2.ReportRequest(
             model=outcome.model,
             version=outcome.to_version,
-            state=state,
+            state=_STATES[outcome.became],
             serving_version=outcome.serving_version,
             reason=outcome.reason,
             detail=outcome.detail[:1000],
             bytes_fetched=outcome.bytes_fetched,
             variant=outcome.variant,
+            rollout=outcome.order.rollout,
+            attempt=outcome.order.attempt,
+            step=outcome.step.value,
         )
-        self._to_report.set()
+        if outcome.evidence is not None:
+            report.evidence.CopyFrom(_told(outcome.evidence))
+        self._put(report)
 
     def report_alarm(self, model: str, version: int, variant: str, detail: str) -> None:
         """Send, as soon as the cloud can be reached, that the serving version's answers have gone wrong."""
-        self._reports[model] = fleet_pb2.ReportRequest(
-            model=model,
-            version=version,
-            state=fleet_pb2.UPDATE_STATE_ACTIVE,
-            serving_version=version,
-            reason=AUDIT_ALARM,
-            detail=detail[:1000],
-            variant=variant,
+        self._put(
+            fleet_pb2.ReportRequest(
+                model=model,
+                version=version,
+                state=fleet_pb2.UPDATE_STATE_ACTIVE,
+                serving_version=version,
+                reason=AUDIT_ALARM,
+                detail=detail[:1000],
+                variant=variant,
+            )
         )
+
+    def _put(self, report: fleet_pb2.ReportRequest) -> None:
+        self._outbox.put(report)
         self._to_report.set()
 
     async def watch(self) -> None:
         """Follow the desired versions."""
-        request = fleet_pb2.WatchRequest(models=self._models)
+        request = fleet_pb2.WatchRequest(models=self._models, facts=self._facts)
         while True:
             try:
                 stream = self._stub.Watch(request, metadata=await self._metadata())
                 async for message in stream:
                     self._watch_backoff.reset()
-                    self._desired.set(message.model, message.version)
+                    self._hear(message)
             except grpc.aio.AioRpcError as error:
                 self._note(error, "watch")
             await self._watch_backoff.pause()
 
+    def _hear(self, message: fleet_pb2.WatchResponse) -> None:
+        try:
+            terms = _terms(message.trial) if message.HasField("trial") else None
+        except ValidationError as error:  # a cloud that asks for what cannot be gets the device's own terms
+            log.warning("trial not understood", model=message.model[:64], error=str(error)[:200])
+            terms = None
+        order = Order(version=message.version, rollout=message.rollout[:128], attempt=message.attempt, terms=terms)
+        self._desired.set(message.model, order)
+
     async def send_reports(self) -> None:
-        """Send what is to be reported."""
+        """Send what is to be reported, what an earlier run of the agent left first."""
+        if len(self._outbox):
+            self._to_report.set()
         while True:
             await self._to_report.wait()
             self._to_report.clear()
-            for model, report in list(self._reports.items()):
+            await self._keep()
+            for report in self._outbox.waiting():
                 if not await self._send(report):
                     self._to_report.set()
                     await self._report_backoff.pause()
                     break
                 self._report_backoff.reset()
-                if self._reports[model] is report:
-                    del self._reports[model]
+                self._outbox.sent(report)
+            await self._keep()
+
+    async def _keep(self) -> None:
+        data = self._outbox.prepare_write()
+        if data is not None:
+            await asyncio.to_thread(self._outbox.write, data)
 
     async def _send(self, report: fleet_pb2.ReportRequest) -> bool:
         """Return whether the cloud has decided about this report: taken, or refused for good."""
@@ -153,3 +200,25 @@ class FleetLink:
 
     async def _metadata(self) -> Any:
         return (("authorization", f"Bearer {await self._token()}"),)
+
+
+def _terms(trial: fleet_pb2.Trial) -> Terms:
+    return Terms(**{field.name: getattr(trial, field.name) for field in trial.DESCRIPTOR.fields})
+
+
+def _told(evidence: Evidence) -> fleet_pb2.Evidence:
+    now, before = evidence.now, evidence.before
+    return fleet_pb2.Evidence(
+        requests=now.requests,
+        errors=now.errors,
+        escalated=now.escalated,
+        audited=now.audited,
+        disagreed=now.disagreed,
+        latency_p50_ms=now.quantile_ms(0.5),
+        latency_p99_ms=now.quantile_ms(0.99),
+        seconds=now.seconds,
+        before_requests=before.requests,
+        before_errors=before.errors,
+        before_escalated=before.escalated,
+        before_latency_p50_ms=before.quantile_ms(0.5),
+    )

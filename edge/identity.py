@@ -106,6 +106,11 @@ class DeviceHome:
         """Return the folder of a model's slots."""
         return self.path / "models" / model
 
+    @property
+    def reports(self) -> Path:
+        """Return the file with reports that the cloud has not taken yet."""
+        return self.path / "reports.json"
+
     def spool(self, model: str) -> Path:
         """Return the folder of a model's captures."""
         return self.path / "spool" / model

@@ -26,6 +26,8 @@ from edge.counters import LATENCY_BOUNDS_S, Counters
 from edge.model import LiveModel, ServedModels
 from edge.response_cache import ResponseCache
 from edge.spool import Spool
+from edge.state import Step
+from edge.updater import Updater
 from edge.uplink import Uplink
 from isthmus import __version__
 
@@ -43,6 +45,7 @@ class AgentCollector(Collector):
         spools: Captures by model.
         cache: Answers of before, where there is a cache.
         audit: Compares answers, where it does.
+        updaters: Bring versions, by model.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class AgentCollector(Collector):
         spools: Mapping[str, Spool],
         cache: ResponseCache | None = None,
         audit: Audit | None = None,
+        updaters: Mapping[str, Updater] | None = None,
     ) -> None:
         self._device_id = device_id
         self._models = models
@@ -60,6 +64,7 @@ class AgentCollector(Collector):
         self._spools = spools
         self._cache = cache
         self._audit = audit
+        self._updaters = updaters or {}
 
     def collect(self) -> Iterator[Metric]:
         """Return every metric with its values as of now."""
@@ -74,6 +79,7 @@ class AgentCollector(Collector):
             yield from self._cached(self._cache)
         if self._audit is not None:
             yield from self._audited(self._audit)
+        yield from self._updates()
 
     def _counted(self) -> list[tuple[str, Counters]]:
         return [*self._models.counters.items(), (_UNSERVED, self._models.unserved)]
@@ -145,6 +151,19 @@ class AgentCollector(Collector):
             if found.risk is not None:
                 risk.add_metric((model,), found.risk)
         yield from (audits, bounds, expected, risk, alarm)
+
+    def _updates(self) -> Iterator[Metric]:
+        step = _gauge("isthmus_update_step", "1 for the step that an update is at.", "model", "step")
+        outcomes = _counter("isthmus_update_outcomes", "What became of updates.", "model", "outcome", "reason")
+        trial = _gauge("isthmus_trial_seconds", "How long the version that serves has been on trial.", "model")
+        for model, updater in self._updaters.items():
+            for name in Step:
+                step.add_metric((model, name.value), float(name is updater.step))
+            for (became, reason), count in updater.outcomes.items():
+                outcomes.add_metric((model, became.value, reason), count)
+            if updater.trial is not None:
+                trial.add_metric((model,), updater.trial.seen.seconds)
+        yield from (step, outcomes, trial)
 
     def _versions(self) -> Iterator[Metric]:
         version = _gauge("isthmus_model_version", "The version that serves, 0 for none.", "model")

@@ -18,7 +18,8 @@ import structlog
 from edge.batching import Batcher, takes_batches
 from edge.counters import Counters
 from edge.runtimes import Runtime, Worker, open_runtime
-from edge.selftest import compare_rows, run_selftest, warm_up
+from edge.selftest import check_ceilings, compare_rows, resident_bytes, run_selftest, warm_up
+from edge.tally import Tally
 from isthmus.bundle import (
     CALIBRATION,
     GOLDEN,
@@ -59,6 +60,7 @@ class LiveModel:
         self.policy = policy
         self.outputs = frozenset(spec.name for spec in manifest.outputs)
         self.signature = _signature(self)
+        self.tally = Tally()
         self._worker = worker
         self._score = score
         self._requests = 0
@@ -97,6 +99,10 @@ class LiveModel:
     def score(self, outputs: Mapping[str, Array]) -> float:
         """Return how sure the light answer is: the score of its least certain row, NaN when a row is not finite."""
         return float(self._score(outputs).min())
+
+    def begin_service(self) -> None:
+        """Count from here on: what was computed before, for a test, is not of its service."""
+        self.tally = Tally()
 
     def retire(self) -> None:
         """Close the runtime once the requests in progress are done."""
@@ -149,6 +155,7 @@ def open_model(
     check_calibration(manifest, variant, calibration)
     point = calibration.variants[variant.id]
     decider = make_policy(policy, point, chance=random.SystemRandom())
+    resident = resident_bytes()
     runtime = open_runtime(
         variant.runtime,
         slot / variant.entry,
@@ -160,6 +167,8 @@ def open_model(
         outputs = run_selftest(runtime, manifest, variant, slot / GOLDEN)
         score(outputs)  # an output or a feature that is missing shows here, not in the first request
         warm_up(runtime, manifest, slot / GOLDEN)
+        grown = resident_bytes() - resident
+        check_ceilings(runtime, manifest, variant, slot / GOLDEN, grown_bytes=grown)
         batches = batch_delay_s > 0 and _may_batch(runtime, manifest, variant, slot / GOLDEN)
     except BaseException:
         runtime.close()
@@ -240,8 +249,17 @@ class ServedModels:
             )
         return live
 
+    def live(self, name: str) -> LiveModel | None:
+        """Return what serves under this name."""
+        return self._live[name]
+
     def swap(self, name: str, live: LiveModel | None) -> None:
         """Serve `live` from now on; the version before it closes after its requests in progress."""
-        before, self._live[name] = self._live[name], live
+        before = self.exchange(name, live)
         if before is not None:
             before.retire()
+
+    def exchange(self, name: str, live: LiveModel | None) -> LiveModel | None:
+        """Serve `live` from now on; return the version before it, open, for the caller to keep or to retire."""
+        before, self._live[name] = self._live[name], live
+        return before

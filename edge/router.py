@@ -17,6 +17,7 @@ a request that will probably escalate (edge.hedge) is sent to the cloud before s
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from edge.model import LiveModel, ServedModels
 from edge.policy import Decision, decide
 from edge.question import Limits, Question, read_question
 from edge.response_cache import ResponseCache, cache_key
+from edge.shadow import Shadow
 from edge.uplink import Answer, Check, Failure
 from isthmus.errors import InputError, OverloadedError
 from isthmus.policies import Case, Link
@@ -92,6 +94,7 @@ class Router:
         hedge: Predicts escalations; None when none begins early.
         deferral: Keeps requests that asked for it and could not be escalated.
         audit: Sends up a share of the confident answers, too; None for none.
+        shadow: Gets copies of what the light model computes; None for none.
         clock: Monotonic seconds.
     """
 
@@ -107,6 +110,7 @@ class Router:
         hedge: Hedge | None = None,
         deferral: Keeper | None = None,
         audit: Audit | None = None,
+        shadow: Shadow | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = models
@@ -118,6 +122,7 @@ class Router:
         self._hedge = hedge
         self._deferral = deferral or NoDeferral()
         self._audit = audit
+        self._shadow = shadow
         self._clock = clock
         self._log = log.bind()  # the lazy logger sets itself up for every line, dropped ones included
 
@@ -195,6 +200,8 @@ class Router:
         self, question: Question, live: LiveModel, light: Mapping[str, Array], early: _Early | None
     ) -> Given:
         score = live.score(light)
+        if math.isnan(score):
+            live.tally.errors += 1
         if question.wish is not None and self._deferral.knows(question.wish):  # a retry: one better answer, not two
             response = light_response(question, light, live)
             told = explained(response, question, live, "fallback", STORED_ALREADY, score)
@@ -202,6 +209,8 @@ class Router:
         decision = decide(Case(score, len(question.raw), self._uplink.link), live.policy, question.route)
         if self._hedge is not None and question.route is None:
             self._hedge.note(live.manifest.name, escalates=decision.escalate)
+        if decision.reason == "uncertain":
+            live.tally.escalated += 1
         if not decision.escalate:
             if self._audit is not None and decision.reason == "confident":
                 self._audit.offer(question, light, live, score)
@@ -242,11 +251,16 @@ class Router:
         try:
             outputs = await live.infer(question.inputs)
         except InputError as error:  # the runtime's words are for the operator
+            live.tally.failed()
             log.warning("light model cannot compute", model=live.manifest.name, error=error.message)
             raise InputError("the light model cannot compute these values", reason=error.reason) from error
         counters = self._models.counters[live.manifest.name]
+        elapsed_s = self._clock() - started
         counters.light_inferences += 1
-        counters.light_ns += int((self._clock() - started) * 1e9)
+        counters.light_ns += int(elapsed_s * 1e9)
+        live.tally.computed(elapsed_s)
+        if self._shadow is not None:
+            self._shadow.offer(live, question.inputs, outputs, elapsed_s)
         return outputs
 
     async def _escalate(

@@ -7,10 +7,13 @@ variant has been checked before (`isthmus.bundle.check_calibration`).
 2. The runtime computes them, with the declared names, types and shapes            cannot-infer, golden-shape
 3. Every value is finite                                                           golden-not-finite
 4. No value differs from the expected one by more than the variant's tolerance     golden-mismatch
+5. One row takes no longer, and the process grows no more, than the manifest says  too-slow, too-large
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -26,6 +29,7 @@ from isthmus.errors import InputError, VerificationError
 from isthmus.tensors import DATATYPE_OF, Array
 
 _WARM_UPS: Final = 4
+_TIMED: Final = 9  # calls whose median is compared with the ceiling
 
 log = structlog.get_logger(__name__)
 
@@ -66,16 +70,57 @@ def warm_up(runtime: Runtime, manifest: Manifest, golden: Path) -> None:
         manifest: Of the model.
         golden: The bundle's golden file.
     """
-    tensors = _load(golden)
-    inputs = {
-        spec.name: tensors[f"input.{spec.name}"][:1] if spec.shape[:1] == (-1,) else tensors[f"input.{spec.name}"]
-        for spec in manifest.inputs
-    }
+    inputs = _one_row(manifest, _load(golden))
     try:
         for _ in range(_WARM_UPS):
             runtime.infer(inputs)
     except InputError as error:  # no verdict on the version: it has passed
         log.info("no warm-up with one row", model=manifest.name, error=error.message)
+
+
+def check_ceilings(runtime: Runtime, manifest: Manifest, variant: Variant, golden: Path, *, grown_bytes: int) -> None:
+    """Check time and memory against what the manifest allows; a variant without ceilings passes.
+
+    Args:
+        runtime: Is warm.
+        manifest: Of the model.
+        variant: With the ceilings.
+        golden: The bundle's golden file.
+        grown_bytes: What the process has grown by since before the runtime was opened.
+
+    Raises:
+        VerificationError: It is slower or larger than it may be here.
+    """
+    ceilings = variant.ceilings
+    if ceilings is None:
+        return
+    if ceilings.memory_bytes is not None and grown_bytes > ceilings.memory_bytes:
+        told = f"expected to take at most {ceilings.memory_bytes} bytes of memory, took {grown_bytes}"
+        raise VerificationError(f"{variant.id}: {told}", reason="too-large")
+    if ceilings.latency_ms is None:
+        return
+    inputs = _one_row(manifest, _load(golden))
+    times = []
+    for _ in range(_TIMED):
+        started = time.perf_counter()
+        try:
+            runtime.infer(inputs)
+        except InputError:  # it takes the golden batch and no other
+            return
+        times.append((time.perf_counter() - started) * 1e3)
+    median = sorted(times)[_TIMED // 2]
+    if median > ceilings.latency_ms:
+        told = f"expected one row to take at most {ceilings.latency_ms:g} ms, took {median:.3g} ms here"
+        raise VerificationError(f"{variant.id}: {told}", reason="too-slow")
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process that is in use; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def compare_rows(runtime: Runtime, manifest: Manifest, golden: Path, *, limit: int = 8) -> float:
@@ -96,6 +141,13 @@ def compare_rows(runtime: Runtime, manifest: Manifest, golden: Path, *, limit: i
         _difference(spec.name, np.concatenate([row[spec.name] for row in alone]), together[spec.name])
         for spec in manifest.outputs
     )
+
+
+def _one_row(manifest: Manifest, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    return {
+        spec.name: tensors[f"input.{spec.name}"][:1] if spec.shape[:1] == (-1,) else tensors[f"input.{spec.name}"]
+        for spec in manifest.inputs
+    }
 
 
 def _load(golden: Path) -> Mapping[str, Array]:

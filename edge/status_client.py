@@ -101,6 +101,7 @@ def _plain(status: agent_pb2.GetStatusResponse) -> dict[str, Any]:
         | {
             "answers": {route: model.answers[route] for route in ROUTES},
             "last_update": _update(model),
+            "trial": _fields(model.trial) if model.HasField("trial") else None,
             "audit": _fields(model.audit) if model.HasField("audit") else None,
         }
         for model in status.models

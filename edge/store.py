@@ -1,12 +1,13 @@
 """Installed versions of one model on the device's disk, safe against power cuts.
 
-    state.json                     which version serves, the one before it, and those that were refused
+    state.json                     edge.state: which version serves, the one before it, the step of an update
     slots/<version>/               manifest.json and the variant's files; complete, never changed
     slots/.partial-<version>/      a version that is being fetched
 
 The rules: a slot appears by one rename, after every byte in it is on the disk; state.json changes by one rename,
 after the slot that it names is on the disk; a slot disappears only when state.json no longer names it. So at any
-instant the state names whole slots. At start everything that the state does not name is removed, except the newest
+instant the state names whole slots. The slot before the current one stays until the next version is activated: it is
+what the device goes back to. At start everything that the state does not name is removed, except the newest
 partial slot, whose fetch can go on.
 """
 
@@ -16,11 +17,13 @@ import errno
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from edge.state import Became, Last, Progress, State, Step
 from isthmus.bundle import MANIFEST, Manifest, parse_manifest
 from isthmus.digests import check_file
 from isthmus.errors import BundleError, UnavailableError
@@ -28,19 +31,8 @@ from isthmus.errors import BundleError, UnavailableError
 # What says nothing about the file: rights, and limits of this process or machine.
 _NO_VERDICT: Final = frozenset({errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _PARTIAL: Final = ".partial-"
+_FAILURES: Final = 16  # versions that are remembered
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,15}")
-
-
-class State(BaseModel):
-    """What state.json says."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)  # a newer agent may have written more
-
-    current: int = 0
-    previous: int = 0
-    newest: int = 0  # the highest version that ever served
-    variant: str = ""
-    failed: dict[int, str] = {}
 
 
 class SlotStore:
@@ -52,6 +44,7 @@ class SlotStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._writing = threading.RLock()  # an update and a trial may both have something to note
         self._slots = folder / "slots"
         self._slots.mkdir(parents=True, exist_ok=True)
         self.state = self._read_state()
@@ -74,6 +67,20 @@ class SlotStore:
         """Remove what was fetched of a version."""
         shutil.rmtree(self._slots / f"{_PARTIAL}{version}", ignore_errors=True)
 
+    def has(self, version: int) -> bool:
+        """Return whether a version's whole slot is here."""
+        return self.slot(version).is_dir()
+
+    def free_bytes(self) -> int:
+        """Return what may still be written to this disk."""
+        found = os.statvfs(self._slots)
+        return found.f_bavail * found.f_frsize
+
+    def partial_bytes(self, version: int) -> int:
+        """Return what is here of a version that is being fetched."""
+        folder = self._slots / f"{_PARTIAL}{version}"
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
     def seal(self, version: int) -> Path:
         """Turn a partial slot into an installed one; it does not serve yet."""
         partial, slot = self._slots / f"{_PARTIAL}{version}", self.slot(version)
@@ -86,29 +93,110 @@ class SlotStore:
         _sync(self._slots)
         return slot
 
-    def activate(self, version: int, variant: str) -> None:
-        """Make an installed version the one that serves; the one before it is kept, older ones go."""
-        before = self.state.previous if version == self.state.current else self.state.current
-        failed = {number: reason for number, reason in self.state.failed.items() if number != version}
-        newest = max(version, self.state.newest)
-        self._write_state(State(current=version, previous=before, newest=newest, variant=variant, failed=failed))
+    def enter(self, progress: Progress) -> None:
+        """Remember the step that begins now."""
+        self._write(progress=progress)
+
+    def activate(self, version: int, variant: str, progress: Progress | None = None, last: Last | None = None) -> None:
+        """Make an installed version the one that serves; the one before it is kept, older ones go.
+
+        Args:
+            version: Has a whole slot.
+            variant: The installed one.
+            progress: Of its trial; None keeps it for good at once.
+            last: What became of the update.
+        """
+        with self._writing:
+            state = self.state
+            before, variant_before = state.current, state.variant
+            if version == state.current:
+                before, variant_before = state.previous, state.previous_variant
+            kept = State(
+                current=version,
+                previous=before,
+                newest=state.newest if progress is not None else max(version, state.newest),
+                variant=variant,
+                previous_variant=variant_before,
+                failed={number: reason for number, reason in state.failed.items() if number != version},
+                attempts={number: attempt for number, attempt in state.attempts.items() if number != version},
+                progress=progress,
+                last=last or state.last,
+                proven=False,
+            )
+            self._write_state(kept)
+            self._clean()
+
+    def commit(self, last: Last) -> None:
+        """Keep the version that serves for good; the one before it stays as the last good one."""
+        self._write(newest=max(self.state.current, self.state.newest), progress=None, last=last)
+
+    def roll_back(self, last: Last) -> None:
+        """Give up the version that serves: the previous one, if any, becomes current."""
+        state = self.state
+        self._go_back(last, **_failed(state, state.current, last.reason, last.attempt))
+
+    def _go_back(self, last: Last, **changes: object) -> None:
+        state = self.state
+        self._write(
+            current=state.previous,
+            variant=state.previous_variant or state.variant,
+            previous=0,
+            previous_variant="",
+            progress=None,
+            last=last,
+            proven=True,
+            crashes=0,
+            **changes,
+        )
         self._clean()
 
-    def refuse(self, version: int, reason: str) -> None:
+    def leave(self, last: Last | None = None) -> None:
+        """Nothing is under way any more; what was fetched stays."""
+        self._write(progress=None, last=last or self.state.last)
+
+    def refuse(self, version: int, reason: str, last: Last | None = None) -> None:
         """Remember that a version was refused, and remove it."""
-        failed = dict(self.state.failed) | {version: reason}
-        newest = dict(sorted(failed.items())[-16:])
-        self._write_state(self.state.model_copy(update={"failed": newest}))
+        told = last or self.state.last
+        attempt = 0 if last is None else last.attempt
+        self._write(progress=None, last=told, **_failed(self.state, version, reason, attempt))
         self.drop_partial(version)
         self._clean()
 
     def fall_back(self, reason: str) -> None:
-        """Give up the current version: the previous one, if any, becomes current."""
-        failed = dict(self.state.failed) | {self.state.current: reason}
-        self._write_state(
-            self.state.model_copy(update={"current": self.state.previous, "previous": 0, "failed": failed})
-        )
-        self._clean()
+        """Give up the current version, which cannot be opened: the previous one, if any, becomes current.
+
+        A disk may have spoilt it: the version may be brought again.
+        """
+        last = Last(version=self.state.current, became=Became.ROLLED_BACK, reason=reason)
+        self._go_back(last)
+
+    def begin_run(self) -> int:
+        """Note that the agent starts; return how often in a row it has died with the version that serves."""
+        state = self.state
+        if state.stopped:
+            progress = None if state.progress is None else state.progress.model_copy(update={"crashes": 0})
+            self._write(stopped=False, crashes=0, progress=progress)
+        elif not state.proven and state.current and not _died_with_another(state):
+            self._write(crashes=state.crashes + 1)
+        return self.state.crashes
+
+    def end_run(self) -> None:
+        """Note that the agent ends in an orderly way."""
+        if self._unsafe():
+            self._write(stopped=True)
+
+    def prove(self, version: int) -> None:
+        """Note that a version does not kill the process, if it serves still."""
+        with self._writing:
+            if not self.state.proven and self.state.current == version:
+                self._write(proven=True, crashes=0)
+
+    def _unsafe(self) -> bool:
+        return not self.state.proven or self.state.progress is not None
+
+    def _write(self, **changes: object) -> None:
+        with self._writing:
+            self._write_state(self.state.model_copy(update=changes))
 
     def _read_state(self) -> State:
         path = self._folder / "state.json"
@@ -125,18 +213,32 @@ class SlotStore:
         self.state = state
 
     def _clean(self) -> None:
-        for path in self._folder.glob("*.tmp"):
-            path.unlink()
-        kept = {str(version) for version in (self.state.current, self.state.previous) if version}
-        partials = sorted(self._slots.glob(f"{_PARTIAL}*"), key=_partial_version)
-        for path in self._slots.iterdir():
-            if path.name not in kept and path not in partials[-1:]:
-                shutil.rmtree(path)
+        with self._writing:
+            for path in self._folder.glob("*.tmp"):
+                path.unlink()
+            coming = 0 if self.state.progress is None else self.state.progress.order.version
+            kept = {str(version) for version in (self.state.current, self.state.previous, coming) if version}
+            partials = sorted(self._slots.glob(f"{_PARTIAL}*"), key=_partial_version)
+            for path in self._slots.iterdir():
+                if path.name not in kept and path not in partials[-1:]:
+                    shutil.rmtree(path)
 
 
 def _partial_version(path: Path) -> int:
     version = path.name.removeprefix(_PARTIAL)
     return int(version) if _VERSION.fullmatch(version) else 0
+
+
+def _died_with_another(state: State) -> bool:
+    """Return whether the process died while it tried a version that does not serve: that is counted there."""
+    return state.progress is not None and state.progress.step in (Step.SELF_TEST, Step.SHADOW)
+
+
+def _failed(state: State, version: int, reason: str, attempt: int) -> dict[str, object]:
+    """Return the memory of failures with one more, the newest versions of it."""
+    failed = dict(sorted((dict(state.failed) | {version: reason}).items())[-_FAILURES:])
+    known = dict(state.attempts) | {version: attempt}
+    return {"failed": failed, "attempts": {number: known[number] for number in failed if known.get(number)}}
 
 
 def check_slot(slot: Path, variant: str) -> Manifest:

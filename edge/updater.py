@@ -1,104 +1,82 @@
 """From "run version N" to version N serving, or to a refusal with its reason; the old version serves all the while.
 
-The steps, in order; each may end the update, none can be skipped:
+The steps and their order are those of `edge.state`; each is on the disk before it begins. Killed at any instant, the
+agent goes on from there at its next start: a fetch at the byte where it stopped, a trial with what is left of its time
+and what was seen until then, a roll back until it is done. Or it goes back: a version whose process died several times
+in a row is given up, and nobody has to come and press a button.
 
-    plan        get the manifest that signed metadata vouches for, choose the variant, compare with what is installed
-    fetch       bring each file into the partial slot (edge.assembly)
-    verify      every file of the partial slot against the manifest
-    self-test   open it with the device's runtime and compare golden answers
-    activate    seal the slot, write the state, swap the model; requests in progress finish on the old one
-    report      tell whoever listens what became of it
-
-A refusal is final for this version. An unreachable registry or a full disk is no refusal: what was fetched stays, and
-a later attempt goes on from there.
+A refusal is final for this version and attempt. An unreachable registry, a full disk or a closed maintenance window is
+no refusal: what was fetched stays, and a later attempt goes on from there.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import errno
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
 import structlog
 
 from edge.assembly import Fetcher, FileResult, bring_file
+from edge.audit import Audit
+from edge.conditions import Conditions, Meter, PostponedError, needed_bytes
 from edge.model import LiveModel, ServedModels
+from edge.outcome import MAY_PASS, NO_VERDICT, Outcome, remembered
 from edge.plan import FilePlan, plan_files
+from edge.shadow import Shadow
+from edge.soak import TICK_S, Soak, evidence_of
+from edge.state import MAY_FOLLOW, Became, Order, Progress, Step
 from edge.store import SlotStore, check_slot, write_atomically
+from edge.trial import Evidence, Reason, Verdict
 from isthmus.bundle import MANIFEST, FileEntry, Manifest, Variant, parse_manifest
-from isthmus.errors import BundleError, ConfigError, IsthmusError, TrustError, UnavailableError, VerificationError
+from isthmus.errors import (
+    BundleError,
+    ConfigError,
+    IsthmusError,
+    TrustError,
+    UnavailableError,
+    VerificationError,
+)
+
+PROVEN_S: Final = 60.0  # a version that lived for so long does not kill its process at once
+_SHADOW_S: Final = 600.0  # longest wait for requests to try a version with
+_ROOM: Final = 8  # times the files of a version that must be free for it to stay open beside another
 
 log = structlog.get_logger(__name__)
 
 
-class Step(StrEnum):
-    """Where an update is."""
+class SignedTarget(Protocol):
+    """A manifest, and what the operator signed about it (security.trust.SignedTarget)."""
 
-    IDLE = "idle"
-    PLAN = "plan"
-    FETCH = "fetch"
-    VERIFY = "verify"
-    SELF_TEST = "self-test"
-    ACTIVATE = "activate"
-    REPORT = "report"
+    @property
+    def manifest(self) -> bytes:
+        """Return its verified bytes."""
+        ...
 
+    @property
+    def rollback_floor(self) -> int:
+        """Return the least version that a device which has run this one may be told to go back to; 0 for none."""
+        ...
 
-_BEFORE: Final = {
-    Step.PLAN: {Step.IDLE},
-    Step.FETCH: {Step.PLAN},
-    Step.VERIFY: {Step.FETCH},
-    Step.SELF_TEST: {Step.VERIFY},
-    Step.ACTIVATE: {Step.SELF_TEST},
-    Step.REPORT: set(Step) - {Step.IDLE, Step.REPORT},  # a refusal is reported from any step
-}
-
-# Refusals that time may heal: a clock that is wrong until the network is up, metadata that the cloud must sign anew.
-_MAY_PASS: Final = frozenset({"expired-metadata", "freeze", "not-published"})
-
-
-class Manifests(Protocol):
-    """Signed metadata (security.trust.TrustedManifests)."""
-
-    def manifest(self, model: str, version: int) -> bytes:
-        """Return the verified bytes of a manifest; blocks."""
+    @property
+    def withdrawn(self) -> str:
+        """Return why it must not be installed; empty when it may."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of an update."""
+class Manifests(Protocol):
+    """Signed metadata (edge.fetcher.SignedManifests)."""
 
-    model: str
-    from_version: int
-    to_version: int
-    variant: str = ""
-    active: bool = True
-    reason: str = ""
-    detail: str = ""
-    files: tuple[FileResult, ...] = ()
-
-    @property
-    def final(self) -> bool:
-        """Return whether trying this version again can only end in the same way."""
-        return self.reason not in _MAY_PASS
-
-    @property
-    def serving_version(self) -> int:
-        """Return the version that serves now."""
-        return self.to_version if self.active else self.from_version
-
-    @property
-    def bytes_fetched(self) -> int:
-        """Return the bytes that moved over the wire."""
-        return sum(file.bytes_fetched for file in self.files)
-
-    @property
-    def bytes_full(self) -> int:
-        """Return the bytes of the same files in full."""
-        return sum(file.bytes_full for file in self.files)
+    def target(self, model: str, version: int) -> SignedTarget:
+        """Return what was signed about a version; blocks."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +85,6 @@ class _Plan:
     manifest_bytes: bytes
     variant: Variant
     files: tuple[FilePlan, ...]
-    partial: Path
 
 
 class Updater:
@@ -121,7 +98,12 @@ class Updater:
         fetcher: The registry.
         choose: Chooses the variant of a manifest.
         open_slot: Opens and self-tests a slot's variant; blocks.
-        report: Hears every outcome.
+        report: Hears what becomes of updates.
+        conditions: When an update may go on.
+        audit: Compares answers with the cloud's, where it does.
+        shadow: Where candidates get copies of live requests.
+        clock: Monotonic seconds.
+        pause: Waits for so many seconds.
     """
 
     def __init__(
@@ -135,9 +117,15 @@ class Updater:
         choose: Callable[[Manifest], Variant],
         open_slot: Callable[[Path, str], LiveModel],
         report: Callable[[Outcome], None],
+        conditions: Conditions,
+        audit: Audit | None = None,
+        shadow: Shadow | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.step = Step.IDLE
         self.last: Outcome | None = None
+        self.outcomes: Counter[tuple[Became, str]] = Counter()  # final ones, with their reasons
         self._model = model
         self._store = store
         self._models = models
@@ -146,8 +134,33 @@ class Updater:
         self._choose = choose
         self._open_slot = open_slot
         self._report = report
+        self._conditions = conditions
+        self._audit = audit
+        self._shadow = shadow or Shadow()
+        self._clock = clock
+        self._pause = pause
         self._files: list[FileResult] = []
         self._variant = ""
+        self._meter = Meter(fetcher, conditions.settings)
+        self._opened = clock()  # when the version that serves was
+        self._before: LiveModel | None = None  # the version before it, open, while it is on trial
+        self._new = asyncio.Event()  # a version has begun to serve
+        self._over = asyncio.Event()  # no version is on trial
+        self._soak: Soak | None = None
+        self._taken_back = False
+
+    @property
+    def order(self) -> Order | None:
+        """Return what an earlier run of the agent was bringing."""
+        progress = self._store.state.progress
+        return None if progress is None or progress.step is Step.ROLL_BACK else progress.order
+
+    @property
+    def trial(self) -> Progress | None:
+        """Return the trial of the version that serves, with all that was seen; None when it is on none."""
+        if not self._store.state.on_trial:
+            return None
+        return self._store.state.progress if self._soak is None else self._soak.checkpoint
 
     async def start(self) -> None:
         """Serve the installed version, or the one before it when that one is broken; none is no error.
@@ -156,6 +169,7 @@ class Updater:
             ConfigError: This machine cannot open what it has, for example because the runtime is not installed.
             UnavailableError: The disk cannot be read now.
         """
+        await self._begin_run()
         while version := self._store.state.current:
             slot, variant = self._store.slot(version), self._store.state.variant
             try:
@@ -165,60 +179,278 @@ class Updater:
                 raise
             except IsthmusError as error:
                 log.warning("installed version is broken", model=self._model, version=version, error=error.message)
-                await asyncio.to_thread(self._store.fall_back, error.reason)
+                with _disk("fall back"):
+                    await asyncio.to_thread(self._store.fall_back, error.reason)
                 continue
-            self._models.swap(self._model, live)
+            self._serve(live)
             log.info("serving", model=self._model, version=version, variant=variant)
-            self._report(Outcome(self._model, version, version, variant))
-            return
+            break
+        self._tell_start()
 
-    async def update(self, version: int) -> Outcome:
+    async def _begin_run(self) -> None:
+        try:
+            crashes = await asyncio.to_thread(self._store.begin_run)
+        except OSError as error:  # a disk that takes no writes must not keep a device from serving
+            log.warning("cannot note the start", model=self._model, error=str(error))
+            return
+        state, most = self._store.state, self._conditions.settings.crashes
+        progress = state.progress
+        reason = detail = ""
+        if progress is not None and progress.step is Step.ROLL_BACK:
+            reason, detail = progress.reason, progress.detail
+        elif crashes >= most:
+            reason, detail = Reason.CRASHES, f"the agent died {crashes} times in a row with it"
+        if reason:
+            evidence = None if progress is None else Evidence(progress.seen, progress.before)
+            outcome = self._outcome(state.previous, Became.ROLLED_BACK, reason, detail, evidence)
+            log.warning("rolled back", model=self._model, version=state.current, reason=reason)
+            with _disk("roll back"):
+                await asyncio.to_thread(self._store.roll_back, outcome.to_last())
+
+    def _tell_start(self) -> None:
+        state = self._store.state
+        if state.on_trial and state.progress is not None:
+            self._variant = state.variant
+            self._tell(state.previous, Became.SOAKING, evidence=Evidence(state.progress.seen, state.progress.before))
+        elif state.last is not None and state.last.became in (Became.REFUSED, Became.ROLLED_BACK):
+            self.last = remembered(self._model, state.current, state.variant, state.last)
+            self._report(self.last)
+        elif state.current:
+            order = Order(version=state.current)
+            if state.last is not None and state.last.version == state.current:
+                order = Order(version=state.current, rollout=state.last.rollout, attempt=state.last.attempt)
+            self._report(Outcome(self._model, state.current, state.current, state.variant, order=order))
+
+    def gave_up(self, order: Order) -> Outcome | None:
+        """Return what became of this version here when it failed, and the order is for no further attempt."""
+        state = self._store.state
+        reason = state.failed.get(order.version, "")
+        if not reason or reason in NO_VERDICT or order.attempt > state.attempts.get(order.version, 0):
+            return None
+        if state.last is not None and state.last.version == order.version:
+            return remembered(self._model, state.current, state.variant, state.last)
+        return Outcome(self._model, state.current, order.version, "", Became.REFUSED, reason, order=order)
+
+    async def update(self, order: Order) -> Outcome:
         """Bring a version to serve, or refuse it.
 
         Raises:
-            UnavailableError: It cannot be fetched now; the caller tries again later.
+            UnavailableError: It cannot be brought now; the caller tries again later. A `PostponedError` says when.
         """
         from_version = self._models.version(self._model)
         self._files, self._variant = [], ""
-        reason = detail = ""
         try:
-            await self._install(version)
-        except UnavailableError:
+            with _disk(f"update to {order.version}"):
+                return await self._updated(order, from_version)
+        except PostponedError as error:
+            self._tell(from_version, Became.UPDATING, error.reason, error.message, order=order)
             raise
-        except OSError as error:
-            raise UnavailableError(f"update to {version}: {error}", reason="disk") from error
-        except IsthmusError as error:
-            reason, detail = error.reason, error.message
-            log.warning("update refused", model=self._model, version=version, step=self.step.value, error=detail)
-            if reason not in _MAY_PASS:  # what was fetched may be wanted yet
-                await asyncio.to_thread(self._store.refuse, version, reason)
-        else:
-            self._enter(Step.REPORT, version)
         finally:
             self.step = Step.IDLE
-        self.last = Outcome(
-            self._model, from_version, version, self._variant, not reason, reason, detail, tuple(self._files)
-        )
-        self._report(self.last)
-        return self.last
 
-    async def _install(self, version: int) -> None:
-        self._enter(Step.PLAN, version)
-        plan = await self._plan(version)
-        self._enter(Step.FETCH, version)
-        await self._fetch(plan)
-        self._enter(Step.VERIFY, version)
-        await asyncio.to_thread(check_slot, plan.partial, plan.variant.id)
-        self._enter(Step.SELF_TEST, version)
-        live = await asyncio.to_thread(self._open, plan.partial, plan.variant.id)
+    async def _updated(self, order: Order, from_version: int) -> Outcome:
         try:
-            self._enter(Step.ACTIVATE, version)
-            await asyncio.to_thread(self._store.seal, version)
-            await asyncio.to_thread(self._store.activate, version, plan.variant.id)
-        except BaseException:
-            live.retire()
+            became = await self._install(order)
+        except UnavailableError:
             raise
-        self._models.swap(self._model, live)
+        except IsthmusError as error:
+            reason, detail = error.reason, error.message
+            log.warning("update refused", model=self._model, version=order.version, step=self.step.value, error=detail)
+            outcome = self._outcome(from_version, Became.REFUSED, reason, detail, order=order)
+            if reason in MAY_PASS:  # what was fetched may be wanted yet
+                await asyncio.to_thread(self._store.leave)
+            else:
+                await asyncio.to_thread(self._store.refuse, order.version, reason, outcome.to_last())
+        else:
+            outcome = self._outcome(from_version, became, order=order)
+        self._conclude(outcome)
+        return outcome
+
+    async def _install(self, order: Order) -> Became:
+        progress = self._taken_up(order)
+        self._meter = Meter(self._fetcher, self._conditions.settings, progress.bytes_fetched)
+        progress = await self._enter(Step.PLAN, progress)
+        if progress.crashes >= self._conditions.settings.crashes:
+            raise VerificationError(
+                f"self-test: the agent died {progress.crashes} times in a row in it", reason="self-test-crashed"
+            )
+        plan = await self._plan(order.version)
+        if await asyncio.to_thread(self._is_whole, plan):
+            progress = await self._enter(Step.VERIFY, progress)
+            slot = self._store.slot(plan.version)
+            await asyncio.to_thread(check_slot, slot, plan.variant.id)
+        else:
+            progress, slot = await self._bring(plan, progress)
+        self._conditions.check_window()
+        progress = await self._enter(Step.SELF_TEST, progress.model_copy(update={"crashes": progress.crashes + 1}))
+        live = await asyncio.to_thread(self._open, slot, plan.variant.id)
+        try:
+            return await self._put_into_service(live, order, progress.model_copy(update={"crashes": 0}))
+        except BaseException:
+            if self._models.live(self._model) is not live:
+                live.retire()
+            raise
+
+    def _taken_up(self, order: Order) -> Progress:
+        found = self._store.state.progress
+        if found is not None and (found.order.version, found.order.attempt) == (order.version, order.attempt):
+            return found.model_copy(update={"order": order})
+        return Progress(order=order, step=Step.PLAN)
+
+    async def _bring(self, plan: _Plan, progress: Progress) -> tuple[Progress, Path]:
+        self._conditions.check_turn(plan.version)
+        here = self._store.partial_bytes(plan.version)
+        self._conditions.check_fetch(needed_bytes(plan.files, here=here), self._store.free_bytes())
+        progress = await self._enter(Step.FETCH, progress)
+        self._tell(self._models.version(self._model), Became.UPDATING, order=progress.order)
+        partial = await asyncio.to_thread(self._store.partial, plan.version)
+        try:
+            await self._fetch(plan, partial)
+        except BaseException:
+            if self._meter.moved != progress.bytes_fetched:
+                moved = progress.model_copy(update={"bytes_fetched": self._meter.moved})
+                await asyncio.to_thread(self._store.enter, moved)
+            raise
+        progress = await self._enter(Step.VERIFY, progress.model_copy(update={"bytes_fetched": self._meter.moved}))
+        await asyncio.to_thread(check_slot, partial, plan.variant.id)
+        progress = await self._enter(Step.APPLY, progress)
+        return progress, await asyncio.to_thread(self._store.seal, plan.version)
+
+    async def _put_into_service(self, live: LiveModel, order: Order, progress: Progress) -> Became:
+        terms = order.terms or self._conditions.settings.trial
+        serving, from_version = self._models.live(self._model), self._models.version(self._model)
+        if terms.shadow_requests and serving is not None:
+            progress = await self._enter(Step.SHADOW, progress)
+            self._tell(from_version, Became.UPDATING, order=order)
+            await self._shadow.test(live, terms, limit_s=max(terms.soak_s, _SHADOW_S))
+        progress = await self._enter(Step.ACTIVATE, progress)
+        trial = None
+        if terms.soak_s > 0 and serving is not None and from_version != order.version:
+            before = evidence_of(serving, self._audit, self._clock() - self._opened)
+            trial = progress.model_copy(update={"step": Step.SOAK, "terms": terms, "before": before})
+        became = Became.ACTIVE if trial is None else Became.SOAKING
+        last = self._outcome(from_version, became, order=order).to_last()
+        self._taken_back = False
+        live.begin_service()
+        await asyncio.to_thread(self._store.activate, order.version, live.variant.id, trial, last)
+        before_live = self._serve(live)
+        if before_live is not None:
+            if trial is not None and _memory_allows(self._store.slot(from_version)):
+                self._before = before_live
+            else:
+                before_live.retire()
+        self._step_to(Step.COMMIT if trial is None else Step.SOAK, order.version)
+        return became
+
+    def _serve(self, live: LiveModel) -> LiveModel | None:
+        self._opened = self._clock()
+        before = self._models.exchange(self._model, live)
+        self._new.set()
+        return before
+
+    async def watch_trials(self) -> None:
+        """Judge versions on trial, and note of others that they live; until cancelled."""
+        while True:
+            await self._new.wait()
+            self._new.clear()
+            live, progress = self._models.live(self._model), self._store.state.progress
+            if live is not None and progress is not None and progress.step is Step.SOAK:
+                await self._try_out(live, progress)
+            elif not self._store.state.proven:
+                version = self._store.state.current
+                await self._pause(PROVEN_S)
+                if self._models.live(self._model) is live:
+                    await self._persist(partial(self._store.prove, version))
+
+    async def settled(self) -> None:
+        """Wait until no version is on trial."""
+        while self._store.state.on_trial:
+            self._over.clear()
+            await self._over.wait()
+
+    def take_back(self, order: Order) -> bool:
+        """End the trial when the order is for the version before the one on trial; return whether it is."""
+        if not self._store.state.on_trial or order.version != self._store.state.previous:
+            return False
+        self._taken_back = True
+        return True
+
+    async def stop(self) -> None:
+        """Note an orderly end, with what a trial has seen until now."""
+        before, self._before = self._before, None
+        if before is not None:
+            before.retire()
+        try:
+            if self._soak is not None and self.step is not Step.ROLL_BACK:
+                await asyncio.to_thread(self._store.enter, self._soak.checkpoint)
+            await asyncio.to_thread(self._store.end_run)
+        except OSError as error:
+            log.warning("cannot note the end", model=self._model, error=str(error))
+
+    async def _try_out(self, live: LiveModel, progress: Progress) -> None:
+        self._soak = soak = Soak(live, progress, self._audit, clock=self._clock)
+
+        async def keep(checkpoint: Progress) -> None:
+            await self._persist(lambda: self._store.enter(checkpoint))
+
+        verdict, evidence = await soak.run(keep, self._pause, lambda: self._taken_back)
+        self._step_to(Step.COMMIT if verdict.keep else Step.ROLL_BACK, progress.order.version)
+        if verdict.keep:
+            await self._commit(progress.order, evidence)
+        else:
+            await self._roll_back(progress.order, verdict, evidence)
+        self._soak = None
+        self.step = Step.IDLE
+        self._over.set()
+
+    async def _commit(self, order: Order, evidence: Evidence, reason: str = "", detail: str = "") -> None:
+        outcome = self._outcome(self._store.state.previous, Became.ACTIVE, reason, detail, evidence, order=order)
+        await self._persist(lambda: self._store.commit(outcome.to_last()))
+        await self._persist(lambda: self._store.prove(order.version))
+        before, self._before = self._before, None
+        if before is not None:
+            before.retire()
+        self._conclude(outcome)
+
+    async def _roll_back(self, order: Order, verdict: Verdict, evidence: Evidence) -> None:
+        state = self._store.state
+        reason, detail = verdict.broken or Reason.TAKEN_BACK, verdict.detail
+        log.warning("rolling back", model=self._model, version=order.version, reason=reason, detail=detail)
+        going = {"step": Step.ROLL_BACK, "seen": evidence.now, "reason": reason, "detail": detail}
+        if state.progress is not None:
+            failing = state.progress.model_copy(update=going)
+            try:  # the swap below must not wait for a disk that takes no writes
+                await asyncio.to_thread(self._store.enter, failing)
+            except OSError as error:
+                log.warning("cannot note the roll back", model=self._model, error=str(error))
+        before, self._before = self._before, None
+        while before is None:
+            try:
+                slot, variant = self._store.slot(state.previous), state.previous_variant or state.variant
+                before = await asyncio.to_thread(self._open, slot, variant)
+            except UnavailableError as error:
+                log.warning("cannot open the version before", model=self._model, error=error.message)
+                await self._pause(TICK_S)
+            except IsthmusError as error:  # what serves is better than nothing
+                await self._commit(order, evidence, "no-way-back", f"{detail}; the version before: {error.message}")
+                return
+        failed = self._serve(before)
+        outcome = self._outcome(state.previous, Became.ROLLED_BACK, reason, detail, evidence, order=order)
+        await self._persist(lambda: self._store.roll_back(outcome.to_last()))
+        if failed is not None:
+            failed.retire()
+        self._conclude(outcome)
+
+    async def _persist(self, write: Callable[[], None]) -> None:
+        """Write to the disk, again and again until it takes it: memory has decided already."""
+        while True:
+            try:
+                await asyncio.to_thread(write)
+            except OSError as error:
+                log.warning("the disk takes no writes", model=self._model, error=str(error))
+                await self._pause(TICK_S)
+            else:
+                return
 
     def _open(self, slot: Path, variant: str) -> LiveModel:
         try:
@@ -230,8 +462,15 @@ class Updater:
         except Exception as error:  # whatever a bundle provokes in a runtime is a verdict on the bundle
             raise VerificationError(f"self-test: {error!r}"[:500], reason="self-test-crashed") from error
 
-    def _enter(self, step: Step, version: int) -> None:
-        if self.step not in _BEFORE[step]:
+    async def _enter(self, step: Step, progress: Progress) -> Progress:
+        """Begin a step, once the disk has it; return the progress with it."""
+        self._step_to(step, progress.order.version)
+        entered = progress.model_copy(update={"step": step})
+        await asyncio.to_thread(self._store.enter, entered)
+        return entered
+
+    def _step_to(self, step: Step, version: int) -> None:
+        if self._soak is None and step not in MAY_FOLLOW[self.step]:
             raise RuntimeError(f"update of {self._model}: {step} cannot follow {self.step}")
         self.step = step
         log.info("update", model=self._model, version=version, step=step.value)
@@ -239,20 +478,39 @@ class Updater:
     async def _plan(self, version: int) -> _Plan:
         newest = self._store.state.newest
         if version < newest:
-            raise TrustError(
-                f"{self._model} has run version {newest} here and never goes back, to {version} was asked for",
-                hint="publish the older model under a new version",
-                reason="rollback",
-            )
-        data = await asyncio.to_thread(self._manifests.manifest, self._model, version)
-        manifest = parse_manifest(data)
+            await self._check_way_back(version, newest)
+        target = await asyncio.to_thread(self._manifests.target, self._model, version)
+        if target.withdrawn:
+            raise TrustError(f"{self._model}@{version} was withdrawn: {target.withdrawn[:200]}", reason="withdrawn")
+        manifest = parse_manifest(target.manifest)
         if (manifest.name, manifest.version) != (self._model, version):
             got = f"{manifest.name}@{manifest.version}"
             raise BundleError(f"expected the manifest of {self._model}@{version}, got {got}")
         variant = self._choose(manifest)
         self._variant = variant.id
         files = plan_files(manifest.device_files(variant.id), await asyncio.to_thread(self._installed))
-        return _Plan(version, data, variant, files, await asyncio.to_thread(self._store.partial, version))
+        return _Plan(version, target.manifest, variant, files)
+
+    async def _check_way_back(self, version: int, newest: int) -> None:
+        floor = (await asyncio.to_thread(self._manifests.target, self._model, newest)).rollback_floor
+        if not floor or version < floor:
+            allowed = f"versions from {floor} on" if floor else "no older version"
+            raise TrustError(
+                f"{self._model} has run version {newest} here, which lets it go back to {allowed}: {version} is older",
+                hint="publish the older model under a new version",
+                reason="rollback",
+            )
+
+    def _is_whole(self, plan: _Plan) -> bool:
+        """Return whether the version's slot is here as it was signed: from before, or from an earlier attempt."""
+        slot = self._store.slot(plan.version)
+        try:
+            if (slot / MANIFEST).read_bytes() != plan.manifest_bytes:
+                return False
+            check_slot(slot, plan.variant.id)
+        except (OSError, IsthmusError):
+            return False
+        return True
 
     def _installed(self) -> dict[str, FileEntry]:
         state = self._store.state
@@ -261,8 +519,74 @@ class Updater:
         manifest = parse_manifest((self._store.slot(state.current) / MANIFEST).read_bytes())
         return manifest.device_files(state.variant)
 
-    async def _fetch(self, plan: _Plan) -> None:
+    async def _fetch(self, plan: _Plan, partial: Path) -> None:
         base = self._store.slot(self._store.state.current)
         for file in plan.files:
-            self._files.append(await bring_file(self._fetcher, file, base=base, partial=plan.partial))
-        await asyncio.to_thread(write_atomically, plan.partial / MANIFEST, plan.manifest_bytes)
+            self._files.append(await bring_file(self._meter, file, base=base, partial=partial))
+        await asyncio.to_thread(write_atomically, partial / MANIFEST, plan.manifest_bytes)
+
+    def _conclude(self, outcome: Outcome) -> None:
+        self.last = outcome
+        self.outcomes[outcome.became, outcome.reason] += 1
+        self._report(outcome)
+
+    def _tell(
+        self,
+        from_version: int,
+        became: Became,
+        reason: str = "",
+        detail: str = "",
+        *,
+        order: Order | None = None,
+        evidence: Evidence | None = None,
+    ) -> None:
+        self._report(self._outcome(from_version, became, reason, detail, evidence, order=order))
+
+    def _outcome(
+        self,
+        from_version: int,
+        became: Became,
+        reason: str = "",
+        detail: str = "",
+        evidence: Evidence | None = None,
+        *,
+        order: Order | None = None,
+    ) -> Outcome:
+        if order is None:
+            progress = self._store.state.progress
+            order = Order(version=self._store.state.current) if progress is None else progress.order
+        return Outcome(
+            self._model,
+            from_version,
+            order.version,
+            self._variant,
+            became,
+            reason,
+            detail,
+            tuple(self._files),
+            self._meter.moved,
+            self.step,
+            order,
+            evidence,
+        )
+
+
+@contextmanager
+def _disk(what: str) -> Iterator[None]:
+    """Take what the disk refuses as what it is: no verdict on a version, and it may pass."""
+    try:
+        yield
+    except OSError as error:
+        reason = "no-space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "disk"
+        raise UnavailableError(f"{what}: {error}", reason=reason) from error
+
+
+def _memory_allows(slot: Path) -> bool:
+    """Return whether a second model may stay open: the machine has several times its files to spare."""
+    files = sum(path.stat().st_size for path in slot.rglob("*") if path.is_file())
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return False
+    free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
+    return free > _ROOM * files

@@ -106,6 +106,13 @@ class FileEntry(_Strict):
     length: int = Field(ge=0, le=1 << 40)  # bytes
 
 
+class Ceilings(_Strict):
+    """What a variant may take on a device before it is refused there."""
+
+    latency_ms: float | None = Field(default=None, gt=0)  # batch 1, median
+    memory_bytes: int | None = Field(default=None, gt=0)  # that opening and running it adds to the agent's process
+
+
 class Variant(_Strict):
     """One artefact of the light model for one runtime, precision and platform."""
 
@@ -119,6 +126,7 @@ class Variant(_Strict):
     verified: Literal["compiler", "device"] = "compiler"  # "device": it could not run where it was built
     accuracy: Rate | None = None
     latency_ms: float | None = Field(default=None, gt=0)  # batch 1, one thread, median on the compiling machine
+    ceilings: Ceilings | None = None
 
 
 class Heavy(_Strict):

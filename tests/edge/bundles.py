@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from isthmus.bundle import (
     Calibration,
     CalibrationData,
+    Ceilings,
     CurvePoint,
     Heavy,
     Manifest,
@@ -94,6 +95,44 @@ def _tvm_files(version: int) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def spoilt_onnx(fault: str, version: int = 1) -> onnx.ModelProto:
+    """Return the light model with a fault that no golden output shows.
+
+    "nan", "wrong" (another class) and "hard" (hardly sure) show where an input is above 5; "slow" takes some hundred
+    times as long, "large" 32 MB.
+    """
+    model = light_onnx(version)
+    weights_of: dict[str, Array] = {"five": np.array(5.0), "zero": np.array(0.0)}
+    identity = np.eye(CLASSES)
+    if fault == "nan":
+        nodes = [("Sub", ["five", "x"], "room"), ("Sqrt", ["room"], "root"), ("Mul", ["root", "zero"], "change")]
+    elif fault in ("wrong", "hard"):
+        weights_of["w2"] = 100 * np.roll(identity, 1, axis=1) if fault == "wrong" else -2.2 * identity
+        nodes = [("Sub", ["x", "five"], "above"), ("Relu", ["above"], "excess"), ("MatMul", ["excess", "w2"], "change")]
+    elif fault == "slow":
+        weights_of |= {"w2": np.zeros((CLASSES, 1200)), "w3": np.zeros((1200, 1200)), "w4": np.zeros((1200, CLASSES))}
+        nodes = [("MatMul", ["x", "w2"], "h0"), *[("MatMul", [f"h{i}", "w3"], f"h{i + 1}") for i in range(8)]]
+        nodes.append(("MatMul", ["h8", "w4"], "change"))
+    else:
+        weights_of |= {"w2": np.full((CLASSES, 2 << 20), 0.5), "w3": np.full((2 << 20, 1), 0.5)}
+        nodes = [
+            ("MatMul", ["x", "w2"], "wide"),
+            ("MatMul", ["wide", "w3"], "thin"),
+            ("Mul", ["thin", "zero"], "change"),
+        ]
+    matmul, argmax = model.graph.node
+    matmul.output[0] = "right"
+    added = [helper.make_node(kind, inputs, [output]) for kind, inputs, output in nodes]
+    sum_of = helper.make_node("Add", ["right", "change"], ["logits"])
+    model.graph.initializer.extend(
+        numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights_of.items()
+    )
+    whole = [matmul, *added, sum_of, argmax]
+    del model.graph.node[:]
+    model.graph.node.extend(whole)
+    return model
+
+
 def golden_tensors(version: int) -> dict[str, Array]:
     x = np.random.default_rng(7).normal(size=(4, CLASSES)).astype(np.float32)
     logits = x @ weights(version)
@@ -133,13 +172,18 @@ def build_bundle(
     golden: dict[str, Array] | None = None,
     record: Calibration | None = None,
     weights_of: int | None = None,
+    fault: str = "",
+    ceilings: Ceilings | None = None,
 ) -> Manifest:
     """Write a whole bundle.
 
-    `golden` and `record` replace the right ones for tests of refusals; `weights_of` takes another version's model.
+    `golden` and `record` replace the right ones for tests of refusals; `weights_of` takes another version's model;
+    `fault` is one of `spoilt_onnx`, in the ONNX Runtime variant.
     """
     made_of = weights_of or version
     entries = {name: save_variant(runtime, folder / "variants" / name, made_of) for name, runtime in VARIANTS.items()}
+    if fault:
+        onnx.save(spoilt_onnx(fault, made_of), folder / "variants" / "onnxruntime-fp32" / "model.onnx")
     (folder / "heavy" / "1").mkdir(parents=True)
     (folder / "heavy" / "config.pbtxt").write_text('backend: "python"\n')
     (folder / "heavy" / "1" / "model.onnx").write_bytes(b"not looked at by the edge")
@@ -159,7 +203,12 @@ def build_bundle(
         max_batch=8,
         variants=tuple(
             Variant(
-                id=name, runtime=runtime, precision="fp32", entry=f"variants/{name}/{entries[name]}", tolerance=1e-3
+                id=name,
+                runtime=runtime,
+                precision="fp32",
+                entry=f"variants/{name}/{entries[name]}",
+                tolerance=1e-3,
+                ceilings=ceilings,
             )
             for name, runtime in VARIANTS.items()
         ),

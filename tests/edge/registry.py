@@ -6,16 +6,22 @@ A test corrupts one thing through `fail`, `tamper` or `manifests`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from edge.conditions import Conditions
+from edge.config import UpdateSettings
 from edge.model import ServedModels, open_model
+from edge.outcome import Outcome
 from edge.plan import choose_variant
 from edge.store import SlotStore
-from edge.updater import Outcome, Updater
+from edge.updater import Updater
 from isthmus.bundle import FileEntry, parse_manifest
 from isthmus.delta import make_delta
 from isthmus.errors import IsthmusError, NotFoundError, UnavailableError
+from security.trust import SignedTarget
 from tests.edge import bundles
 
 
@@ -30,6 +36,8 @@ class Registry:
         self.calls: list[str] = []
         self.fail: dict[str, IsthmusError] = {}  # by "manifest", "blob" or "delta"
         self.tamper: dict[str, Callable[[bytes], bytes]] = {}  # by the same, and by SHA-256
+        self.floors: dict[int, int] = {}
+        self.withdrawn: dict[int, str] = {}
         self.break_after: int | None = None  # bytes of a blob after which the connection is lost
         for version in versions:
             self.publish(version)
@@ -48,9 +56,10 @@ class Registry:
     def entry(self, version: int, path: str) -> FileEntry:
         return parse_manifest((self.folder(version) / "manifest.json").read_bytes()).files[path]
 
-    def manifest(self, model: str, version: int) -> bytes:
+    def target(self, model: str, version: int) -> SignedTarget:
         self._enter("manifest")
-        return self._tampered("manifest", (self.folder(version) / "manifest.json").read_bytes())
+        data = self._tampered("manifest", (self.folder(version) / "manifest.json").read_bytes())
+        return SignedTarget(data, self.floors.get(version, 0), self.withdrawn.get(version, ""))
 
     async def blob(self, sha256: str, path: Path, *, length: int) -> int:
         self._enter("blob")
@@ -96,16 +105,20 @@ def make_updater(
     *,
     report: Callable[[Outcome], None] = ignore,
     variant: str | None = "onnxruntime-fp32",
+    settings: UpdateSettings | None = None,
+    now: Callable[[], datetime] = datetime.now,
+    **parts: Any,
 ) -> Updater:
-    return Updater(
-        "triage",
-        SlotStore(home),
-        models,
-        manifests=registry,
-        fetcher=registry,
-        choose=partial(
+    """`parts` are further arguments of the updater."""
+    clock = {"clock": parts["clock"]} if "clock" in parts else {}
+    given = {
+        "manifests": registry,
+        "fetcher": registry,
+        "choose": partial(
             choose_variant, configured=variant, machine="x86_64", bfloat16=True, installed=lambda name: True
         ),
-        open_slot=open_model,
-        report=report,
-    )
+        "open_slot": open_model,
+        "report": report,
+        "conditions": Conditions(settings or UpdateSettings(), "device-1", "triage", now=now, **clock),
+    }
+    return Updater("triage", SlotStore(home), models, **given | parts)

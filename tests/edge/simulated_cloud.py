@@ -17,7 +17,7 @@ import grpc
 
 from isthmus.delta import make_delta
 from isthmus.digests import sha256_bytes
-from isthmus.errors import IdentityError, NotFoundError
+from isthmus.errors import IdentityError, NotFoundError, UnavailableError
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc
@@ -43,6 +43,9 @@ class SimulatedCloud:
     inference: FaultyCloud = field(default_factory=lambda: FaultyCloud(""))
     reports: list[fleet_pb2.ReportRequest] = field(default_factory=list)
     released: int = 0
+    order: dict[str, Any] = field(default_factory=dict)  # further fields of the WatchResponse
+    takes_reports: bool = True
+    facts: fleet_pb2.DeviceFacts | None = None
     tokens_issued: int = 0
     address: str = ""
     blobs: dict[str, bytes] = field(default_factory=dict)
@@ -72,8 +75,8 @@ class SimulatedCloud:
             content = (folder / path).read_bytes()
             self.blobs[sha256_bytes(content)] = content
 
-    def release(self, version: int) -> None:
-        self.released = version
+    def release(self, version: int, **order: Any) -> None:
+        self.released, self.order = version, order
         self.released_changed.set()
         self.released_changed = asyncio.Event()
 
@@ -109,14 +112,17 @@ class Fleet(fleet_pb2_grpc.FleetServiceServicer):
 
     async def Watch(self, request: fleet_pb2.WatchRequest, context: Any) -> AsyncIterator[fleet_pb2.WatchResponse]:  # noqa: N802
         assert list(request.models) == ["triage"]
+        self._cloud.facts = request.facts
         while True:
             changed = self._cloud.released_changed
             if self._cloud.released:
-                yield fleet_pb2.WatchResponse(model="triage", version=self._cloud.released)
+                yield fleet_pb2.WatchResponse(model="triage", version=self._cloud.released, **self._cloud.order)
             await changed.wait()
 
     async def Report(self, request: fleet_pb2.ReportRequest, context: Any) -> fleet_pb2.ReportResponse:  # noqa: N802
         assert current_claims().subject == DEVICE
+        if not self._cloud.takes_reports:
+            raise UnavailableError("not now")
         self._cloud.reports.append(request)
         return fleet_pb2.ReportResponse()
 

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from edge.model import ServedModels
+from edge.outcome import Outcome
+from edge.state import Order
 from edge.store import SlotStore, check_slot, write_atomically
-from edge.updater import Outcome
 from isthmus.errors import BundleError, DigestMismatchError, UnavailableError
 from tests.edge.registry import Registry, make_updater
 
@@ -171,10 +172,10 @@ def test_power_cut_before_any_write_of_an_update_boots_into_a_whole_version(tmp_
     async def update_under_power_cuts() -> int:
         models = ServedModels(("triage",))
         updater = make_updater(home, registry, models)
-        await updater.update(1)
-        await updater.update(2)
+        await updater.update(Order(version=1))
+        await updater.update(Order(version=2))
         with power_cuts(home, copies) as cuts:
-            await updater.update(3)  # keeps files, applies deltas, drops version 1
+            await updater.update(Order(version=3))  # keeps files, applies deltas, drops version 1
         models.swap("triage", None)
         return cuts.count
 
@@ -185,7 +186,7 @@ def test_power_cut_before_any_write_of_an_update_boots_into_a_whole_version(tmp_
         booted = models.version("triage")
         live = models.find("triage")
         check_slot(SlotStore(copy).slot(booted), live.variant.id)
-        outcome = await updater.update(3)
+        outcome = await updater.update(Order(version=3))
         models.swap("triage", None)
         return booted, outcome
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from edge.model import LiveModel, ServedModels
+from edge.outcome import Outcome
 from edge.plan import choose_variant, plan_files
+from edge.state import Became, Order, Step
 from edge.store import SlotStore
-from edge.updater import Outcome, Step, Updater
+from edge.updater import Updater
 from isthmus.bundle import FileEntry, parse_manifest
 from isthmus.errors import (
     BundleError,
@@ -27,6 +29,7 @@ from isthmus.errors import (
     TrustError,
     UnavailableError,
 )
+from security.trust import SignedTarget
 from tests.edge import bundles
 from tests.edge.registry import Registry, make_updater
 
@@ -56,7 +59,12 @@ def with_device(
         registry, models = Registry(tmp_path / "registry", versions), ServedModels((MODEL,))
         reports: list[Outcome] = []
         home = tmp_path / "device"
-        updater = make_updater(home, registry, models, report=reports.append)
+
+        def note(outcome: Outcome) -> None:
+            if outcome.became is not Became.UPDATING:
+                reports.append(outcome)
+
+        updater = make_updater(home, registry, models, report=note)
         try:
             await scenario(Device(registry, models, updater, home, reports))
         finally:
@@ -67,12 +75,12 @@ def with_device(
 
 def test_first_install_then_update_by_delta(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        first = await device.updater.update(1)
+        first = await device.updater.update(Order(version=1))
         assert first.active
         assert {file.method for file in first.files} == {"full"}
         assert first.bytes_fetched == first.bytes_full > 0
         assert await device.logits() == 1
-        second = await device.updater.update(2)
+        second = await device.updater.update(Order(version=2))
         assert second.active
         assert (second.from_version, second.to_version, second.serving_version) == (1, 2, 2)
         assert await device.logits() == 2
@@ -85,10 +93,10 @@ def test_first_install_then_update_by_delta(tmp_path: Path) -> None:
 
 def test_unchanged_files_are_kept_without_a_byte(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
         # Version 4 is version 1 but for its manifest and calibration record.
         device.registry.publish(4, lambda folder, version: bundles.build_bundle(folder, version, weights_of=1))
-        outcome = await device.updater.update(4)
+        outcome = await device.updater.update(Order(version=4))
         methods = {file.path: file.method for file in outcome.files}
         assert methods["variants/onnxruntime-fp32/model.onnx"] == "kept"
         assert methods["golden.safetensors"] == "kept"
@@ -99,8 +107,8 @@ def test_unchanged_files_are_kept_without_a_byte(tmp_path: Path) -> None:
 
 
 async def _refused(device: Device, reason: str) -> None:
-    await device.updater.update(1)
-    outcome = await device.updater.update(2)
+    await device.updater.update(Order(version=1))
+    outcome = await device.updater.update(Order(version=2))
     assert not outcome.active
     assert outcome.reason == reason
     assert outcome.detail
@@ -137,9 +145,9 @@ def test_tampered_file_is_refused(tmp_path: Path, path: str, tamper: Callable[[b
 )
 def test_tampered_delta_costs_its_bytes_and_not_the_update(tmp_path: Path, tamper: Callable[[bytes], bytes]) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
         device.registry.tamper["delta"] = tamper
-        outcome = await device.updater.update(2)
+        outcome = await device.updater.update(Order(version=2))
         assert outcome.active
         assert {file.method for file in outcome.files} <= {"full", "kept"}
         assert await device.logits() == 2
@@ -158,14 +166,14 @@ def test_tampered_delta_costs_its_bytes_and_not_the_update(tmp_path: Path, tampe
 )
 def test_manifest_that_nobody_vouches_for_is_refused(tmp_path: Path, error: TrustError, reason: str) -> None:
     async def scenario(device: Device) -> None:
-        real = device.registry.manifest
+        real = device.registry.target
 
-        def manifest(model: str, version: int) -> bytes:
+        def target(model: str, version: int) -> SignedTarget:
             if version == 2:
                 raise error
             return real(model, version)
 
-        device.registry.manifest = manifest  # type: ignore[method-assign]
+        device.registry.target = target  # type: ignore[method-assign]
         await _refused(device, reason)
         assert device.registry.calls.count("manifest") == 1  # nothing was fetched for version 2
         assert device.registry.calls.count("blob") == 3
@@ -175,10 +183,10 @@ def test_manifest_that_nobody_vouches_for_is_refused(tmp_path: Path, error: Trus
 
 def test_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
         first = (device.registry.folder(1) / "manifest.json").read_bytes()
         device.registry.tamper["manifest"] = lambda data: first
-        outcome = await device.updater.update(2)
+        outcome = await device.updater.update(Order(version=2))
         assert (outcome.active, outcome.reason) == (False, "bad-bundle")
 
     with_device(tmp_path, scenario)
@@ -204,13 +212,13 @@ def test_calibration_record_of_another_version_is_refused(tmp_path: Path) -> Non
 
 def test_crash_of_the_self_test_is_a_refusal(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
 
         def crash(slot: Path, variant: str) -> None:
             raise MemoryError("model too large")
 
         device.updater._open_slot = crash  # type: ignore[assignment]
-        outcome = await device.updater.update(2)
+        outcome = await device.updater.update(Order(version=2))
         assert (outcome.active, outcome.reason) == (False, "self-test-crashed")
         assert await device.logits() == 1
 
@@ -219,8 +227,8 @@ def test_crash_of_the_self_test_is_a_refusal(tmp_path: Path) -> None:
 
 def test_versions_never_go_back(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(2)
-        outcome = await device.updater.update(1)
+        await device.updater.update(Order(version=2))
+        outcome = await device.updater.update(Order(version=1))
         assert (outcome.active, outcome.reason) == (False, "rollback")
         assert await device.logits() == 2
 
@@ -229,7 +237,7 @@ def test_versions_never_go_back(tmp_path: Path) -> None:
 
 def test_lost_connection_is_no_refusal_and_the_fetch_goes_on(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
         _no_delta(device)
         device.registry.break_after = 150
         size = device.registry.entry(2, "variants/onnxruntime-fp32/model.onnx").length
@@ -238,7 +246,7 @@ def test_lost_connection_is_no_refusal_and_the_fetch_goes_on(tmp_path: Path) -> 
             attempts += 1
             assert attempts < 50
             try:
-                outcome = await device.updater.update(2)
+                outcome = await device.updater.update(Order(version=2))
             except UnavailableError:
                 assert await device.logits() == 1
                 assert not SlotStore(device.home).state.failed  # a restart in between loses nothing either
@@ -258,7 +266,7 @@ def test_spoilt_rest_of_an_earlier_fetch_is_fetched_anew(tmp_path: Path) -> None
         part = SlotStore(device.home).partial(2) / f"{path}.part"
         part.parent.mkdir(parents=True)
         part.write_bytes(b"\x00" * 100)
-        outcome = await device.updater.update(2)
+        outcome = await device.updater.update(Order(version=2))
         assert outcome.active
         assert await device.logits() == 2
 
@@ -267,11 +275,11 @@ def test_spoilt_rest_of_an_earlier_fetch_is_fetched_anew(tmp_path: Path) -> None
 
 def test_damaged_installed_file_is_not_kept(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
         device.registry.publish(4, lambda folder, version: bundles.build_bundle(folder, version, weights_of=1))
         golden = device.home / "slots" / "1" / "golden.safetensors"
         golden.write_bytes(_flip(golden.read_bytes()))
-        outcome = await device.updater.update(4)
+        outcome = await device.updater.update(Order(version=4))
         assert outcome.active
         assert {f.method for f in outcome.files if f.path == "golden.safetensors"} == {"full"}
 
@@ -280,7 +288,7 @@ def test_damaged_installed_file_is_not_kept(tmp_path: Path) -> None:
 
 def test_start_serves_the_installed_version_without_the_registry(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(2)
+        await device.updater.update(Order(version=2))
         device.registry.fail = {kind: UnavailableError("offline") for kind in ("manifest", "blob", "delta")}
         models = ServedModels((MODEL,))
         await make_updater(device.home, device.registry, models).start()
@@ -293,14 +301,14 @@ def test_start_serves_the_installed_version_without_the_registry(tmp_path: Path)
 @pytest.mark.parametrize("damage", ["variants/onnxruntime-fp32/model.onnx", "manifest.json", "calibration.json"])
 def test_start_falls_back_from_a_broken_version_and_can_install_it_again(tmp_path: Path, damage: str) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
-        await device.updater.update(2)
+        await device.updater.update(Order(version=1))
+        await device.updater.update(Order(version=2))
         (device.home / "slots" / "2" / damage).write_bytes(b"broken")
         models = ServedModels((MODEL,))
         updater = make_updater(device.home, device.registry, models)
         await updater.start()
         assert models.version(MODEL) == 1
-        outcome = await updater.update(2)
+        outcome = await updater.update(Order(version=2))
         assert outcome.active
         assert models.version(MODEL) == 2
         models.swap(MODEL, None)
@@ -319,8 +327,8 @@ def test_start_on_a_machine_that_is_not_ready_costs_no_version(
     tmp_path: Path, problem: Exception, raised: type[Exception]
 ) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
-        await device.updater.update(2)
+        await device.updater.update(Order(version=1))
+        await device.updater.update(Order(version=2))
         models = ServedModels((MODEL,))
         updater = make_updater(device.home, device.registry, models)
         right = updater._open_slot
@@ -342,11 +350,11 @@ def test_start_on_a_machine_that_is_not_ready_costs_no_version(
 
 def test_refusal_that_time_may_heal_keeps_what_was_fetched(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
         part = SlotStore(device.home).partial(2) / "part"
         part.write_bytes(b"much")
         device.registry.fail["manifest"] = TrustError("too old", reason="expired-metadata")
-        outcome = await device.updater.update(2)
+        outcome = await device.updater.update(Order(version=2))
         assert (outcome.active, outcome.final) == (False, False)
         assert part.exists()
         assert not SlotStore(device.home).state.failed
@@ -356,13 +364,13 @@ def test_refusal_that_time_may_heal_keeps_what_was_fetched(tmp_path: Path) -> No
 
 def test_installed_files_that_cannot_be_read_are_fetched(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
         device.registry.publish(4, lambda folder, version: bundles.build_bundle(folder, version, weights_of=1))
         for path in (device.home / "slots" / "1").rglob("*"):
             if path.is_file() and path.name != "manifest.json":
                 path.unlink()
                 path.symlink_to(path.name)  # reading it is an error that is not "no such file"
-        outcome = await device.updater.update(4)
+        outcome = await device.updater.update(Order(version=4))
         assert outcome.active
         assert {file.method for file in outcome.files} == {"full"}
 
@@ -376,13 +384,13 @@ def test_event_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
         threads.add(threading.get_ident())
 
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("os.fsync", sync)
-            await device.updater.update(2)
+            await device.updater.update(Order(version=2))
             device.registry.publish(3, lambda folder, version: bundles.build_bundle(folder, version, weights_of=500))
             device.registry.tamper["blob"] = device.registry.tamper["delta"] = _flip
-            assert not (await device.updater.update(3)).active
+            assert not (await device.updater.update(Order(version=3))).active
         assert threads
         assert threading.get_ident() not in threads
 
@@ -401,7 +409,7 @@ def test_start_of_a_new_device_serves_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_swaps_under_load_lose_no_request(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
         done = asyncio.Event()
         seen: list[list[int]] = []
 
@@ -415,7 +423,7 @@ def test_swaps_under_load_lose_no_request(tmp_path: Path) -> None:
             for _ in range(8):
                 group.create_task(caller())
             for version in range(2, 7):
-                assert (await device.updater.update(version)).active
+                assert (await device.updater.update(Order(version=version))).active
             done.set()
         assert await device.logits() == 6
         for mine in seen:
@@ -471,8 +479,8 @@ def test_a_variant_in_bfloat16_needs_a_processor_for_it(tmp_path: Path) -> None:
 
 def test_delta_that_cannot_be_applied_is_not_used(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
-        await device.updater.update(1)
+        await device.updater.update(Order(version=1))
         device.registry.fail["delta"] = DeltaError("no")
-        assert (await device.updater.update(2)).active
+        assert (await device.updater.update(Order(version=2))).active
 
     with_device(tmp_path, scenario)

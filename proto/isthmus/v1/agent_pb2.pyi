@@ -347,6 +347,8 @@ class ModelStatus(_message.Message):
     ERRORS_FIELD_NUMBER: _builtins.int
     LAST_UPDATE_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     version: _builtins.int
     """The version that serves; 0 when none does."""
@@ -355,6 +357,8 @@ class ModelStatus(_message.Message):
     threshold: _builtins.float
     errors: _builtins.int
     """Requests that were refused as invalid or failed."""
+    step: _builtins.str
+    """Where the update is: "idle", "plan", "fetch", "verify", "apply", "self-test", "shadow", "activate", "soak", "commit" or "roll-back"."""
     @_builtins.property
     def answers(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Answers by route: "edge", "cloud", "fallback"."""
@@ -366,6 +370,10 @@ class ModelStatus(_message.Message):
     @_builtins.property
     def audit(self) -> Global___AuditStatus:
         """What comparing confident answers with the cloud's has found; absent when nothing is compared."""
+
+    @_builtins.property
+    def trial(self) -> Global___TrialStatus:
+        """How the version that serves does on its trial; absent when it is on none."""
 
     def __init__(
         self,
@@ -379,14 +387,66 @@ class ModelStatus(_message.Message):
         errors: _builtins.int = ...,
         last_update: Global___UpdateStatus | None = ...,
         audit: Global___AuditStatus | None = ...,
+        step: _builtins.str = ...,
+        trial: Global___TrialStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "last_update", b"last_update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "last_update", b"last_update", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "audit", b"audit", "calibration", b"calibration", "errors", b"errors", "last_update", b"last_update", "model", b"model", "threshold", b"threshold", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "audit", b"audit", "calibration", b"calibration", "errors", b"errors", "last_update", b"last_update", "model", b"model", "step", b"step", "threshold", b"threshold", "trial", b"trial", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
+
+@_typing.final
+class TrialStatus(_message.Message):
+    """What was seen of the version on trial, over restarts of the agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    SOAK_S_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    MIN_REQUESTS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    ESCALATED_FIELD_NUMBER: _builtins.int
+    AUDITED_FIELD_NUMBER: _builtins.int
+    DISAGREED_FIELD_NUMBER: _builtins.int
+    LATENCY_P50_MS_FIELD_NUMBER: _builtins.int
+    LATENCY_P50_MS_BEFORE_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    soak_s: _builtins.float
+    """How long the trial lasts."""
+    requests: _builtins.int
+    min_requests: _builtins.int
+    errors: _builtins.int
+    escalated: _builtins.int
+    audited: _builtins.int
+    disagreed: _builtins.int
+    latency_p50_ms: _builtins.float
+    """Light model, median in milliseconds; and that of the version before it."""
+    latency_p50_ms_before: _builtins.float
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+        soak_s: _builtins.float = ...,
+        requests: _builtins.int = ...,
+        min_requests: _builtins.int = ...,
+        errors: _builtins.int = ...,
+        escalated: _builtins.int = ...,
+        audited: _builtins.int = ...,
+        disagreed: _builtins.int = ...,
+        latency_p50_ms: _builtins.float = ...,
+        latency_p50_ms_before: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audited", b"audited", "disagreed", b"disagreed", "errors", b"errors", "escalated", b"escalated", "latency_p50_ms", b"latency_p50_ms", "latency_p50_ms_before", b"latency_p50_ms_before", "min_requests", b"min_requests", "requests", b"requests", "seconds", b"seconds", "soak_s", b"soak_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrialStatus: _TypeAlias = TrialStatus  # noqa: Y015
 
 @_typing.final
 class AuditStatus(_message.Message):
@@ -453,7 +513,7 @@ class UpdateStatus(_message.Message):
     from_version: _builtins.int
     to_version: _builtins.int
     outcome: _builtins.str
-    """"active" or "refused"."""
+    """"active", "refused", "soaking" or "rolled-back"."""
     reason: _builtins.str
     detail: _builtins.str
     bytes_fetched: _builtins.int
