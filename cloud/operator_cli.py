@@ -148,6 +148,35 @@ def release(
         )
 
 
+@model_app.command()
+def export(
+    version: Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="For example triage@3.")],
+    output: Annotated[Path, typer.Option(help="Folder to make; a tar file where it ends in .tar.", metavar="DIR")],
+    from_version: Annotated[
+        list[int] | None, typer.Option(help="A version that devices have: adds deltas from it; repeat.", metavar="N")
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="A variant to write; all by default; repeat.")] = None,
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a version to a folder or USB stick, for devices without a network: isthmus edge import installs it."""
+    from cloud.client import Progress
+
+    model, number = _parse_version(version)
+    flags = {"cloud": cloud, "trust": trust, "token_file": token_file}
+    with connect(flags, config) as (client, _), progress() as display:
+        task = display.add_task("export", total=None)
+        told = Progress(
+            found=lambda total: display.update(task, total=max(total, 1)),
+            sent=lambda count: display.advance(task, count),
+        )
+        record = client.export(model, number, output, bases=from_version or (), variants=variant or (), progress=told)
+    show_record("exported", record, as_json=as_json)
+
+
 @model_app.command("list")
 def list_models(
     cloud: CloudOption = None,

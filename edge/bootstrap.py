@@ -13,7 +13,7 @@ from edge.audit import Audit
 from edge.bench import read_choice
 from edge.breaker import Breaker
 from edge.conditions import Conditions
-from edge.config import EdgeSettings
+from edge.config import EdgeSettings, UpdateSettings
 from edge.deferred.assembly import Deferred, open_deferred
 from edge.deferred.service import absent_handlers
 from edge.deferred.store import Limits
@@ -22,7 +22,9 @@ from edge.fleet import Desired, FleetLink
 from edge.hedge import Hedge
 from edge.identity import AccessToken, DeviceHome, Enrolment
 from edge.model import LiveModel, ServedModels, open_model
+from edge.offline import StickFetcher, StickManifests
 from edge.outbox import Outbox
+from edge.outcome import Outcome
 from edge.plan import choose_variant
 from edge.question import Limits as QuestionLimits
 from edge.response_cache import ResponseCache
@@ -32,6 +34,7 @@ from edge.runtimes import RUNTIMES, is_installed
 from edge.server import AgentServer, InferenceService, is_local, may_use_all
 from edge.shadow import Shadow
 from edge.spool import Spool
+from edge.state import Order
 from edge.store import SlotStore
 from edge.updater import Updater
 from edge.uplink import Uplink, open_channel
@@ -40,6 +43,7 @@ from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
 from isthmus.policies import check_serving
+from isthmus.stick import Stick
 from isthmus.tensors import Array
 from isthmus.v1 import fleet_pb2
 from security.interceptors import AuthInterceptor, current_claims
@@ -203,6 +207,44 @@ def _updaters(
         )
         for name, _ in models
     }
+
+
+async def install_stick(settings: EdgeSettings, stick: Stick, *, accept_stale: bool = False) -> Outcome:
+    """Install the version of a stick, with no agent running; call it inside the event loop.
+
+    Conditions that spare a network (turns, metering, windows) do not apply to what somebody carried here.
+
+    Args:
+        settings: As the agent's.
+        stick: What was carried here.
+        accept_stale: Whether an expired timestamp is good enough.
+
+    Raises:
+        ConfigError: The device is not enrolled, or the settings cannot work.
+        ConflictError: An agent runs in the device's folder.
+        UnavailableError: The stick or the disk cannot be used now.
+    """
+    home, model = DeviceHome(settings.home), stick.index.model
+    enrolment = home.enrolment()
+    lock = home.lock()
+    try:
+        models = ServedModels((model,))
+        updater = Updater(
+            model,
+            SlotStore(home.models(model)),
+            models,
+            manifests=StickManifests(home.path / "tuf", home.root.read_bytes(), stick, accept_stale=accept_stale),
+            fetcher=StickFetcher(stick),
+            choose=partial(_choose, settings, home),
+            open_slot=partial(open_model, threads=settings.threads, policy=settings.policy),
+            report=lambda _: None,
+            conditions=Conditions(UpdateSettings(crashes=settings.updates.crashes), enrolment.device_id, model),
+        )
+        outcome = await updater.update(Order(version=stick.index.version))
+        models.swap(model, None)
+        return outcome
+    finally:
+        lock.close()
 
 
 def _facts() -> fleet_pb2.DeviceFacts:

@@ -171,6 +171,46 @@ def _told_audit(audit: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
+@app.command("import")
+def import_stick(
+    stick: Annotated[Path, typer.Argument(help="Folder or tar file that `isthmus model export` wrote.")],
+    home: Annotated[Path | None, typer.Option(help="The device's folder.")] = None,
+    accept_stale: Annotated[
+        bool, typer.Option("--accept-stale", help="Vouch for its age: take it although its timestamp has expired.")
+    ] = False,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant to install; the fastest measured, else the first that fits.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Install a version that was carried here, with the checks of one from the network; no agent may be running."""
+    import asyncio
+
+    from edge.bootstrap import install_stick
+    from edge.config import EdgeSettings
+    from isthmus.errors import VerificationError
+    from isthmus.settings import load_settings
+    from isthmus.stick import Stick
+
+    settings = load_settings(EdgeSettings, config, {"home": home, "variant": variant}).value
+    with Stick(stick) as carried:
+        outcome = asyncio.run(install_stick(settings, carried, accept_stale=accept_stale))
+    record = {
+        "model": outcome.model,
+        "version": outcome.to_version,
+        "variant": outcome.variant,
+        "installed": not outcome.reason,
+        "reason": outcome.reason or None,
+        "bytes_read": outcome.bytes_fetched,
+        "bytes_full": outcome.bytes_full,
+    }
+    show_record("imported", record, as_json=as_json)
+    if outcome.reason:
+        hint = "--accept-stale vouches for the age of what was carried" if outcome.reason == "freeze" else ""
+        raise VerificationError(outcome.detail, reason=outcome.reason, hint=hint)
+
+
 @captures_app.command()
 def export(
     home: Home,

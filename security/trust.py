@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -25,6 +25,7 @@ from security.custom import terms_of
 from security.metadata import Metadata, Root, Snapshot, Targets, Timestamp, manifest_path, parse
 
 MAX_MANIFEST_BYTES: Final = 4 << 20
+_SECOND: Final = timedelta(seconds=1)
 _METADATA_URL: Final = "isthmus:///metadata/"
 _TARGETS_URL: Final = "isthmus:///targets/"
 
@@ -56,6 +57,9 @@ class TrustedManifests:
         root: The root metadata that this device was given when it was enrolled.
         fetch: Yields the bytes of a metadata file by its name, or of a target for "targets/<sha256>".
         clock: The time, for what has expired.
+        accept_stale: Whether timestamp and snapshot may have expired, for metadata that was carried here. Whoever says
+            so vouches for its age: nothing older than what was seen before is taken, and root and targets must not have
+            expired.
     """
 
     def __init__(
@@ -65,7 +69,9 @@ class TrustedManifests:
         fetch: Callable[[str], Iterator[bytes]],
         *,
         clock: Callable[[], datetime] = _wall_clock,
+        accept_stale: bool = False,
     ) -> None:
+        self._accept_stale = accept_stale
         self._metadata = metadata_dir / "metadata"
         self._targets = metadata_dir / "targets"
         self._root = root
@@ -101,9 +107,10 @@ class TrustedManifests:
         try:
             self._metadata.mkdir(parents=True, exist_ok=True)
             self._targets.mkdir(parents=True, exist_ok=True)
-            updater = self._updater(fetcher)
+            now = self._clock()
+            updater = self._updater(fetcher, self._stale_time(now) if self._accept_stale else now)
             try:
-                return _verified(updater, path)
+                return _verified(updater, path, now)
             except (tuf_errors.RepositoryError, tuf_errors.DownloadLengthMismatchError) as error:
                 reason = _reason(error, updater.trusted, fetcher, self._metadata)
                 if reason == "digest-mismatch":
@@ -118,7 +125,16 @@ class TrustedManifests:
         except OSError as error:
             raise ConfigError(f"cannot keep metadata in {self._metadata}: {error.strerror}") from error
 
-    def _updater(self, fetcher: _Fetcher) -> _Updater:
+    def _stale_time(self, now: datetime) -> datetime:
+        """Return the last moment at which timestamp and snapshot, as they are served, had not expired.
+
+        Nothing is verified here: a forged file can only choose a time, and what is refused at every time stays refused.
+        """
+        timestamp = parse(b"".join(self._fetch("timestamp.json")), Timestamp).signed
+        snapshot = parse(b"".join(self._fetch(f"{timestamp.snapshot_meta.version}.snapshot.json")), Snapshot).signed
+        return min(now, timestamp.expires - _SECOND, snapshot.expires - _SECOND)
+
+    def _updater(self, fetcher: _Fetcher, now: datetime) -> _Updater:
         return _Updater(  # it refreshes once, so each look takes a new one
             str(self._metadata),
             _METADATA_URL,
@@ -127,7 +143,7 @@ class TrustedManifests:
             fetcher=fetcher,
             config=UpdaterConfig(app_user_agent="isthmus"),
             bootstrap=self._root,
-            now=self._clock(),
+            now=now,
         )
 
 
@@ -139,10 +155,16 @@ class _Updater(Updater):
         self.trusted = self._trusted_set
         self.trusted.reference_time = now  # expiry is checked against this, and only from refresh() on
 
+    def check_operators(self, now: datetime) -> None:
+        """Check that nothing that operators signed has expired, where the cloud's files are let off."""
+        if any(isinstance(signed, Root | Targets) and signed.is_expired(now) for signed in self.trusted):
+            raise tuf_errors.ExpiredMetadataError("root or targets metadata is expired")
 
-def _verified(updater: _Updater, path: str) -> SignedTarget:
+
+def _verified(updater: _Updater, path: str, now: datetime) -> SignedTarget:
     updater.refresh()
     info = updater.get_targetinfo(path)
+    updater.check_operators(now)
     if info is None:
         raise TrustError(f"{path} is not among the signed manifests", reason="not-published")
     if info.length > MAX_MANIFEST_BYTES or set(info.hashes) != {"sha256"}:
