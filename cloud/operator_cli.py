@@ -135,17 +135,18 @@ def release(
     token_file: TokenOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Make a published version the one that devices run. A device never goes back: it refuses an older one."""
+    """Make a published version the one that devices run; they go back no further than a rollback floor says."""
     model, number = _parse_version(version)
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
-        before = [row["version"] for row in client.list_versions() if row["model"] == model and row["released"]]
+        before = [row for row in client.list_versions() if row["model"] == model and row["released"]]
         client.release(model, number)
     note(f"devices move to {model}@{number}")
-    if any(released > number for released in before):
-        note(
-            f"devices that ran {model}@{max(before)} refuse to go back and keep it; "
-            "to undo a version, publish the older model under a new one"
-        )
+    for row in before:
+        if number < row["version"] and (row["rollback_floor"] is None or number < row["rollback_floor"]):
+            note(
+                f"devices that ran {model}@{row['version']} refuse to go back so far and keep it; "
+                "to undo a version, publish the older model under a new one"
+            )
 
 
 @model_app.command()

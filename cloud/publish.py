@@ -11,6 +11,8 @@ already is found and kept when the operator tries again:
 (6) the signed metadata is committed: from here on devices can verify the version;
 (7) the database is told: from here on it exists. A release, and retiring what nobody needs any more, come after.
 
+A cloud that is killed between (6) and (7) tells the database when it starts again: everything was checked by then.
+
 One publish or release runs at a time.
 """
 
@@ -37,7 +39,7 @@ from cloud.deltas import PreparedDelta, prepare_deltas
 from cloud.heavy import HeavyId, HeavyPool
 from isthmus.bundle import CALIBRATION, GOLDEN, Manifest, parse_calibration, parse_manifest
 from isthmus.digests import sha256_bytes
-from isthmus.errors import BundleError, ConflictError, NotFoundError, TrustError
+from isthmus.errors import BundleError, ConflictError, IsthmusError, NotFoundError, TrustError
 from isthmus.tensors import Array
 from security.custom import Terms
 from security.metadata import Targets, manifest_path, parse
@@ -85,8 +87,10 @@ class Publisher:
     async def restore(self) -> None:
         """Fill the catalog from the database and load every heavy version that is wanted.
 
-        A heavy model that does not load any more is logged: the others must serve.
+        A heavy model that does not load any more is logged: the others must serve. So is a version that was committed
+        and cannot be told to the database.
         """
+        await asyncio.to_thread(self._reconcile)
         with self._database.read() as session:
             versions = session.scalars(select(db.Version)).all()
             released = {model.name: model.released for model in session.scalars(select(db.Model))}
@@ -242,6 +246,23 @@ class Publisher:
             if heavy.model == model and heavy not in wanted:
                 await self._pool.retire(heavy)
         await self._pool.sweep()
+
+    def _reconcile(self) -> None:
+        """Tell the database of versions whose publish was cut short after the commit, oldest first."""
+        with self._database.read() as session:
+            known = {manifest_path(row.model, row.version) for row in session.scalars(select(db.Version))}
+        missing = [target for path, target in self._repository.listed().items() if path not in known]
+        for target in sorted(missing, key=lambda target: int(target.path.split("/")[1])):
+            try:
+                sha256 = target.hashes["sha256"]
+                manifest = parse_manifest(self._blobs.read_all(sha256))
+                self._check_blobs(manifest)
+                self._check_newest(manifest.name, manifest.version)
+                self._record(manifest, sha256, self._heavy_id(manifest))
+            except IsthmusError as error:
+                log.warning("a committed version is not whole", path=target.path, reason=error.reason)
+            else:
+                log.info("publish that was cut short is finished", model=manifest.name, version=manifest.version)
 
     def _check_newest(self, model: str, version: int) -> None:
         with self._database.read() as session:

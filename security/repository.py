@@ -325,17 +325,21 @@ class CloudRepository:
             raise NotFoundError(f"there is no {role[:80]} metadata")
         return read_file(self._folder / f"{entry.version}.{role}.json")
 
-    def terms(self) -> dict[str, Terms]:
+    def listed(self) -> dict[str, TargetFile]:
         """Return what the operators say about every version, by target path, by the rules that devices use."""
         state = self._state()
         targets = state.roles[Targets.type].signed
         found = {
-            path: terms_of(target)
+            path: target
             for role, metadata in state.roles.items()
             for path, target in metadata.signed.targets.items()
             if role == Targets.type or _may_list(targets, role, path)
         }
-        return found | {path: terms_of(target) for path, target in targets.targets.items()}
+        return found | targets.targets
+
+    def terms(self) -> dict[str, Terms]:
+        """Return the terms of every version, by target path."""
+        return {path: terms_of(target) for path, target in self.listed().items()}
 
     def accept_targets(self, targets_json: bytes, role: str = Targets.type) -> None:
         """Check that this may become the next metadata of a role that lists manifests.

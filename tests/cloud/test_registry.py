@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cloud.blobs import Blobs
 from cloud.bootstrap import Cloud
 from cloud.client import CloudClient, Progress
 from cloud.heavy import HeavyId
@@ -452,3 +453,77 @@ def test_a_version_is_exported_with_deltas_and_everything_signed(stage: Stage, t
             )
     assert not (tmp_path / "none").exists()
     assert not list(tmp_path.glob(".*.new"))
+
+
+def test_a_publish_that_was_killed_after_the_commit_is_finished_at_the_next_start(tmp_path: Path) -> None:
+    """The disk as SIGKILL leaves it between steps 6 and 7: blobs and signed metadata are there, no row is."""
+    workspace = make_workspace(tmp_path / "workspace")
+
+    async def run(work: Callable[[CloudClient], Any]) -> Any:
+        async with serving(workspace) as cloud:
+
+            def ask() -> Any:
+                with workspace.client(cloud, ("*",)) as client:
+                    return work(client)
+
+            return await asyncio.to_thread(ask)
+
+    def upload(client: CloudClient) -> None:
+        client.publish(make_bundle(tmp_path / "v1", 1), workspace.operator)
+        for version in (2, 3):
+            bundle = make_bundle(tmp_path / f"v{version}", version, factor=version)
+            client._upload_missing(bundle, open_bundle(bundle), Progress())
+
+    asyncio.run(run(upload))
+    operator, repository = OperatorRepository(workspace.operator), CloudRepository(workspace.home)
+    blobs = Blobs(str(workspace.home / "state" / "blobs"))
+    for version in (2, 3):
+        data = (tmp_path / f"v{version}" / "manifest.json").read_bytes()
+        repository.commit(operator.sign_manifest("triage", version, data, repository.targets_json()))
+        if version == 2:
+            blobs.store(data)  # version 3 never got so far: metadata vouches for it, and its manifest is missing
+
+    listed = asyncio.run(run(CloudClient.list_versions))
+    assert [(row["version"], row["released"]) for row in listed] == [(1, True), (2, False)]
+    asyncio.run(run(lambda client: client.release("triage", 2)))  # it is whole: its heavy model loads
+    again = asyncio.run(run(lambda client: client.publish(tmp_path / "v3", workspace.operator)))
+    assert again["version"] == 3
+
+
+def test_a_publish_that_was_killed_before_the_commit_left_nothing_visible(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+
+    async def run(work: Callable[[CloudClient], Any]) -> Any:
+        async with serving(workspace) as cloud:
+
+            def ask() -> Any:
+                with workspace.client(cloud, ("*",)) as client:
+                    return work(client)
+
+            return await asyncio.to_thread(ask)
+
+    bundle = make_bundle(tmp_path / "v1", 1)
+
+    def upload(client: CloudClient) -> None:
+        client._upload_missing(bundle, open_bundle(bundle), Progress())
+
+    asyncio.run(run(upload))
+    Blobs(str(workspace.home / "state" / "blobs")).store((bundle / "manifest.json").read_bytes())
+    assert asyncio.run(run(CloudClient.list_versions)) == []
+    assert asyncio.run(run(lambda client: client.publish(bundle, workspace.operator)))["released"]
+
+
+def test_the_heavy_model_is_loaded_before_the_version_is_visible(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = CloudRepository.commit
+    seen: list[tuple[bool, list[Any]]] = []
+
+    def watched(repository: CloudRepository, targets: bytes, role: str) -> None:
+        loaded = any(heavy.model == "ordered" for heavy in stage.cloud.pool.loaded)
+        seen.append((loaded, [path for path in repository.listed() if path.startswith("ordered/")]))
+        commit(repository, targets, role)
+
+    monkeypatch.setattr(CloudRepository, "commit", watched)
+    stage.publish(make_bundle(tmp_path / "v1", 1, model="ordered"))
+    assert seen == [(True, [])]
