@@ -22,7 +22,7 @@ from edge.fleet import Desired, FleetLink
 from edge.hedge import Hedge
 from edge.identity import AccessToken, DeviceHome, Enrolment
 from edge.model import LiveModel, ServedModels, open_model
-from edge.offline import StickFetcher, StickManifests
+from edge.offline import Imports, StickFetcher, StickManifests
 from edge.outbox import Outbox
 from edge.outcome import Outcome
 from edge.plan import choose_variant
@@ -78,7 +78,8 @@ def build_agent(settings: EdgeSettings) -> Agent:
     )
     models = ServedModels(names)
     audit, shadow = _audit(settings, uplink, fleet), Shadow()
-    updaters = _updaters(settings, home, enrolment, channel, token, models, fleet, audit, shadow)
+    imports = _imports(settings, home, channel, token, desired, models)
+    updaters = _updaters(settings, home, enrolment, imports, models, fleet, audit, shadow)
     spools = {
         name: Spool(home.spool(name), limit_bytes=settings.capture_mib << 20) for name in names if settings.capture
     }
@@ -103,6 +104,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         settings.listen,
         InferenceService(models, router, may_use=may_use, stream_requests=settings.stream_requests),
         lambda: describe_status(enrolment.device_id, models, updaters, uplink, deferred, audit),
+        imports=imports,
         unix_socket=settings.unix_socket,
         credentials=credentials,
         deferred=absent_handlers() if deferred is None else deferred.service.handlers(),
@@ -174,23 +176,23 @@ def _updaters(
     settings: EdgeSettings,
     home: DeviceHome,
     enrolment: Enrolment,
-    channel: grpc.aio.Channel,
-    token: AccessToken,
+    imports: Imports,
     models: ServedModels,
     fleet: FleetLink,
     audit: Audit | None,
     shadow: Shadow,
 ) -> dict[str, Updater]:
-    rate = settings.updates.max_bytes_per_s
-    fetcher = RegistryFetcher(channel, token.wait, pace=Pace(rate) if rate else None)
-    manifests = SignedManifests(home.path / "tuf", home.root.read_bytes(), fetcher, asyncio.get_running_loop())
+    def report(outcome: Outcome) -> None:
+        fleet.report(outcome)
+        imports.hear(outcome)
+
     return {
         name: Updater(
             name,
             SlotStore(home.models(name)),
             models,
-            manifests=manifests,
-            fetcher=fetcher,
+            manifests=imports,
+            fetcher=imports,
             choose=partial(_choose, settings, home),
             open_slot=partial(
                 open_model,
@@ -200,13 +202,28 @@ def _updaters(
                 policy=settings.policy,
                 batch_rows=settings.batch_rows,
             ),
-            report=fleet.report,
+            report=report,
             conditions=Conditions(settings.updates, enrolment.device_id, name),
             audit=audit,
             shadow=shadow,
         )
         for name, _ in models
     }
+
+
+def _imports(
+    settings: EdgeSettings,
+    home: DeviceHome,
+    channel: grpc.aio.Channel,
+    token: AccessToken,
+    desired: Desired,
+    models: ServedModels,
+) -> Imports:
+    rate = settings.updates.max_bytes_per_s
+    fetcher = RegistryFetcher(channel, token.wait, pace=Pace(rate) if rate else None)
+    folder, root = home.path / "tuf", home.root.read_bytes()
+    manifests = SignedManifests(folder, root, fetcher, asyncio.get_running_loop())
+    return Imports(folder, root, manifests, fetcher, desired, models)
 
 
 async def install_stick(settings: EdgeSettings, stick: Stick, *, accept_stale: bool = False) -> Outcome:

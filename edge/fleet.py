@@ -92,7 +92,7 @@ class FleetLink:
         self._models = models
         self._desired = desired
         self._unauthenticated = unauthenticated
-        self._outbox = outbox or Outbox()
+        self._outbox = Outbox() if outbox is None else outbox
         self._facts = facts or fleet_pb2.DeviceFacts()
         self._to_report = asyncio.Event()
         self._watch_backoff = Backoff()
@@ -164,7 +164,7 @@ class FleetLink:
 
     async def send_reports(self) -> None:
         """Send what is to be reported, what an earlier run of the agent left first."""
-        if len(self._outbox):
+        if self._outbox.waiting():
             self._to_report.set()
         while True:
             await self._to_report.wait()

@@ -51,9 +51,6 @@ class Outbox:
             self._reports[report.model, report.version] = report
         self._written = self._final()
 
-    def __len__(self) -> int:
-        return len(self._reports)
-
     def put(self, report: fleet_pb2.ReportRequest) -> None:
         """Number a report and keep it until it is sent; it replaces one of the same version."""
         self._next += 1

@@ -47,12 +47,18 @@ class Soak:
         self._audit = audit
         self._clock = clock
         self._began = clock()
+        earlier = evidence_of(live, audit, 0.0)  # an earlier trial of the version, in this run of the agent
+        self._audited, self._disagreed = earlier.audited, earlier.disagreed
 
     @property
     def evidence(self) -> Evidence:
         """Return all that was seen, earlier runs included."""
         seen = evidence_of(self._live, self._audit, self._clock() - self._began)
-        return Evidence(self._progress.seen.plus(seen), self._progress.before)
+        of_this_trial = {
+            "audited": max(seen.audited - self._audited, 0),
+            "disagreed": max(seen.disagreed - self._disagreed, 0),
+        }
+        return Evidence(self._progress.seen.plus(seen.model_copy(update=of_this_trial)), self._progress.before)
 
     @property
     def checkpoint(self) -> Progress:

@@ -15,12 +15,12 @@ import asyncio
 import errno
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 
@@ -121,7 +121,7 @@ class Updater:
         audit: Audit | None = None,
         shadow: Shadow | None = None,
         clock: Callable[[], float] = time.monotonic,
-        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        pause: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep,
     ) -> None:
         self.step = Step.IDLE
         self.last: Outcome | None = None
@@ -245,6 +245,10 @@ class Updater:
         except PostponedError as error:
             self._tell(from_version, Became.UPDATING, error.reason, error.message, order=order)
             raise
+        except UnavailableError as error:
+            if error.reason == "no-space":  # there was room when it began: somebody else needs it
+                await asyncio.to_thread(self._store.drop_partial, order.version)
+            raise
         finally:
             self.step = Step.IDLE
 
@@ -358,9 +362,18 @@ class Updater:
                 await self._try_out(live, progress)
             elif not self._store.state.proven:
                 version = self._store.state.current
-                await self._pause(PROVEN_S)
-                if self._models.live(self._model) is live:
+                if await self._lives():
                     await self._persist(partial(self._store.prove, version))
+
+    async def _lives(self) -> bool:
+        """Wait until the version that serves has lived for a while; return False as soon as another one serves."""
+        waits = [asyncio.ensure_future(self._new.wait()), asyncio.ensure_future(self._pause(PROVEN_S))]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return not self._new.is_set()
 
     async def settled(self) -> None:
         """Wait until no version is on trial."""

@@ -58,6 +58,8 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "AcknowledgeDeferred": INFER,
         "ListDeferred": INFER,
         "PurgeDeferred": INFER,
+        # Names a file of the agent's machine.
+        "ImportVersion": FLEET_ADMIN,
     },
     "inference.GRPCInferenceService": {
         "ServerLive": AUTHENTICATED,

@@ -22,7 +22,7 @@ from tuf.ngclient.updater import Updater
 
 from isthmus.errors import ConfigError, DigestMismatchError, IsthmusError, NotFoundError, TrustError, UnavailableError
 from security.custom import terms_of
-from security.metadata import Metadata, Root, Snapshot, Targets, Timestamp, manifest_path, parse
+from security.metadata import MAX_METADATA_BYTES, Metadata, Root, Snapshot, Targets, Timestamp, manifest_path, parse
 
 MAX_MANIFEST_BYTES: Final = 4 << 20
 _SECOND: Final = timedelta(seconds=1)
@@ -130,9 +130,20 @@ class TrustedManifests:
 
         Nothing is verified here: a forged file can only choose a time, and what is refused at every time stays refused.
         """
-        timestamp = parse(b"".join(self._fetch("timestamp.json")), Timestamp).signed
-        snapshot = parse(b"".join(self._fetch(f"{timestamp.snapshot_meta.version}.snapshot.json")), Snapshot).signed
+        timestamp = parse(self._small("timestamp.json"), Timestamp).signed
+        snapshot = parse(self._small(f"{timestamp.snapshot_meta.version}.snapshot.json"), Snapshot).signed
         return min(now, timestamp.expires - _SECOND, snapshot.expires - _SECOND)
+
+    def _small(self, name: str) -> bytes:
+        data = b""
+        try:
+            for chunk in self._fetch(name):
+                data += chunk
+                if len(data) > MAX_METADATA_BYTES:
+                    raise TrustError(f"{name}: expected at most {MAX_METADATA_BYTES} bytes", reason="too-long")
+        except NotFoundError as error:
+            raise UnavailableError(f"there is no {name}", reason="metadata-missing") from error
+        return data
 
     def _updater(self, fetcher: _Fetcher, now: datetime) -> _Updater:
         return _Updater(  # it refreshes once, so each look takes a new one

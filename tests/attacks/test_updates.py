@@ -14,9 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from tuf.api.metadata import DelegatedRole, Delegations, Targets
 
 from isthmus.errors import IsthmusError
+from security.metadata import DelegatedRole, Delegations, Targets
 from security.trust import TrustedManifests
 from tests.security.simulator import Simulator, new_signer, trusted_versions
 

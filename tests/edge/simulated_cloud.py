@@ -45,6 +45,7 @@ class SimulatedCloud:
     released: int = 0
     order: dict[str, Any] = field(default_factory=dict)  # further fields of the WatchResponse
     takes_reports: bool = True
+    refused_reports: int = 0
     facts: fleet_pb2.DeviceFacts | None = None
     tokens_issued: int = 0
     address: str = ""
@@ -122,6 +123,7 @@ class Fleet(fleet_pb2_grpc.FleetServiceServicer):
     async def Report(self, request: fleet_pb2.ReportRequest, context: Any) -> fleet_pb2.ReportResponse:  # noqa: N802
         assert current_claims().subject == DEVICE
         if not self._cloud.takes_reports:
+            self._cloud.refused_reports += 1
             raise UnavailableError("not now")
         self._cloud.reports.append(request)
         return fleet_pb2.ReportResponse()

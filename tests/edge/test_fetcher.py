@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,12 @@ from typing import Any
 import grpc
 import pytest
 
-from edge.fetcher import METADATA_BYTES, RegistryFetcher
+from edge.fetcher import METADATA_BYTES, Pace, RegistryFetcher
 from edge.uplink import open_channel
 from isthmus.errors import DigestMismatchError, NotFoundError, UnavailableError
 from isthmus.v1 import registry_pb2, registry_pb2_grpc
 from tests.edge.faulty_cloud import make_identity
+from tests.edge.manual_time import ManualTime
 
 DATA = bytes(range(256)) * 4
 
@@ -60,19 +64,28 @@ class Servicer(registry_pb2_grpc.RegistryServiceServicer):
 Scenario = Callable[[RegistryFetcher, Servicer, Path], Awaitable[None]]
 
 
-def with_fetcher(tmp_path: Path, scenario: Scenario, *, stall_s: float = 30.0, slow_s: float = 300.0) -> None:
+def with_fetcher(
+    tmp_path: Path,
+    scenario: Scenario,
+    *,
+    stall_s: float = 30.0,
+    slow_s: float = 300.0,
+    pace: Pace | None = None,
+    servicer: Servicer | None = None,
+) -> None:
     async def token() -> str:
         return "t"
 
     async def run() -> None:
-        identity, servicer = make_identity(tmp_path), Servicer()  # type: ignore[abstract]
+        identity, registry = make_identity(tmp_path), servicer or Servicer()  # type: ignore[abstract]
         server = grpc.aio.server()
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(servicer, server)
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server)
         pair = (identity.key.read_bytes(), identity.certificate.read_bytes())
         port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
         await server.start()
         async with open_channel(f"localhost:{port}", identity.ca) as channel:
-            await scenario(RegistryFetcher(channel, token, stall_s=stall_s, slow_s=slow_s), servicer, tmp_path / "file")
+            fetcher = RegistryFetcher(channel, token, stall_s=stall_s, slow_s=slow_s, pace=pace)
+            await scenario(fetcher, registry, tmp_path / "file")
         await server.stop(None)
 
     asyncio.run(run())
@@ -165,3 +178,92 @@ def test_metadata_that_trickles_is_given_up(tmp_path: Path) -> None:
         assert refusal.value.reason == "too-slow"
 
     with_fetcher(tmp_path, scenario, stall_s=30.0, slow_s=0.3)
+
+
+@pytest.mark.slow
+def test_a_link_that_drops_every_256_kib_brings_every_byte_once(tmp_path: Path) -> None:
+    data = random.Random(5).randbytes(5 * (256 << 10) // 2)
+
+    class Dropping(Servicer):
+        async def FetchBlob(  # noqa: N802
+            self, request: registry_pb2.FetchBlobRequest, context: Any
+        ) -> AsyncIterator[registry_pb2.FetchBlobResponse]:
+            self.offsets.append(request.offset)
+            end = min(request.offset + (256 << 10), len(data))
+            for start in range(request.offset, end, 64 << 10):
+                yield registry_pb2.FetchBlobResponse(data=data[start : min(start + (64 << 10), end)])
+            if end < len(data):
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "dropped")
+
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        assert await fetcher.blob("a", path, length=len(data)) == len(data)
+        assert servicer.offsets == [0, 256 << 10, 512 << 10]
+        assert path.read_bytes() == data
+
+    with_fetcher(tmp_path, scenario, servicer=Dropping())  # type: ignore[abstract]
+
+
+@pytest.mark.slow
+def test_a_cloud_that_is_killed_during_a_fetch_costs_no_byte_twice(tmp_path: Path) -> None:
+    """The registry is a process of its own; it is killed after half of the file, and started again on its port."""
+    data = random.Random(6).randbytes(2 << 20)
+    (tmp_path / "blob").write_bytes(data)
+    identity = make_identity(tmp_path)
+
+    def start(port: int) -> tuple[subprocess.Popen[str], int]:
+        command = [sys.executable, "-m", "tests.edge.registry_process", str(tmp_path), str(port)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        with process.stdout as told:
+            return process, int(told.readline())
+
+    async def token() -> str:
+        return "t"
+
+    async def scenario() -> None:
+        process, port = start(0)
+        path = tmp_path / "file"
+        async with open_channel(f"localhost:{port}", identity.ca) as channel:
+            fetching = asyncio.ensure_future(RegistryFetcher(channel, token).blob("a", path, length=len(data)))
+            async with asyncio.timeout(60):
+                while not path.exists() or path.stat().st_size < len(data) // 4:
+                    await asyncio.sleep(0.005)
+                process.kill()
+                process.wait()
+                process, _ = start(port)
+                assert await fetching == len(data)
+        process.kill()
+        process.wait()
+        assert path.read_bytes() == data
+        assert "killed before its end" in (tmp_path / "log").read_text()
+
+    asyncio.run(scenario())
+
+
+def test_a_rate_is_kept_and_time_that_nobody_used_is_not_saved_up() -> None:
+    time = ManualTime()
+    pace = Pace(1000, clock=time.clock, pause=time.pause)
+
+    async def scenario() -> None:
+        began = time.seconds
+        for _ in range(10):
+            await pace.spend(500)
+        assert time.seconds - began == pytest.approx(5.0)
+        time.seconds += 1000
+        began = time.seconds
+        for _ in range(4):
+            await pace.spend(500)
+        assert time.seconds - began == pytest.approx(2.0)
+
+    asyncio.run(scenario())
+
+
+def test_files_come_at_the_pace_that_is_set(tmp_path: Path) -> None:
+    time = ManualTime()
+
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        began = time.seconds
+        await fetcher.blob("a", path, length=len(DATA))
+        assert time.seconds - began == pytest.approx(len(DATA) / 100)
+
+    with_fetcher(tmp_path, scenario, pace=Pace(100, clock=time.clock, pause=time.pause))

@@ -16,12 +16,15 @@ from edge.bootstrap import install_stick
 from edge.config import EdgeSettings
 from edge.identity import DeviceHome, enrol
 from edge.outcome import Outcome
+from edge.status_client import find_agent, import_version
 from edge.store import SlotStore
 from isthmus.digests import sha256_bytes
 from isthmus.errors import BundleError, ConfigError, ConflictError, NotFoundError
 from isthmus.stick import INDEX, Index, Stick, StickWriter, blob_name, metadata_name
 from security.repository import CloudRepository
+from tests.edge import bundles
 from tests.edge.simulated_cloud import CODE, SimulatedCloud, simulated_cloud
+from tests.edge.test_agent import running
 
 
 class Site:
@@ -120,18 +123,6 @@ def test_a_stick_that_travelled_for_weeks_needs_somebody_who_vouches(site: Site)
     assert site.installed == 1
 
 
-def test_vouching_does_not_help_expired_targets(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _travelled(site, 20)
-
-    class Later(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime.now(tz) + timedelta(days=400)
-
-    monkeypatch.setattr("security.trust.datetime", Later)
-    assert site.install(path, accept_stale=True).reason == "expired-metadata"
-
-
 def test_a_withdrawn_version_is_refused(site: Site) -> None:
     site.cloud.publish(1)
     site.cloud.repository.commit(
@@ -193,3 +184,49 @@ def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
     for path in (tmp_path / "none.tar", tmp_path / "missing.tar"):
         with pytest.raises(ConfigError):
             Stick(path)
+
+
+@pytest.mark.slow
+def test_a_running_agent_without_a_network_installs_what_it_is_handed(site: Site) -> None:
+    """The cloud is gone since enrolment. Requests go on; refusals are told to whoever carried the stick."""
+    site.cloud.publish(1)
+    first = site.write(1, "first")
+    site.cloud.publish(2)
+    second = site.write(2, "second.tar")
+    site.cloud.publish(3, golden=bundles.golden_tensors(500))
+    bad = site.write(3, "bad")
+
+    async def scenario() -> None:
+        async with running(site.home, variant="onnxruntime-fp32") as agent:
+
+            def hand(path: Path) -> dict[str, Any]:
+                return import_version(find_agent(agent.address), path, accept_stale=False)
+
+            for version, path in ((1, first), (2, second), (2, second)):
+                told = await asyncio.to_thread(hand, path)
+                assert (told["version"], told["installed"]) == (version, True)
+                assert (await agent.infer(bundles.SURE))["isthmus.edge_version"] == version
+            told = await asyncio.to_thread(hand, bad)
+            assert (told["installed"], told["reason"]) == (False, "golden-mismatch")
+            told = await asyncio.to_thread(hand, first)
+            assert (told["installed"], told["reason"]) == (False, "rollback")
+            with pytest.raises(ConfigError):
+                await asyncio.to_thread(hand, site.folder / "nothing")
+            assert (await agent.infer(bundles.SURE))["isthmus.edge_version"] == 2
+
+    asyncio.run(scenario())
+
+
+def test_an_agent_installs_only_its_own_models(site: Site) -> None:
+    writer = StickWriter(site.folder / "other")
+    writer.finish(Index("other", 1, ()))
+
+    async def scenario() -> None:
+        async with running(site.home) as agent:
+            with pytest.raises(NotFoundError) as refusal:
+                await asyncio.to_thread(
+                    import_version, find_agent(agent.address), site.folder / "other", accept_stale=False
+                )
+            assert refusal.value.reason == "unknown-model"
+
+    asyncio.run(scenario())

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ed25519
-from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from isthmus.digests import sha256_bytes
 from isthmus.errors import NotFoundError
-from security.metadata import CryptoSigner
+from security.metadata import CryptoSigner, Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 from security.trust import TrustedManifests
 
 NOW = datetime(2031, 5, 1, 12, tzinfo=UTC)

@@ -62,7 +62,8 @@ def test_a_root_is_signed_in_several_sessions(shared: Registry, tmp_path: Path) 
     with pytest.raises(TrustError) as refusal:  # not yet
         shared.cloud.commit_all({"2.root.json": progress.file.read_bytes()})
     assert refusal.value.reason == "wrong-threshold"
-    elsewhere = shutil.copy(progress.file, tmp_path / "stick" / CANDIDATE)
+    elsewhere = tmp_path / "stick" / CANDIDATE
+    shutil.copy(progress.file, elsewhere)
     assert sign_file(elsewhere, tmp_path / "stick" / "root-3.key").signed == 2
     shutil.copy(elsewhere, progress.file)
     done = _ceremony(shared).finish()

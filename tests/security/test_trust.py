@@ -250,3 +250,35 @@ def test_a_device_knows_the_terms_of_a_version(registry: Registry, tmp_path: Pat
     device = registry.device(tmp_path / "device")
     assert device.target("triage", 1) == SignedTarget(manifest, 0, "")
     assert device.target("triage", 2).rollback_floor == 1
+
+
+def test_stale_metadata_is_taken_from_whoever_vouches_for_it(registry: Registry, tmp_path: Path) -> None:
+    """What was carried for weeks: the cloud's files may have expired, the operator's must not, and versions count."""
+    manifest = registry.publish("triage", 1)
+    root = (registry.workspace / "trust" / "root.json").read_bytes()
+
+    def after(days: int, *, accept_stale: bool = True) -> TrustedManifests:
+        later = datetime.now(UTC) + timedelta(days=days)
+        return TrustedManifests(
+            tmp_path / "device", root, registry.fetch, clock=lambda: later, accept_stale=accept_stale
+        )
+
+    assert _refusal(after(20, accept_stale=False)) == "freeze"
+    assert after(20).manifest("triage", 1) == manifest
+    assert after(0).manifest("triage", 1) == manifest  # nothing is stale
+    assert _refusal(after(400)) == "expired-metadata"  # targets
+    old = shutil.copytree(registry.workspace / "cloud" / "tuf", tmp_path / "old")
+    registry.publish("triage", 2)
+    after(20).manifest("triage", 2)
+    shutil.copytree(old, registry.workspace / "cloud" / "tuf", dirs_exist_ok=True)
+    assert _refusal(after(20)) == "rollback"
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{}", b"[" * 9000])
+def test_garbage_is_refused_from_whoever_vouches_for_it(registry: Registry, tmp_path: Path, garbage: bytes) -> None:
+    registry.publish("triage", 1)
+    registry.change = lambda name, data: garbage if name == "timestamp.json" else data
+    root = (registry.workspace / "trust" / "root.json").read_bytes()
+    assert (
+        _refusal(TrustedManifests(tmp_path / "device", root, registry.fetch, accept_stale=True)) == "malformed-metadata"
+    )

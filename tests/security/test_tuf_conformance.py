@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, TargetFile, Targets
 
 from isthmus.errors import IsthmusError, TrustError, UnavailableError
-from security.metadata import CryptoSigner
+from security.metadata import CryptoSigner, DelegatedRole, Delegations, Metadata, MetaFile, TargetFile, Targets
 from security.trust import TrustedManifests
 from tests.security.simulator import TOP_LEVEL, Simulator, new_signer, trusted_versions
 
