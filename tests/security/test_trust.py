@@ -279,6 +279,15 @@ def test_garbage_is_refused_from_whoever_vouches_for_it(registry: Registry, tmp_
     registry.publish("triage", 1)
     registry.change = lambda name, data: garbage if name == "timestamp.json" else data
     root = (registry.workspace / "trust" / "root.json").read_bytes()
-    assert (
-        _refusal(TrustedManifests(tmp_path / "device", root, registry.fetch, accept_stale=True)) == "malformed-metadata"
-    )
+    device = TrustedManifests(tmp_path / "device", root, registry.fetch, accept_stale=True)
+    assert _refusal(device) == "malformed-metadata"
+
+
+def test_what_stands_in_for_a_clock_is_limited_and_may_be_missing(registry: Registry, tmp_path: Path) -> None:
+    registry.publish("triage", 1)
+    root = (registry.workspace / "trust" / "root.json").read_bytes()
+    endless = TrustedManifests(tmp_path / "device", root, lambda _: itertools.repeat(b" " * 65536), accept_stale=True)
+    assert _refusal(endless) == "too-long"
+    (registry.workspace / "cloud" / "tuf" / "timestamp.json").unlink()
+    with pytest.raises(UnavailableError):
+        TrustedManifests(tmp_path / "device", root, registry.fetch, accept_stale=True).manifest("triage", 1)
