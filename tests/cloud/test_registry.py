@@ -413,7 +413,7 @@ def test_a_publisher_publishes_with_a_key_of_its_own(stage: Stage, tmp_path: Pat
     stage.ask(lambda client: client.submit({file.name: file.read_bytes()}))
     for version in (1, 2):
         bundle = make_bundle(tmp_path / f"v{version}", version, model="line-1")
-        stage.ask(lambda client, bundle=bundle: client.publish(bundle, tmp_path / "alice"))
+        stage.ask(methodcaller("publish", bundle, tmp_path / "alice"))
     assert rows(stage, "line-1")[2]["released"]
     other = make_bundle(tmp_path / "other", 1, model="alices-other")
     with pytest.raises(InputError) as refusal:
@@ -428,7 +428,7 @@ def test_a_version_is_exported_with_deltas_and_everything_signed(stage: Stage, t
     stage.publish(make_bundle(tmp_path / "v1", 1, light=old, model="travels"))
     stage.publish(make_bundle(tmp_path / "v2", 2, light=new, model="travels"))
     for output in (tmp_path / "stick", tmp_path / "stick.tar"):
-        told = stage.ask(lambda client, output=output: client.export("travels", 2, output, bases=(1,)))
+        told = stage.ask(methodcaller("export", "travels", 2, output, bases=(1,)))
         assert told["deltas"] >= 1
         with Stick(output) as stick:
             assert stick.index == Index("travels", 2, (1,))
@@ -446,11 +446,7 @@ def test_a_version_is_exported_with_deltas_and_everything_signed(stage: Stage, t
         stage.ask(lambda client: client.export("travels", 2, tmp_path / "stick"))
     for version, variants in ((9, ()), (2, ("gpu",))):
         with pytest.raises(NotFoundError):
-            stage.ask(
-                lambda client, version=version, variants=variants: client.export(
-                    "travels", version, tmp_path / "none", variants=variants
-                )
-            )
+            stage.ask(methodcaller("export", "travels", version, tmp_path / "none", variants=variants))
     assert not (tmp_path / "none").exists()
     assert not list(tmp_path.glob(".*.new"))
 
