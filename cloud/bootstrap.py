@@ -107,7 +107,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         conductor = Conductor(
             database,
             roster,
-            Releases(publisher.terms, publisher.prepare, publisher.follow),
+            Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
         )
         server, address = _server(settings, issuer)

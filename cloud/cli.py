@@ -35,6 +35,25 @@ def serve(
 
 
 @app.command()
+def accept(
+    files: Annotated[list[Path], typer.Argument(help="N.root.json, targets.json or publisher-NAME.json.")],
+    cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
+    trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with an operator's token.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Hand signed metadata to the cloud: a new root, delegations. All FILES take effect, or none."""
+    from cloud.operator_cli import connect
+    from isthmus.terminal import note
+    from security.keyfiles import read_file
+
+    offered = {path.name: read_file(path, hint="isthmus keys makes these files") for path in files}
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        client.submit(offered)
+    note(f"the cloud serves {', '.join(offered)}")
+
+
+@app.command()
 def status(
     cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
     trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,

@@ -5,6 +5,8 @@ Used by the command line and by tests; knows nothing of how the cloud keeps what
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +20,17 @@ import grpc
 
 from cloud.fleet_rows import device_record, device_rows, moment
 from isthmus.address import split_address
-from isthmus.bundle import MANIFEST, Manifest, open_bundle
-from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError, UnavailableError
+from isthmus.bundle import MANIFEST, Manifest, open_bundle, parse_manifest
+from isthmus.errors import ConfigError, DigestMismatchError, InputError, IsthmusError, NotFoundError, UnavailableError
 from isthmus.oip import service_pb2, service_pb2_grpc
 from isthmus.status import from_rpc
+from isthmus.stick import Index, StickWriter, blob_name, delta_name, metadata_name
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc
 from security.keyfiles import read_file
 from security.repository import OperatorRepository
 from security.tls import channel_credentials
 
+TARGETS: Final = "targets"  # the role of the organisation's own operators
 CHUNK: Final = 256 << 10  # bytes of one upload message
 PUBLISH_S: Final = 1800.0  # deltas and loading a large heavy model take their time
 MAX_MESSAGE_BYTES: Final = 64 << 20
@@ -96,14 +100,24 @@ class CloudClient:
         self._channel.close()
 
     def publish(
-        self, bundle: Path, operator: Path, *, release: bool = True, progress: Progress | None = None
+        self,
+        bundle: Path,
+        operator: Path,
+        *,
+        release: bool = True,
+        rollback_floor: int | None = None,
+        keys: Sequence[Path] = (),
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Upload a bundle, sign its manifest and make the version known.
 
         Args:
             bundle: The bundle's folder.
-            operator: The workspace's operator folder, which holds the signing key.
+            operator: The workspace's operator folder, or a publisher's, which holds the signing key.
             release: Whether devices should move to the version at once.
+            rollback_floor: The oldest version to which a device that ran this one may go back, 0 for none; not given:
+                the version that is released now.
+            keys: Key files of other holders, where more than one must sign.
             progress: Gets told how far it is.
 
         Raises:
@@ -111,21 +125,31 @@ class CloudClient:
         """
         told = progress or Progress()
         manifest = open_bundle(bundle)
-        repository = OperatorRepository(operator)
+        repository = OperatorRepository(operator, keys=keys)
         repository.check()
-        self._check_new(manifest)
+        floor = self._check_new(manifest, rollback_floor)
+        self._follow_roots(repository)
         uploaded = self._upload_missing(bundle, manifest, told)
         data = (bundle / MANIFEST).read_bytes()
-        targets = repository.sign_manifest(manifest.name, manifest.version, data, self.current_targets())
+        targets, own = self._current(repository)
+        signed = repository.sign_manifest(
+            manifest.name, manifest.version, data, targets, current_own=own, rollback_floor=floor
+        )
         told.waiting("deltas and heavy model")
         request = registry_pb2.PublishRequest(
-            model=manifest.name, version=manifest.version, manifest_json=data, targets_json=targets, release=release
+            model=manifest.name,
+            version=manifest.version,
+            manifest_json=data,
+            targets_json=signed,
+            release=release,
+            role=repository.role,
         )
         answer = self._call(f"publish {manifest.name}@{manifest.version}", self._registry.Publish, request, PUBLISH_S)
         return {
             "model": manifest.name,
             "version": manifest.version,
             "released": release,
+            "rollback_floor": floor or None,
             "heavy_version": answer.heavy_version,
             "uploaded_bytes": uploaded,
             "deltas": [
@@ -140,9 +164,178 @@ class CloudClient:
             ],
         }
 
-    def _check_new(self, manifest: Manifest) -> None:
-        """Refuse early what the cloud would refuse after an upload."""
-        published = [row["version"] for row in self.list_versions() if row["model"] == manifest.name]
+    def withdraw(
+        self, model: str, version: int, reason: str, operator: Path, *, keys: Sequence[Path] = ()
+    ) -> dict[str, Any]:
+        """Sign that no device may install a version any more, and tell the cloud.
+
+        Args:
+            model: The model.
+            version: Its version.
+            reason: Why; devices show it.
+            operator: The operator folder that published it.
+            keys: Key files of other holders, where more than one must sign.
+
+        Raises:
+            NotFoundError: That folder's role has not signed such a version.
+            IsthmusError: As `publish`.
+        """
+        repository = OperatorRepository(operator, keys=keys)
+        repository.check()
+        self._follow_roots(repository)
+        targets, own = self._current(repository)
+        signed = repository.sign_withdrawal(model, version, reason, targets, current_own=own)
+        self.submit({f"{repository.role}.json": signed})
+        released = any(
+            row["released"] for row in self.list_versions() if (row["model"], row["version"]) == (model, version)
+        )
+        return {"model": model, "version": version, "withdrawn": reason.strip(), "released": released}
+
+    def export(
+        self,
+        model: str,
+        version: int,
+        output: Path,
+        *,
+        bases: Sequence[int] = (),
+        variants: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Write a version to a folder or tar file that devices without a network install from.
+
+        Args:
+            model: The model.
+            version: Its version.
+            output: The folder to make, or a tar file where it ends in .tar.
+            bases: Versions that devices have: deltas from them are written, too.
+            variants: Which variants; all where none is named.
+            progress: Gets told how far it is.
+
+        Raises:
+            NotFoundError: There is no such version or variant.
+            ConflictError: There is something at `output`.
+            DigestMismatchError: The cloud sent other bytes than it should.
+        """
+        told = progress or Progress()
+        metadata = self._all_metadata()
+        targets = _targets_of(metadata)
+        digest, manifest = self._manifest(targets, model, version)
+        known = [variant.id for variant in manifest.variants]
+        if unknown := [name for name in variants if name not in known]:
+            raise NotFoundError(f"{model}@{version} has no variant {unknown[0]!r}", hint=f"it has {', '.join(known)}")
+        files = {path: entry for variant in variants or known for path, entry in manifest.device_files(variant).items()}
+        old = [self._manifest(targets, model, base)[1] for base in bases]
+        pairs = {
+            (before.files[path].sha256, entry.sha256)
+            for before in old
+            for path, entry in files.items()
+            if path in before.files and before.files[path].sha256 != entry.sha256
+        }
+        blobs = {entry.sha256: entry.length for entry in files.values()}
+        told.found(sum(blobs.values()))
+        writer = StickWriter(output)
+        try:
+            for name, data in metadata.items():
+                writer.write(metadata_name(name), iter([data]))
+            for sha256 in (digest, *blobs):
+                writer.write(blob_name(sha256), self._blob(sha256, told))
+            deltas = sum(self._write_delta(writer, *pair) for pair in sorted(pairs))
+            writer.finish(Index(model, version, tuple(bases)))
+        except BaseException:
+            writer.abandon()
+            raise
+        return {
+            "model": model,
+            "version": version,
+            "output": str(output),
+            "files": len(blobs),
+            "bytes": sum(blobs.values()),
+            "deltas": deltas,
+            "fresh_until": json.loads(metadata["timestamp.json"])["signed"]["expires"],
+        }
+
+    def _all_metadata(self) -> dict[str, bytes]:
+        """Return every metadata file that a device needs, from the second root on, by name."""
+        found = {"timestamp.json": self.metadata("timestamp.json")}
+        version = json.loads(found["timestamp.json"])["signed"]["meta"]["snapshot.json"]["version"]
+        snapshot = found[f"{version}.snapshot.json"] = self.metadata(f"{version}.snapshot.json")
+        for name, entry in json.loads(snapshot)["signed"]["meta"].items():
+            found[f"{entry['version']}.{name}"] = self.metadata(f"{entry['version']}.{name}")
+        number = 2
+        while True:
+            try:
+                found[f"{number}.root.json"] = self.metadata(f"{number}.root.json")
+            except NotFoundError:
+                return found
+            number += 1
+
+    def _manifest(self, targets: Mapping[str, Any], model: str, version: int) -> tuple[str, Manifest]:
+        entry = targets.get(f"{model}/{version}/manifest.json")
+        if entry is None:
+            raise NotFoundError(f"{model} has no version {version}", hint="isthmus model list shows what there is")
+        digest = str(entry["hashes"]["sha256"])
+        return digest, parse_manifest(b"".join(self._blob(digest, Progress())))
+
+    def _blob(self, sha256: str, told: Progress) -> Iterator[bytes]:
+        """Yield a blob's bytes; the last of them only when all were the right ones."""
+        digest = hashlib.sha256()
+        request = registry_pb2.FetchBlobRequest(sha256=sha256)
+        try:
+            for part in self._registry.FetchBlob(request, timeout=PUBLISH_S):
+                digest.update(part.data)
+                told.sent(len(part.data))
+                yield part.data
+        except grpc.RpcError as error:
+            raise self._explained(error, f"cannot fetch {sha256[:12]}") from error
+        if not hmac.compare_digest(digest.hexdigest(), sha256):
+            raise DigestMismatchError(f"blob {sha256[:12]}: the cloud sent other bytes")
+
+    def _write_delta(self, writer: StickWriter, old: str, new: str) -> bool:
+        """Write a delta where there is one. A device checks what it rebuilds, so a delta has no digest of its own."""
+        request = registry_pb2.FetchDeltaRequest(from_sha256=old, to_sha256=new)
+        try:
+            data = b"".join(part.data for part in self._registry.FetchDelta(request, timeout=PUBLISH_S))
+        except grpc.RpcError as error:
+            explained = self._explained(error, f"cannot fetch a delta to {new[:12]}")
+            if isinstance(explained, NotFoundError):
+                return False
+            raise explained from error
+        writer.write(delta_name(old, new), iter([data]))
+        return True
+
+    def submit(self, files: Mapping[str, bytes]) -> None:
+        """Hand signed metadata to the cloud: roots, a withdrawal, delegations; all of them take effect, or none.
+
+        Raises:
+            IsthmusError: The cloud refuses them.
+        """
+        request = registry_pb2.SubmitMetadataRequest(
+            files=[registry_pb2.SignedFile(name=name, data=data) for name, data in files.items()]
+        )
+        self._call(f"hand over {', '.join(files)}", self._registry.SubmitMetadata, request)
+
+    def _follow_roots(self, repository: OperatorRepository) -> None:
+        """Bring the operator folder to the newest root, each one checked against the one before it."""
+        while True:
+            try:
+                root_json = self.metadata(f"{repository.root.version + 1}.root.json")
+            except NotFoundError:
+                return
+            repository.follow_root(root_json)
+
+    def _current(self, repository: OperatorRepository) -> tuple[bytes, bytes | None]:
+        """Return the targets metadata and, for a publisher, its own, as the cloud serves them now."""
+        if repository.role == TARGETS:
+            return self.current_targets(), None
+        try:
+            return self.current_targets(), self.current_targets(repository.role)
+        except NotFoundError:
+            return self.current_targets(), None
+
+    def _check_new(self, manifest: Manifest, floor: int | None) -> int:
+        """Refuse early what the cloud would refuse after an upload; return the rollback floor."""
+        rows = [row for row in self.list_versions() if row["model"] == manifest.name]
+        published = [row["version"] for row in rows]
         if published and manifest.version <= max(published):
             newest = max(published)
             raise InputError(
@@ -150,6 +343,11 @@ class CloudClient:
                 hint=f"compile it with version = {newest + 1} in the recipe",
                 reason="already-published",
             )
+        if floor is None:
+            return next((row["version"] for row in rows if row["released"]), 0)
+        if floor >= manifest.version:
+            raise InputError(f"expected a rollback floor below version {manifest.version}, got {floor}")
+        return floor
 
     def _upload_missing(self, bundle: Path, manifest: Manifest, told: Progress) -> int:
         paths = {entry.sha256: path for path, entry in manifest.files.items()}
@@ -163,8 +361,8 @@ class CloudClient:
             self._call(f"upload {paths[digest]}", self._registry.UploadBlob, messages, PUBLISH_S)
         return total
 
-    def current_targets(self) -> bytes:
-        """Return the targets metadata that the cloud serves now, as it came: whoever signs checks it.
+    def current_targets(self, role: str = TARGETS) -> bytes:
+        """Return the metadata that the cloud serves now for a role, as it came: whoever signs checks it.
 
         Raises:
             NotFoundError: The cloud serves none.
@@ -172,7 +370,10 @@ class CloudClient:
         timestamp = json.loads(self.metadata("timestamp.json"))
         snapshot_version = timestamp["signed"]["meta"]["snapshot.json"]["version"]
         snapshot = json.loads(self.metadata(f"{snapshot_version}.snapshot.json"))
-        return self.metadata(f"{snapshot['signed']['meta']['targets.json']['version']}.targets.json")
+        entry = snapshot["signed"]["meta"].get(f"{role}.json")
+        if entry is None:
+            raise NotFoundError(f"the cloud serves no {role} metadata")
+        return self.metadata(f"{entry['version']}.{role}.json")
 
     def metadata(self, name: str) -> bytes:
         """Return one signed metadata file.
@@ -216,6 +417,8 @@ class CloudClient:
                 "heavy_version": row.heavy_version,
                 "bytes": row.bytes,
                 "variants": list(row.variants),
+                "rollback_floor": row.rollback_floor or None,
+                "withdrawn": row.withdrawn or None,
             }
             for row in answer.versions
         ]
@@ -320,6 +523,15 @@ class CloudClient:
         if not hint:
             return explained
         return UnavailableError(f"{what}: no answer from the cloud at {self._cloud}", hint=hint)
+
+
+def _targets_of(metadata: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return all targets of the metadata that lists manifests; the organisation's own come before a publisher's."""
+    found: dict[str, Any] = {}
+    for name, data in sorted(metadata.items(), key=lambda item: item[0].endswith(".targets.json")):
+        if name.endswith(".targets.json") or ".publisher-" in name:
+            found |= json.loads(data)["signed"]["targets"]
+    return found
 
 
 def _upload_messages(path: Path, sha256: str, length: int, told: Progress) -> Iterator[Any]:

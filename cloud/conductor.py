@@ -26,7 +26,6 @@ from cloud import database as db
 from cloud import rollout as rules
 from cloud.records import (
     Ask,
-    SignedTerms,
     check_ask,
     check_version,
     keep_reports,
@@ -38,6 +37,7 @@ from cloud.records import (
 from cloud.roster import Device, Layer, Roster, Told
 from isthmus.bundle import Variant
 from isthmus.errors import ConflictError, IdentityError, InputError, NotFoundError
+from security.custom import Terms
 
 POLL_S: Final = 1.0
 SEEN_S: Final = 30.0  # how often connected devices are noted as seen; well below what counts as online
@@ -53,7 +53,7 @@ log = structlog.get_logger(__name__)
 class Releases:
     """What the registry knows and does for the fleet; `terms` may block."""
 
-    terms: Callable[[str, int], SignedTerms]
+    terms: Callable[[str, int], Terms]
     prepare: Callable[[str, int], Awaitable[None]]  # before a rollout: heavy model and deltas
     follow: Callable[[Collection[str]], Coroutine[Any, Any, None]]  # models whose versions or release changed
 
@@ -353,7 +353,7 @@ class Conductor:
         rules.check_plan(ask.stages, ask.gates)
         await self.refresh()
 
-        def check() -> tuple[rules.Plan, int, SignedTerms, tuple[Variant, ...]]:
+        def check() -> tuple[rules.Plan, int, Terms, tuple[Variant, ...]]:
             with self._database.read() as session:
                 plan, from_version = check_ask(session, ask)
             terms = self._releases.terms(ask.model, ask.version)

@@ -25,6 +25,10 @@ CloudOption = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")
 TrustOption = Annotated[Path | None, typer.Option(help="Folder with ca.pem.")]
 TokenOption = Annotated[Path | None, typer.Option(help="File with an operator's token.")]
 DeviceArgument = Annotated[str, typer.Argument(help="The device's name.")]
+KeyOption = Annotated[
+    list[Path] | None,
+    typer.Option("--key", help="Key file of another holder, where several must sign; repeat for more.", metavar="FILE"),
+]
 ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with these settings.")]
 
 
@@ -59,6 +63,14 @@ def publish(
     trust: TrustOption = None,
     token_file: TokenOption = None,
     release: Annotated[bool, typer.Option("--release/--no-release", help="Move devices to it at once.")] = True,
+    rollback_floor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|none",
+            help="Oldest version to which devices that ran this one may go back. Default: the released one.",
+        ),
+    ] = None,
+    key: KeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -68,11 +80,7 @@ def publish(
     flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file}
     started = time.monotonic()
     with connect(flags, config) as (client, settings):
-        if settings.operator is None:
-            raise ConfigError(
-                "the setting operator is not set",
-                hint="--operator or ISTHMUS_OPERATOR names the workspace's operator folder, which signs bundles",
-            )
+        operator_dir = _operator(settings)
         with progress() as display:
             task = display.add_task("upload", total=None)
             told = Progress(
@@ -80,7 +88,14 @@ def publish(
                 sent=lambda count: display.advance(task, count),
                 waiting=lambda what: display.update(display.add_task(what, total=None), visible=True),
             )
-            record = client.publish(bundle, settings.operator, release=release, progress=told)
+            record = client.publish(
+                bundle,
+                operator_dir,
+                release=release,
+                rollback_floor=_parse_floor(rollback_floor),
+                keys=key or (),
+                progress=told,
+            )
     if as_json:
         show_record("published", record, as_json=True)
         return
@@ -92,6 +107,28 @@ def publish(
 
 
 @model_app.command()
+def withdraw(
+    version: Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="For example triage@3.")],
+    reason: Annotated[str, typer.Option(help="Why; devices and logs show it.", metavar="TEXT")],
+    cloud: CloudOption = None,
+    operator: Annotated[Path | None, typer.Option(help="The operator folder that published it.")] = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    key: KeyOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign that no device may install a version any more; it cannot be released again."""
+    model, number = parse_version(version)
+    flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file}
+    with connect(flags, config) as (client, settings):
+        record = client.withdraw(model, number, reason, _operator(settings), keys=key or ())
+    show_record("withdrawn", record, as_json=as_json)
+    if record["released"]:
+        note(f"{version} is still the released version: release another one (isthmus model release)")
+
+
+@model_app.command()
 def release(
     version: Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="For example triage@3.")],
     cloud: CloudOption = None,
@@ -99,17 +136,47 @@ def release(
     token_file: TokenOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Make a published version the one that devices run. A device never goes back: it refuses an older one."""
+    """Make a published version the one that devices run; they go back no further than a rollback floor says."""
     model, number = parse_version(version)
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
-        before = [row["version"] for row in client.list_versions() if row["model"] == model and row["released"]]
+        before = [row for row in client.list_versions() if row["model"] == model and row["released"]]
         client.release(model, number)
     note(f"devices move to {model}@{number}")
-    if any(released > number for released in before):
-        note(
-            f"devices that ran {model}@{max(before)} refuse to go back and keep it; "
-            "to undo a version, publish the older model under a new one"
+    for row in before:
+        if number < row["version"] and (row["rollback_floor"] is None or number < row["rollback_floor"]):
+            note(
+                f"devices that ran {model}@{row['version']} refuse to go back so far and keep it; "
+                "to undo a version, publish the older model under a new one"
+            )
+
+
+@model_app.command()
+def export(
+    version: Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="For example triage@3.")],
+    output: Annotated[Path, typer.Option(help="Folder to make; a tar file where it ends in .tar.", metavar="DIR")],
+    from_version: Annotated[
+        list[int] | None, typer.Option(help="A version that devices have: adds deltas from it; repeat.", metavar="N")
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="A variant to write; all by default; repeat.")] = None,
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a version to a folder or USB stick, for devices without a network: isthmus edge import installs it."""
+    from cloud.client import Progress
+
+    model, number = parse_version(version)
+    flags = {"cloud": cloud, "trust": trust, "token_file": token_file}
+    with connect(flags, config) as (client, _), progress() as display:
+        task = display.add_task("export", total=None)
+        told = Progress(
+            found=lambda total: display.update(task, total=max(total, 1)),
+            sent=lambda count: display.advance(task, count),
         )
+        record = client.export(model, number, output, bases=from_version or (), variants=variant or (), progress=told)
+    show_record("exported", record, as_json=as_json)
 
 
 @model_app.command("list")
@@ -157,6 +224,25 @@ def list_devices(
     labels = parse_labels([selector] if selector else [])
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
         show_table("devices", client.list_devices(labels), as_json=as_json)
+
+
+def _operator(settings: OperatorSettings) -> Path:
+    if settings.operator is None:
+        raise ConfigError(
+            "the setting operator is not set",
+            hint="--operator or ISTHMUS_OPERATOR names the workspace's operator folder, which signs bundles",
+        )
+    return settings.operator
+
+
+def _parse_floor(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if text == "none":
+        return 0
+    if not text.isdecimal() or int(text) == 0:
+        raise InputError(f"--rollback-floor: expected a version or none, got {text[:40]!r}")
+    return int(text)
 
 
 @device_app.command()

@@ -13,6 +13,8 @@ already is found and kept when the operator tries again:
 (6) the signed metadata is committed: from here on devices can verify the version;
 (7) the database is told: from here on it exists. A release, and retiring what nobody needs any more, come after.
 
+A cloud that is killed between (6) and (7) tells the database when it starts again: everything was checked by then.
+
 One publish or release runs at a time.
 """
 
@@ -20,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import shutil
 import tempfile
 import time
@@ -38,11 +39,13 @@ from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog, unknown_model
 from cloud.deltas import PreparedDelta, prepare_deltas
 from cloud.heavy import HeavyId, HeavyPool
-from cloud.records import SignedTerms, check_no_rollout, supersede
+from cloud.records import check_no_rollout, supersede
 from isthmus.bundle import CALIBRATION, GOLDEN, Manifest, Variant, parse_calibration, parse_manifest
 from isthmus.digests import sha256_bytes
-from isthmus.errors import BundleError, ConflictError, NotFoundError, TrustError
+from isthmus.errors import BundleError, ConflictError, IsthmusError, NotFoundError, TrustError
 from isthmus.tensors import Array
+from security.custom import Terms
+from security.metadata import Targets, manifest_path, parse
 from security.repository import CloudRepository
 
 _GOLDEN_ROWS: Final = 4  # enough to see the form of an answer
@@ -102,8 +105,10 @@ class Publisher:
     async def restore(self) -> None:
         """Fill the catalog from the database and load every heavy version that is wanted.
 
-        A heavy model that does not load any more is logged: the others must serve.
+        A heavy model that does not load any more is logged: the others must serve. So is a version that was committed
+        and cannot be told to the database.
         """
+        await asyncio.to_thread(self._reconcile)
         with self._database.read() as session:
             models = session.scalars(select(db.Model.name)).all()
         for model in models:
@@ -128,9 +133,24 @@ class Publisher:
                 log.exception("heavy model cannot be served", heavy=heavy.name, reason=error.reason)
 
     async def publish(
-        self, model: str, version: int, manifest_json: bytes, targets_json: bytes, *, release: bool
+        self,
+        model: str,
+        version: int,
+        manifest_json: bytes,
+        targets_json: bytes,
+        *,
+        release: bool,
+        role: str = Targets.type,
     ) -> tuple[int, list[PreparedDelta]]:
         """Take in one bundle version; return its heavy version and the deltas that were prepared.
+
+        Args:
+            model: The bundle's model.
+            version: Its version.
+            manifest_json: Its manifest.
+            targets_json: The next metadata of the role that vouches for it.
+            release: Whether devices should move to it at once.
+            role: "targets", or a publisher's.
 
         Raises:
             BundleError: The bundle is inconsistent or its heavy model does not work.
@@ -141,7 +161,7 @@ class Publisher:
         """
         async with self._lock:
             manifest = await asyncio.to_thread(
-                self._check, model, version, manifest_json, targets_json
+                self._check, model, version, manifest_json, targets_json, role
             )  # (1), (2), (3)
             if release:
                 await asyncio.to_thread(self._check_release, model)
@@ -152,7 +172,7 @@ class Publisher:
                 await self._load_heavy(heavy, manifest)  # (5)
                 await self._pool.try_out(heavy, manifest, await asyncio.to_thread(self._golden_inputs, manifest))
                 await asyncio.to_thread(self._blobs.store, manifest_json)
-                await _uninterrupted(self._commit(manifest, manifest_json, targets_json, heavy))  # (6), (7)
+                await _uninterrupted(self._commit(manifest, manifest_json, targets_json, role, heavy))  # (6), (7)
             except BaseException:
                 # A second attempt may bring another heavy model under the same version; but a caller who left while
                 # the commit went on to its end has published it.
@@ -170,6 +190,7 @@ class Publisher:
         Raises:
             NotFoundError: There is no such version.
             UnavailableError: Its heavy model cannot be loaded now.
+            ConflictError: The operator has withdrawn it.
         """
         async with self._lock:
             known = self._catalog.versions(model)
@@ -181,6 +202,13 @@ class Publisher:
                     reason="unknown-version",
                 )
             await asyncio.to_thread(self._check_release, model)
+            terms = await asyncio.to_thread(self.terms_of, model, version)
+            if terms.withdrawn:
+                raise ConflictError(
+                    f"{model}@{version} was withdrawn: {terms.withdrawn}",
+                    reason="withdrawn",
+                    hint="isthmus model list shows the versions that can be released",
+                )
             heavy = self._catalog.heavy(model, version)
             await self._load_heavy(heavy, await asyncio.to_thread(self.manifest, model, heavy.version))
             await _uninterrupted(self._release(model, version))
@@ -215,11 +243,25 @@ class Publisher:
                 await asyncio.to_thread(self._read_versions, model)
                 await self._load_wanted(model)
 
-    def terms(self, model: str, version: int) -> SignedTerms:
-        """Return what the signed metadata say of a version beside its digest; nothing where they do not list it."""
-        targets = json.loads(self._repository.targets_json())["signed"]["targets"]
-        custom = targets.get(f"{model}/{version}/manifest.json", {}).get("custom") or {}
-        return SignedTerms(int(custom.get("rollback_floor", 0)), str(custom.get("withdrawn", "")))
+    async def submit(self, files: Mapping[str, bytes]) -> None:
+        """Take in signed metadata that makes no new version known: roots, withdrawals, delegations.
+
+        Raises:
+            TrustError: A file is not acceptable, or names a version that was not published.
+            ConflictError: A file does not follow the current one.
+            ConfigError: A new root names snapshot or timestamp keys that are not here.
+        """
+        async with self._lock:
+            await _uninterrupted(asyncio.to_thread(self._repository.commit_all, files, known_only=True))
+        log.info("signed metadata taken in", files=sorted(files))
+
+    def terms(self) -> dict[str, Terms]:
+        """Return what the operators say about every version, by its manifest's path."""
+        return self._repository.terms()
+
+    def terms_of(self, model: str, version: int) -> Terms:
+        """Return what the operators say about one version; nothing where they do not list it."""
+        return self.terms().get(manifest_path(model, version), Terms())
 
     def variants(self, model: str, version: int) -> tuple[Variant, ...]:
         """Return the variants of a published version.
@@ -241,18 +283,20 @@ class Publisher:
             raise NotFoundError(f"model {model!r} has no version {version}", reason="unknown-version")
         return parse_manifest(self._blobs.read_all(row.manifest_sha256))
 
-    def _check(self, model: str, version: int, manifest_json: bytes, targets_json: bytes) -> Manifest:
+    def _check(self, model: str, version: int, manifest_json: bytes, targets_json: bytes, role: str) -> Manifest:
         """Return the manifest when it may be published; blocks, for signatures and thousands of blobs take a while."""
         manifest = parse_manifest(manifest_json)  # (1)
         _check_identity(manifest, model, version)
         self._check_newest(model, version)
-        self._repository.accept_targets(targets_json)  # (2)
+        self._repository.accept_targets(targets_json, role)  # (2)
         _check_vouched(targets_json, manifest, manifest_json)
         self._check_blobs(manifest)  # (3)
         return manifest
 
-    async def _commit(self, manifest: Manifest, manifest_json: bytes, targets_json: bytes, heavy: HeavyId) -> None:
-        await asyncio.to_thread(self._repository.commit, targets_json)
+    async def _commit(
+        self, manifest: Manifest, manifest_json: bytes, targets_json: bytes, role: str, heavy: HeavyId
+    ) -> None:
+        await asyncio.to_thread(self._repository.commit, targets_json, role)
         await asyncio.to_thread(self._record, manifest, sha256_bytes(manifest_json), heavy)
         self._catalog.publish(manifest.name, manifest.version, heavy)
         log.info("version published", model=manifest.name, version=manifest.version, heavy=heavy.name)
@@ -268,6 +312,23 @@ class Publisher:
             if heavy.model == model and heavy not in wanted:
                 await self._pool.retire(heavy)
         await self._pool.sweep()
+
+    def _reconcile(self) -> None:
+        """Tell the database of versions whose publish was cut short after the commit, oldest first."""
+        with self._database.read() as session:
+            known = {manifest_path(row.model, row.version) for row in session.scalars(select(db.Version))}
+        missing = [target for path, target in self._repository.listed().items() if path not in known]
+        for target in sorted(missing, key=lambda target: int(target.path.split("/")[1])):
+            try:
+                sha256 = target.hashes["sha256"]
+                manifest = parse_manifest(self._blobs.read_all(sha256))
+                self._check_blobs(manifest)
+                self._check_newest(manifest.name, manifest.version)
+                self._record(manifest, sha256, self._heavy_id(manifest))
+            except IsthmusError as error:
+                log.warning("a committed version is not whole", path=target.path, reason=error.reason)
+            else:
+                log.info("publish that was cut short is finished", model=manifest.name, version=manifest.version)
 
     def _check_newest(self, model: str, version: int) -> None:
         with self._database.read() as session:
@@ -374,9 +435,9 @@ def _check_identity(manifest: Manifest, model: str, version: int) -> None:
 
 def _check_vouched(targets_json: bytes, manifest: Manifest, manifest_json: bytes) -> None:
     path = f"{manifest.name}/{manifest.version}/manifest.json"
-    target = json.loads(targets_json)["signed"]["targets"].get(path)
+    target = parse(targets_json, Targets).signed.targets.get(path)
     if target is None:
         raise TrustError(f"the signed metadata does not list {path}", reason="unsigned")
-    same_digest = hmac.compare_digest(target["hashes"].get("sha256", ""), sha256_bytes(manifest_json))
-    if target["length"] != len(manifest_json) or not same_digest:
+    same_digest = hmac.compare_digest(target.hashes.get("sha256", ""), sha256_bytes(manifest_json))
+    if target.length != len(manifest_json) or not same_digest:
         raise TrustError(f"the signed metadata vouches for another {path}", reason="digest-mismatch")

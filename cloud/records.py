@@ -15,14 +15,7 @@ from cloud import rollout as rules
 from cloud.catalog import unknown_model
 from isthmus.errors import ConflictError, InputError, NotFoundError
 from isthmus.v1 import fleet_pb2
-
-
-@dataclass(frozen=True, slots=True)
-class SignedTerms:
-    """What the signed metadata say of a version beside its digest."""
-
-    rollback_floor: int = 0  # a device that ran it may go back to this version and newer ones; 0: never
-    withdrawn: str = ""
+from security.custom import Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +190,7 @@ def on_device(session: Session, device_id: str, model: str) -> db.DeviceModel:
     return entry
 
 
-def warnings(plan: rules.Plan, from_version: int, terms: SignedTerms) -> list[str]:
+def warnings(plan: rules.Plan, from_version: int, terms: Terms) -> list[str]:
     """Return what an operator should know before a rollout starts."""
     if not from_version:
         return ["no version was released before: devices that take this one have none to go back to"]

@@ -19,10 +19,13 @@ from cloud.catalog import Catalog, unknown_model
 from cloud.publish import Publisher
 from isthmus.errors import InputError
 from isthmus.v1 import registry_pb2, registry_pb2_grpc
+from security.custom import Terms
 from security.interceptors import current_claims
+from security.metadata import Targets, manifest_path
 from security.repository import CloudRepository
 
 MAX_BLOB_BYTES: Final = 16 << 30
+MAX_SUBMITTED: Final = 64  # metadata files in one SubmitMetadata
 MAX_ASKED: Final = 20_000  # digests in one FindMissing
 _END: Final = object()
 _T = TypeVar("_T")
@@ -122,7 +125,12 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         if not current_claims().may_use(request.model):
             raise unknown_model(request.model)
         heavy_version, deltas = await self._publisher.publish(
-            request.model, request.version, request.manifest_json, request.targets_json, release=request.release
+            request.model,
+            request.version,
+            request.manifest_json,
+            request.targets_json,
+            release=request.release,
+            role=request.role or Targets.type,
         )
         await self._changed()
         prepared = [
@@ -147,6 +155,20 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         await self._changed()
         return registry_pb2.ReleaseResponse()
 
+    async def SubmitMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Take in signed metadata that makes no new version known.
+
+        Raises:
+            InputError: No file, too many, or one twice.
+            IsthmusError: As Publisher.submit.
+        """
+        del context
+        files = {file.name: file.data for file in request.files}
+        if not 0 < len(files) == len(request.files) <= MAX_SUBMITTED:
+            raise InputError(f"files: expected 1 to {MAX_SUBMITTED} files, each once, got {len(request.files)}")
+        await self._publisher.submit(files)
+        return registry_pb2.SubmitMetadataResponse()
+
     async def ListVersions(self, request: Any, context: Any) -> Any:  # noqa: N802
         """List the versions that the caller may use."""
         del request, context
@@ -158,9 +180,14 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
     def _list_versions(self, released: Mapping[str, int | None]) -> list[Any]:
         with self._database.read() as session:
             rows = session.scalars(select(db.Version).order_by(db.Version.model, db.Version.version)).all()
-        return [self._describe(row, released[row.model]) for row in rows if row.model in released]
+        terms = self._publisher.terms()
+        return [
+            self._describe(row, released[row.model], terms.get(manifest_path(row.model, row.version), Terms()))
+            for row in rows
+            if row.model in released
+        ]
 
-    def _describe(self, row: db.Version, released: int | None) -> Any:
+    def _describe(self, row: db.Version, released: int | None, terms: Terms) -> Any:
         manifest = self._publisher.manifest(row.model, row.version)
         return registry_pb2.ModelVersion(
             model=row.model,
@@ -169,6 +196,8 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             released=released == row.version,
             bytes=sum(entry.length for entry in manifest.files.values()),
             variants=[variant.id for variant in manifest.variants],
+            withdrawn=terms.withdrawn,
+            rollback_floor=terms.rollback_floor,
         )
 
 

@@ -13,7 +13,7 @@ from edge.audit import Audit
 from edge.bench import read_choice
 from edge.breaker import Breaker
 from edge.conditions import Conditions
-from edge.config import EdgeSettings
+from edge.config import EdgeSettings, UpdateSettings
 from edge.deferred.assembly import Deferred, open_deferred
 from edge.deferred.service import absent_handlers
 from edge.deferred.store import Limits
@@ -22,7 +22,9 @@ from edge.fleet import Desired, FleetLink
 from edge.hedge import Hedge
 from edge.identity import AccessToken, DeviceHome, Enrolment
 from edge.model import LiveModel, ServedModels, open_model
+from edge.offline import Imports, StickFetcher, StickManifests
 from edge.outbox import Outbox
+from edge.outcome import Outcome
 from edge.plan import choose_variant
 from edge.question import Limits as QuestionLimits
 from edge.response_cache import ResponseCache
@@ -32,6 +34,7 @@ from edge.runtimes import RUNTIMES, is_installed
 from edge.server import AgentServer, InferenceService, is_local, may_use_all
 from edge.shadow import Shadow
 from edge.spool import Spool
+from edge.state import Order
 from edge.store import SlotStore
 from edge.updater import Updater
 from edge.uplink import Uplink, open_channel
@@ -40,6 +43,7 @@ from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
 from isthmus.policies import check_serving
+from isthmus.stick import Stick
 from isthmus.tensors import Array
 from isthmus.v1 import fleet_pb2
 from security.interceptors import AuthInterceptor, current_claims
@@ -74,7 +78,8 @@ def build_agent(settings: EdgeSettings) -> Agent:
     )
     models = ServedModels(names)
     audit, shadow = _audit(settings, uplink, fleet), Shadow()
-    updaters = _updaters(settings, home, enrolment, channel, token, models, fleet, audit, shadow)
+    imports = _imports(settings, home, channel, token, desired, models)
+    updaters = _updaters(settings, home, enrolment, imports, models, fleet, audit, shadow)
     spools = {
         name: Spool(home.spool(name), limit_bytes=settings.capture_mib << 20) for name in names if settings.capture
     }
@@ -99,6 +104,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         settings.listen,
         InferenceService(models, router, may_use=may_use, stream_requests=settings.stream_requests),
         lambda: describe_status(enrolment.device_id, models, updaters, uplink, deferred, audit),
+        imports=imports,
         unix_socket=settings.unix_socket,
         credentials=credentials,
         deferred=absent_handlers() if deferred is None else deferred.service.handlers(),
@@ -170,23 +176,23 @@ def _updaters(
     settings: EdgeSettings,
     home: DeviceHome,
     enrolment: Enrolment,
-    channel: grpc.aio.Channel,
-    token: AccessToken,
+    imports: Imports,
     models: ServedModels,
     fleet: FleetLink,
     audit: Audit | None,
     shadow: Shadow,
 ) -> dict[str, Updater]:
-    rate = settings.updates.max_bytes_per_s
-    fetcher = RegistryFetcher(channel, token.wait, pace=Pace(rate) if rate else None)
-    manifests = SignedManifests(home.path / "tuf", home.root.read_bytes(), fetcher, asyncio.get_running_loop())
+    def report(outcome: Outcome) -> None:
+        fleet.report(outcome)
+        imports.hear(outcome)
+
     return {
         name: Updater(
             name,
             SlotStore(home.models(name)),
             models,
-            manifests=manifests,
-            fetcher=fetcher,
+            manifests=imports,
+            fetcher=imports,
             choose=partial(_choose, settings, home),
             open_slot=partial(
                 open_model,
@@ -196,13 +202,66 @@ def _updaters(
                 policy=settings.policy,
                 batch_rows=settings.batch_rows,
             ),
-            report=fleet.report,
+            report=report,
             conditions=Conditions(settings.updates, enrolment.device_id, name),
             audit=audit,
             shadow=shadow,
         )
         for name, _ in models
     }
+
+
+def _imports(
+    settings: EdgeSettings,
+    home: DeviceHome,
+    channel: grpc.aio.Channel,
+    token: AccessToken,
+    desired: Desired,
+    models: ServedModels,
+) -> Imports:
+    rate = settings.updates.max_bytes_per_s
+    fetcher = RegistryFetcher(channel, token.wait, pace=Pace(rate) if rate else None)
+    folder, root = home.path / "tuf", home.root.read_bytes()
+    manifests = SignedManifests(folder, root, fetcher, asyncio.get_running_loop())
+    return Imports(folder, root, manifests, fetcher, desired, models)
+
+
+async def install_stick(settings: EdgeSettings, stick: Stick, *, accept_stale: bool = False) -> Outcome:
+    """Install the version of a stick, with no agent running; call it inside the event loop.
+
+    Conditions that spare a network (turns, metering, windows) do not apply to what somebody carried here.
+
+    Args:
+        settings: As the agent's.
+        stick: What was carried here.
+        accept_stale: Whether an expired timestamp is good enough.
+
+    Raises:
+        ConfigError: The device is not enrolled, or the settings cannot work.
+        ConflictError: An agent runs in the device's folder.
+        UnavailableError: The stick or the disk cannot be used now.
+    """
+    home, model = DeviceHome(settings.home), stick.index.model
+    enrolment = home.enrolment()
+    lock = home.lock()
+    try:
+        models = ServedModels((model,))
+        updater = Updater(
+            model,
+            SlotStore(home.models(model)),
+            models,
+            manifests=StickManifests(home.path / "tuf", home.root.read_bytes(), stick, accept_stale=accept_stale),
+            fetcher=StickFetcher(stick),
+            choose=partial(_choose, settings, home),
+            open_slot=partial(open_model, threads=settings.threads, policy=settings.policy),
+            report=lambda _: None,
+            conditions=Conditions(UpdateSettings(crashes=settings.updates.crashes), enrolment.device_id, model),
+        )
+        outcome = await updater.update(Order(version=stick.index.version))
+        models.swap(model, None)
+        return outcome
+    finally:
+        lock.close()
 
 
 def _facts() -> fleet_pb2.DeviceFacts:

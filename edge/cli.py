@@ -171,6 +171,64 @@ def _told_audit(audit: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
+@app.command("import")
+def import_stick(
+    stick: Annotated[Path, typer.Argument(help="Folder or tar file that `isthmus model export` wrote.")],
+    home: Annotated[Path | None, typer.Option(help="The device's folder.")] = None,
+    accept_stale: Annotated[
+        bool, typer.Option("--accept-stale", help="Vouch for its age: take it although its timestamp has expired.")
+    ] = False,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant to install; the fastest measured, else the first that fits.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Where the agent listens, if one is running: it installs the version.")
+    ] = None,
+    ca: Ca = None,
+    token_file: TokenFile = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Install a version that was carried here, with the checks of one from the network."""
+    from isthmus.errors import VerificationError
+
+    if address is None:
+        record = _install_stick(stick, {"home": home, "variant": variant}, config, accept_stale=accept_stale)
+    else:
+        from edge.status_client import find_agent, import_version
+
+        agent = find_agent(address, ca=ca, token_file=token_file)
+        record = import_version(agent, stick, accept_stale=accept_stale)
+    detail = record.pop("detail")
+    show_record("imported", record, as_json=as_json)
+    if not record["installed"]:
+        hint = "--accept-stale vouches for the age of what was carried" if record["reason"] == "freeze" else ""
+        raise VerificationError(detail, reason=record["reason"], hint=hint)
+
+
+def _install_stick(stick: Path, flags: dict[str, object], config: Path | None, *, accept_stale: bool) -> dict[str, Any]:
+    import asyncio
+
+    from edge.bootstrap import install_stick
+    from edge.config import EdgeSettings
+    from isthmus.settings import load_settings
+    from isthmus.stick import Stick
+
+    settings = load_settings(EdgeSettings, config, flags).value
+    with Stick(stick) as carried:
+        outcome = asyncio.run(install_stick(settings, carried, accept_stale=accept_stale))
+    return {
+        "model": outcome.model,
+        "version": outcome.to_version,
+        "variant": outcome.variant,
+        "installed": outcome.active,
+        "reason": outcome.reason,
+        "detail": outcome.detail,
+        "bytes_read": outcome.bytes_fetched,
+        "bytes_full": outcome.bytes_full,
+    }
+
+
 @captures_app.command()
 def export(
     home: Home,

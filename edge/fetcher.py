@@ -23,6 +23,7 @@ from security.trust import SignedTarget, TrustedManifests
 METADATA_BYTES: Final = 8 << 20  # no metadata file or manifest is larger
 TARGETS: Final = "targets/"  # prefix of names that stand for a signed target, by its SHA-256
 _STALL_S: Final = 30.0  # a stream that brings nothing for this long is broken off
+_SLOW_S: Final = 300.0  # metadata is a few kilobytes: one file of it that takes this long is being held back
 _ATTEMPTS: Final = 5
 
 
@@ -65,6 +66,7 @@ class RegistryFetcher:
         channel: To the cloud.
         token: Returns the access token, waiting for the first one.
         stall_s: Longest wait for the next chunk.
+        slow_s: Longest time for a whole metadata file, however steadily it trickles.
         pace: Slows files down; metadata is small.
     """
 
@@ -74,11 +76,12 @@ class RegistryFetcher:
         token: Callable[[], Any],
         *,
         stall_s: float = _STALL_S,
+        slow_s: float = _SLOW_S,
         pace: Pace | None = None,
     ) -> None:
         self._stub = registry_pb2_grpc.RegistryServiceStub(channel)
         self._token = token
-        self._stall_s = stall_s
+        self._stall_s, self._slow_s = stall_s, slow_s
         self._pace = pace
 
     async def metadata(self, name: str) -> bytes:
@@ -86,9 +89,16 @@ class RegistryFetcher:
 
         Raises:
             NotFoundError: The registry has none of that name.
-            UnavailableError: The registry cannot be reached.
+            UnavailableError: The registry cannot be reached, or takes too long (`too-slow`).
             DigestMismatchError: It is larger than any such file may be.
         """
+        try:
+            async with asyncio.timeout(self._slow_s):
+                return await self._whole(name)
+        except TimeoutError as error:
+            raise UnavailableError(f"{name}: not there after {self._slow_s:g} s", reason="too-slow") from error
+
+    async def _whole(self, name: str) -> bytes:
         if name.startswith(TARGETS):
             stream = await self._blob(name.removeprefix(TARGETS), 0)
         else:

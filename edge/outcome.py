@@ -10,7 +10,10 @@ from edge.state import Became, Last, Order, Step
 from edge.trial import Evidence
 
 # Refusals that time may heal: a clock that is wrong until the network is up, metadata that the cloud must sign anew.
-MAY_PASS: Final = frozenset({"expired-metadata", "not-published"})
+# Also what a change of the cloud's keys looks like to a device that asks in the middle of it.
+MAY_PASS: Final = frozenset(
+    {"expired-metadata", "freeze", "mix-and-match", "not-published", "revoked-key", "wrong-threshold"}
+)
 # Refusals that say nothing about the model: another attempt may find mended metadata or blobs, or another machine.
 NO_VERDICT: Final = MAY_PASS | {
     "digest-mismatch", "malformed-metadata", "missing-extra", "no-fitting-variant", "not-found", "rollback",

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from edge import describe
 from edge.messages import parse_message, serialize_message
 from edge.model import LiveModel, ServedModels
+from edge.offline import Imports
 from edge.request import FINAL_RESPONSE_PARAMETER
 from edge.router import Router
 from edge.stream import answer_stream
@@ -241,6 +242,7 @@ class AgentServer:
 
     Args:
         listen: HOST:PORT or unix:PATH.
+        imports: Installs what was carried to this machine; None where nothing can be.
         unix_socket: One to listen on as well, in plain text; callers need tokens where those of `listen` do.
         service: Answers the inference protocol.
         status: Returns the agent's counters and versions.
@@ -257,6 +259,7 @@ class AgentServer:
         service: InferenceService,
         status: Callable[[], agent_pb2.GetStatusResponse],
         *,
+        imports: Imports | None = None,
         unix_socket: Path | None = None,
         credentials: grpc.ServerCredentials | None = None,
         deferred: Mapping[str, grpc.RpcMethodHandler[bytes, Any]] | None = None,
@@ -285,7 +288,25 @@ class AgentServer:
             del request
             return status()
 
-        agent = {"GetStatus": _parsed(agent_pb2.GetStatusRequest, get_status)}
+        async def import_version(request: agent_pb2.ImportVersionRequest) -> agent_pb2.ImportVersionResponse:
+            if imports is None:
+                raise NotFoundError("this agent installs nothing")
+            outcome = await imports.install(Path(request.path), accept_stale=request.accept_stale)
+            return agent_pb2.ImportVersionResponse(
+                model=outcome.model,
+                version=outcome.to_version,
+                variant=outcome.variant,
+                installed=outcome.active,
+                reason=outcome.reason,
+                detail=outcome.detail,
+                bytes_read=outcome.bytes_fetched,
+                bytes_full=outcome.bytes_full,
+            )
+
+        agent = {
+            "GetStatus": _parsed(agent_pb2.GetStatusRequest, get_status),
+            "ImportVersion": _parsed(agent_pb2.ImportVersionRequest, import_version),
+        }
         inference = _generic(SERVICE, service.handlers(), streams=service.stream_handlers())
         self._server.add_generic_rpc_handlers((inference, _generic(AGENT_SERVICE, agent, others=deferred)))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

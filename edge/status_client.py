@@ -17,6 +17,7 @@ from isthmus.v1 import agent_pb2, agent_pb2_grpc
 from security.tls import channel_credentials
 
 TIMEOUT_S: Final = 5.0
+IMPORT_S: Final = 3600.0  # sticks are slow, and a shadow run takes as long as requests take to come
 _MINT: Final = "an operator's `isthmus token mint` makes one"
 _HINTS: Final = {
     UnavailableError: "is the agent running, and is --address what it listens on? `isthmus edge run` prints it",
@@ -120,3 +121,23 @@ def _fields(message: Any) -> dict[str, Any]:
     # Scalars only: json_format would turn 64-bit counters into strings.
     scalars = (field for field in message.DESCRIPTOR.fields if field.message_type is None)
     return {field.name: getattr(message, field.name) for field in scalars}
+
+
+def import_version(agent: AgentAddress, path: Path, *, accept_stale: bool) -> dict[str, Any]:
+    """Have a running agent install a version that was carried to its machine; return what became of it.
+
+    Raises:
+        IsthmusError: The agent cannot be reached, or cannot read it.
+    """
+    request = agent_pb2.ImportVersionRequest(path=str(path.absolute()), accept_stale=accept_stale)
+    answer = agent.call(lambda stub, metadata: stub.ImportVersion(request, metadata=metadata, timeout=IMPORT_S))
+    return {
+        "model": answer.model,
+        "version": answer.version,
+        "variant": answer.variant,
+        "installed": answer.installed,
+        "reason": answer.reason,
+        "detail": answer.detail,
+        "bytes_read": answer.bytes_read,
+        "bytes_full": answer.bytes_full,
+    }

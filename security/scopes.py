@@ -61,6 +61,7 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "UploadBlob": REGISTRY_PUBLISH,
         "Publish": REGISTRY_PUBLISH,
         "Release": REGISTRY_PUBLISH,
+        "SubmitMetadata": REGISTRY_PUBLISH,
         "ListVersions": REGISTRY_READ,
     },
     "isthmus.v1.AgentService": {
@@ -70,6 +71,8 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "AcknowledgeDeferred": INFER,
         "ListDeferred": INFER,
         "PurgeDeferred": INFER,
+        # Names a file of the agent's machine.
+        "ImportVersion": FLEET_ADMIN,
     },
     "inference.GRPCInferenceService": {
         "ServerLive": AUTHENTICATED,

@@ -34,6 +34,7 @@ from security.metadata import expiry_of
 from security.repository import create_repository
 from security.tokens import TokenIssuer, create_token_issuer
 
+MAX_KEYS: Final = 16  # of one role
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 
 # What each private key and certificate is for; token keys are named by their id.
@@ -63,7 +64,34 @@ class Entry:
     expires_at: datetime | None
 
 
-def init_workspace(root: Path, hosts: Sequence[str], name: str, now: datetime) -> None:
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """How many keys the offline roles get, and how many of them must sign."""
+
+    root_keys: int = 1
+    root_threshold: int = 1
+    targets_keys: int = 1
+    targets_threshold: int = 1
+
+    def check(self) -> None:
+        """Check that the thresholds can be met.
+
+        Raises:
+            InputError: They cannot.
+        """
+        for role, keys, threshold in (
+            ("root", self.root_keys, self.root_threshold),
+            ("targets", self.targets_keys, self.targets_threshold),
+        ):
+            if not 1 <= threshold <= keys <= MAX_KEYS:
+                raise InputError(
+                    f"expected 1 <= {role} threshold <= {role} keys <= {MAX_KEYS}, got {threshold} and {keys}"
+                )
+
+
+def init_workspace(
+    root: Path, hosts: Sequence[str], name: str, now: datetime, *, holders: Holders | None = None
+) -> None:
     """Make a workspace.
 
     Args:
@@ -71,6 +99,7 @@ def init_workspace(root: Path, hosts: Sequence[str], name: str, now: datetime) -
         hosts: DNS names and IP addresses under which the cloud is reached.
         name: The organisation's, for certificates and tokens.
         now: The time.
+        holders: How many keys root and targets get; one each where it is not given.
 
     Raises:
         ConflictError: There is something in the folder.
@@ -82,6 +111,7 @@ def init_workspace(root: Path, hosts: Sequence[str], name: str, now: datetime) -
         raise InputError("a workspace needs the host under which the cloud is reached", hint="--host NAME names one")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ConflictError(f"{root} exists already", hint="a workspace is never overwritten; choose another folder")
+    (holders := holders or Holders()).check()
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
@@ -90,7 +120,7 @@ def init_workspace(root: Path, hosts: Sequence[str], name: str, now: datetime) -
             f"cannot make {root}: {error.strerror}", hint="choose a place where you may make folders"
         ) from error
     try:
-        _write(beside, hosts, name, now)
+        _write(beside, hosts, name, now, holders)
         beside.chmod(0o755)  # the secrets are in folders of their own, for their owner only
         beside.replace(root)
     except BaseException:
@@ -99,7 +129,7 @@ def init_workspace(root: Path, hosts: Sequence[str], name: str, now: datetime) -
     sync_folder(root.parent)
 
 
-def _write(root: Path, hosts: Sequence[str], name: str, now: datetime) -> None:
+def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: Holders) -> None:
     operator, cloud, trust = root / "operator", root / "cloud", root / "trust"
     make_private_folder(operator)
     make_private_folder(cloud)
@@ -108,11 +138,27 @@ def _write(root: Path, hosts: Sequence[str], name: str, now: datetime) -> None:
     create_issuing_ca(ca, cloud, name, now)
     issue_server_certificate(ca, cloud, hosts, now)
     create_token_issuer(cloud / "tokens", issuer=f"isthmus://{name}/tokens", audience=f"isthmus://{name}/cloud")
-    for path in (operator / "root.key", operator / "targets.key", cloud / "snapshot.key", cloud / "timestamp.key"):
+    for path in (
+        *_key_files(operator, "root", holders.root_keys),
+        *_key_files(operator, "targets", holders.targets_keys),
+        cloud / "snapshot.key",
+        cloud / "timestamp.key",
+    ):
         save_private_key(path, ed25519.Ed25519PrivateKey.generate())
-    root_json = create_repository(operator, cloud, now)
+    root_json = create_repository(
+        operator,
+        cloud,
+        now,
+        root_threshold=holders.root_threshold,
+        targets_threshold=holders.targets_threshold,
+    )
     replace_file(trust / "ca.pem", read_file(operator / "ca.pem"))
     replace_file(trust / "root.json", root_json)
+
+
+def _key_files(folder: Path, role: str, count: int) -> list[Path]:
+    """Return `<role>.key`, `<role>-2.key` and so on: one for each holder, to be taken apart after the making."""
+    return [folder / f"{role}.key", *(folder / f"{role}-{number}.key" for number in range(2, count + 1))]
 
 
 def describe_workspace(root: Path) -> list[Entry]:
@@ -122,6 +168,7 @@ def describe_workspace(root: Path) -> list[Entry]:
         ConfigError: There is nothing of a workspace here, or a file of it is damaged.
     """
     entries = [_describe(root, root / file) for file in ROLES if (root / file).exists()]
+    entries += [_describe(root, path) for path in _further_keys(root)]
     entries += _describe_tokens(root) if (root / "cloud/tokens/issuer.json").exists() else []
     entries += _describe_metadata(root)
     if not entries:
@@ -132,9 +179,22 @@ def describe_workspace(root: Path) -> list[Entry]:
 def _describe(root: Path, path: Path) -> Entry:
     file = path.relative_to(root).as_posix()
     if path.suffix == ".key":
-        return Entry(ROLES[file], file, "private key", _algorithm(path), None)
+        return Entry(_role_of_key(file), file, "private key", _algorithm(path), None)
     certificate = load_certificate(path)
     return Entry(ROLES[file], file, "certificate", "ECDSA P-256", certificate.not_valid_after_utc)
+
+
+def _further_keys(root: Path) -> list[Path]:
+    """Return the keys of a role's second and later holders, rotated keys, and publishers' keys."""
+    found = (path for folder in ("operator", "cloud", ".") for path in sorted((root / folder).glob("*-*.key")))
+    return [path for path in found if path.relative_to(root).as_posix() not in ROLES]
+
+
+def _role_of_key(file: str) -> str:
+    if file in ROLES:
+        return ROLES[file]
+    folder, _, name = file.rpartition("/")
+    return ROLES.get(f"{folder}/{name.split('-')[0]}.key", "signs manifests of some models")
 
 
 def _describe_tokens(root: Path) -> list[Entry]:

@@ -16,12 +16,13 @@ from benchmarks.devices import LightDevice, Script, all_good
 from cloud import database as db
 from cloud.conductor import Conductor, Releases
 from cloud.fleet import FleetService
-from cloud.records import SignedTerms, supersede
+from cloud.records import supersede
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
 from isthmus.bundle import Variant
 from isthmus.status import StatusInterceptor
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
+from security.custom import Terms
 from security.enrolment import IssuingCa
 from security.interceptors import AuthInterceptor
 from security.tls import channel_credentials, server_credentials
@@ -47,7 +48,7 @@ class Registry:
     """What the registry would say; tests change it."""
 
     variants: dict[int, tuple[Variant, ...]] = field(default_factory=dict)
-    terms: dict[int, SignedTerms] = field(default_factory=dict)
+    terms: dict[int, Terms] = field(default_factory=dict)
     prepared: list[int] = field(default_factory=list)
 
     def releases(self) -> Releases:
@@ -58,7 +59,7 @@ class Registry:
             return
 
         return Releases(
-            terms=lambda _model, version: self.terms.get(version, SignedTerms(rollback_floor=1)),
+            terms=lambda _model, version: self.terms.get(version, Terms(rollback_floor=1)),
             prepare=prepare,
             follow=follow,
         )

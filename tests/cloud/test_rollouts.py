@@ -12,9 +12,9 @@ import pytest
 from benchmarks.devices import Behaviour
 from cloud import database as db
 from cloud import rollout as rules
-from cloud.records import SignedTerms
 from isthmus.status import REASON_KEY
 from isthmus.v1 import fleet_pb2
+from security.custom import Terms
 from tests.cloud.fleets import ANY, Fleet, fleet_on
 from tests.cloud.postgresql import PostgreSql
 from tests.cloud.workspaces import Workspace, make_workspace
@@ -187,7 +187,7 @@ def test_what_a_rollout_cannot_be_is_said_at_its_start(
 ) -> None:
     async def story() -> None:
         async with fleet_on(database, workspace, tmp_path) as fleet:
-            fleet.registry.terms |= {2: SignedTerms(), 3: SignedTerms(rollback_floor=1, withdrawn="it leaks")}
+            fleet.registry.terms |= {2: Terms(), 3: Terms(rollback_floor=1, withdrawn="it leaks")}
             for version in (2, 3):
                 await fleet.publish(version)
             await fleet.publish(1, release=True)
@@ -199,7 +199,7 @@ def test_what_a_rollout_cannot_be_is_said_at_its_start(
             assert (await refused(fleet.operator("rollout", "StartRollout", ask(9))))[1] == "unknown-version"
             plan = await fleet.operator("rollout", "StartRollout", ask(dry_run=True))
             assert "cannot be sent back to 1" in plan.warnings[0]
-            fleet.registry.terms[2] = SignedTerms(rollback_floor=1)
+            fleet.registry.terms[2] = Terms(rollback_floor=1)
             assert not (await fleet.operator("rollout", "StartRollout", ask(dry_run=True))).warnings
             async with fleet.stubs() as (_, rollouts):
                 for bearer, code in (

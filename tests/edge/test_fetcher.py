@@ -54,6 +54,9 @@ class Servicer(registry_pb2_grpc.RegistryServiceServicer):
     async def FetchMetadata(  # noqa: N802
         self, request: registry_pb2.FetchMetadataRequest, context: Any
     ) -> AsyncIterator[registry_pb2.FetchMetadataResponse]:
+        while request.name == "trickle.json":
+            yield registry_pb2.FetchMetadataResponse(data=b" ")
+            await asyncio.sleep(0.02)
         while True:
             yield registry_pb2.FetchMetadataResponse(data=b"x" * (1 << 20))
 
@@ -66,6 +69,7 @@ def with_fetcher(
     scenario: Scenario,
     *,
     stall_s: float = 30.0,
+    slow_s: float = 300.0,
     pace: Pace | None = None,
     servicer: Servicer | None = None,
 ) -> None:
@@ -80,7 +84,8 @@ def with_fetcher(
         port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
         await server.start()
         async with open_channel(f"localhost:{port}", identity.ca) as channel:
-            await scenario(RegistryFetcher(channel, token, stall_s=stall_s, pace=pace), registry, tmp_path / "file")
+            fetcher = RegistryFetcher(channel, token, stall_s=stall_s, slow_s=slow_s, pace=pace)
+            await scenario(fetcher, registry, tmp_path / "file")
         await server.stop(None)
 
     asyncio.run(run())
@@ -162,6 +167,17 @@ def test_stalled_stream_is_given_up_after_some_attempts(tmp_path: Path) -> None:
             await fetcher.metadata("targets/stalls")
 
     with_fetcher(tmp_path, scenario, stall_s=0.2)
+
+
+def test_metadata_that_trickles_is_given_up(tmp_path: Path) -> None:
+    """Slow retrieval: each byte comes long before the stream counts as stalled, and the file never ends."""
+
+    async def scenario(fetcher: RegistryFetcher, servicer: Servicer, path: Path) -> None:
+        with pytest.raises(UnavailableError) as refusal:
+            await fetcher.metadata("trickle.json")
+        assert refusal.value.reason == "too-slow"
+
+    with_fetcher(tmp_path, scenario, stall_s=30.0, slow_s=0.3)
 
 
 @pytest.mark.slow

@@ -25,12 +25,15 @@ class Registry:
         self.asked: list[str] = []
         self.change: Callable[[str, bytes], bytes] = lambda _, data: data
 
-    def publish(self, model: str, version: int, *, clock: Callable[[], datetime] = wall_clock) -> bytes:
+    def publish(
+        self, model: str, version: int, *, clock: Callable[[], datetime] = wall_clock, rollback_floor: int = 0
+    ) -> bytes:
         """Sign and commit a bundle version; return its manifest."""
         manifest = f'{{"name": "{model}", "version": {version}}}'.encode()
         self.manifests[sha256_bytes(manifest)] = manifest
         cloud = CloudRepository(self.workspace / "cloud", clock=clock)
-        cloud.commit(self.operator.sign_manifest(model, version, manifest, cloud.targets_json()))
+        current = cloud.targets_json()
+        cloud.commit(self.operator.sign_manifest(model, version, manifest, current, rollback_floor=rollback_floor))
         return manifest
 
     def fetch(self, name: str) -> Iterator[bytes]:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from isthmus.errors import ConfigError, ConflictError, IdentityError, InputError
+from security.ceremony import load_public_key
 from security.cli import keys_app, token_app
 from security.durations import parse_duration
 from security.tokens import TokenIssuer
+from security.workspace import init_workspace
 
 
 def _run(app: Any, *arguments: object, stdin: str = "") -> Result:
@@ -172,3 +174,44 @@ def test_errors_reach_a_person_as_one_line_and_a_hint(workspace: Path) -> None:
         "error: expected a duration such as 90s, 15m, 12h or 30d, got '1w'",
         "hint: a whole number, then s, m, h or d",
     ]
+
+
+def test_the_ceremony_by_hand(tmp_path: Path) -> None:
+    """As docs/keys.md tells it: two of three root holders, and a publisher."""
+    operator = tmp_path / "w" / "operator"
+    _succeed(keys_app, "init", tmp_path / "w", "--host", "localhost", "--root-keys", 3, "--root-threshold", 2)
+    (tmp_path / "stick").mkdir()
+    for name in ("root-2.key", "root-3.key"):
+        (operator / name).rename(tmp_path / "stick" / name)
+    _succeed(keys_app, "new", tmp_path / "w" / "cloud" / "snapshot-2.key")
+    public = tmp_path / "w" / "cloud" / "snapshot-2.pub"
+    told = _succeed(keys_app, "rotate", "snapshot", "--public", public, "--dir", operator).stderr
+    assert "1 more are needed" in told
+    candidate = operator / "tuf" / "candidate.root.json"
+    _succeed(keys_app, "sign", candidate, "--key", tmp_path / "stick" / "root-3.key")
+    told = _succeed(keys_app, "finish", "--dir", operator).stderr
+    assert f"isthmus cloud accept {operator / 'tuf' / '2.root.json'}" in told
+    two = ("--key", tmp_path / "stick" / "root-2.key")
+    _succeed(keys_app, "renew", "--dir", operator, *two)
+    _succeed(keys_app, "add", "targets", "--public", public, "--dir", operator, *two)
+    keyid = load_public_key(public).keyid
+    _succeed(keys_app, "revoke", "targets", keyid[:12], "--dir", operator, *two)
+    assert (operator / "tuf" / "5.root.json").exists()
+    _succeed(keys_app, "renew", "--role", "targets", "--dir", operator)
+    assert isinstance(_run(keys_app, "renew", "--role", "snapshot", "--dir", operator).exception, InputError)
+
+    _succeed(keys_app, "publisher", tmp_path / "alice", "--name", "alice", "--trust", tmp_path / "w" / "trust")
+    alice = tmp_path / "alice" / "publisher-alice.pub"
+    _succeed(keys_app, "delegate", "line-*", "--name", "alice", "--public", alice, "--dir", operator)
+    shown = _succeed(keys_app, "show", tmp_path / "w").stdout
+    assert "publisher-alice" in shown
+    assert "2 of 3" in shown
+    _succeed(keys_app, "undelegate", "alice", "--dir", operator)
+    assert "publisher-alice" not in _succeed(keys_app, "show", tmp_path / "w").stdout
+
+
+def test_show_warns_of_what_ends_soon(tmp_path: Path) -> None:
+    init_workspace(tmp_path / "w", ["localhost"], "acme", datetime.now(UTC) - timedelta(days=330))
+    told = _succeed(keys_app, "show", tmp_path / "w").stderr
+    assert "targets.json" in told
+    assert "expires in" in told

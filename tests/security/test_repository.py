@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
-from tuf.api.metadata import Delegations  # type: ignore[attr-defined]
+from tuf.api.metadata import DelegatedRole, Delegations  # type: ignore[attr-defined]
 
 from isthmus.errors import ConfigError, ConflictError, InputError, IsthmusError, NotFoundError, TrustError
 from security.keyfiles import save_private_key
@@ -111,7 +111,8 @@ def test_targets_that_delegate_to_other_keys_are_refused(registry: Registry) -> 
     """A delegation would let its key say which manifests exist, although only the operator's may."""
 
     def change(signed: Targets) -> None:
-        signed.delegations = Delegations(keys={}, roles={})
+        role = DelegatedRole("anybody", [], 1, terminating=True, paths=["*/*/manifest.json"])
+        signed.delegations = Delegations(keys={}, roles={"anybody": role})
 
     with pytest.raises(TrustError, match="delegates"):
         registry.cloud.commit(_signed(registry, change))

@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from isthmus.errors import ConfigError, DigestMismatchError, InputError, TrustError, UnavailableError
 from security.keyfiles import save_private_key
-from security.metadata import Metadata, TargetFile, Targets, load_signer, parse, sign
+from security.metadata import Metadata, MetaFile, TargetFile, Targets, load_signer, parse, sign
 from security.repository import CloudRepository
-from security.trust import MAX_MANIFEST_BYTES, TrustedManifests
+from security.trust import MAX_MANIFEST_BYTES, SignedTarget, TrustedManifests
 from security.workspace import init_workspace
 from tests.security.registry import Registry
 
@@ -120,10 +120,9 @@ def test_a_rolled_back_registry_is_refused_also_after_a_restart(registry: Regist
 
 
 def test_expired_metadata_is_refused_until_the_cloud_signs_again(registry: Registry, tmp_path: Path) -> None:
-    """The device reads the real clock, so the cloud signs as if it were two days ago: its timestamp lives for one."""
     manifest = registry.publish("triage", 1, clock=lambda: datetime.now(UTC) - timedelta(days=2))
     device = registry.device(tmp_path / "device")
-    assert _refusal(device) == "expired-metadata"
+    assert _refusal(device) == "freeze"
     assert registry.cloud.refresh_if_due(datetime.now(UTC))
     assert device.manifest("triage", 1) == manifest
 
@@ -132,7 +131,7 @@ def test_an_expired_root_is_refused(tmp_path: Path) -> None:
     long_ago = datetime.now(UTC) - timedelta(days=731)
     init_workspace(tmp_path / "workspace", ["localhost"], "acme", long_ago)
     registry = Registry(tmp_path / "workspace")
-    registry.publish("triage", 1)
+    registry.publish("triage", 1, clock=lambda: long_ago)
     assert _refusal(registry.device(tmp_path / "device")) == "expired-metadata"
 
 
@@ -156,7 +155,10 @@ def _forged_targets(registry: Registry, manifest: bytes) -> bytes:
 def test_a_broken_into_cloud_cannot_ship_a_model(registry: Registry, tmp_path: Path) -> None:
     """The attacker has all keys of the cloud and signs targets, snapshot and timestamp with them."""
     forged = _forged_targets(registry, b"evil")
-    registry.cloud._write(forged, datetime.now(UTC))
+    state = registry.cloud._state()
+    state.roles["targets"], state.files["targets"] = parse(forged, Targets), forged
+    state.meta["targets.json"] = MetaFile.from_data(2, forged, ["sha256"])
+    registry.cloud._write(state, datetime.now(UTC))
     assert _refusal(registry.device(tmp_path / "device")) == "unsigned"
 
 
@@ -240,3 +242,52 @@ def test_a_folder_that_cannot_be_written_is_the_operators_to_fix(registry: Regis
     (tmp_path / "device").write_text("a file where the folder should be")
     with pytest.raises(ConfigError):
         registry.device(tmp_path / "device").manifest("triage", 1)
+
+
+def test_a_device_knows_the_terms_of_a_version(registry: Registry, tmp_path: Path) -> None:
+    manifest = registry.publish("triage", 1)
+    registry.publish("triage", 2, rollback_floor=1)
+    device = registry.device(tmp_path / "device")
+    assert device.target("triage", 1) == SignedTarget(manifest, 0, "")
+    assert device.target("triage", 2).rollback_floor == 1
+
+
+def test_stale_metadata_is_taken_from_whoever_vouches_for_it(registry: Registry, tmp_path: Path) -> None:
+    """What was carried for weeks: the cloud's files may have expired, the operator's must not, and versions count."""
+    manifest = registry.publish("triage", 1)
+    root = (registry.workspace / "trust" / "root.json").read_bytes()
+
+    def after(days: int, *, accept_stale: bool = True) -> TrustedManifests:
+        later = datetime.now(UTC) + timedelta(days=days)
+        return TrustedManifests(
+            tmp_path / "device", root, registry.fetch, clock=lambda: later, accept_stale=accept_stale
+        )
+
+    assert _refusal(after(20, accept_stale=False)) == "freeze"
+    assert after(20).manifest("triage", 1) == manifest
+    assert after(0).manifest("triage", 1) == manifest  # nothing is stale
+    assert _refusal(after(400)) == "expired-metadata"  # targets
+    old = shutil.copytree(registry.workspace / "cloud" / "tuf", tmp_path / "old")
+    registry.publish("triage", 2)
+    after(20).manifest("triage", 2)
+    shutil.copytree(old, registry.workspace / "cloud" / "tuf", dirs_exist_ok=True)
+    assert _refusal(after(20)) == "rollback"
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{}", b"[" * 9000])
+def test_garbage_is_refused_from_whoever_vouches_for_it(registry: Registry, tmp_path: Path, garbage: bytes) -> None:
+    registry.publish("triage", 1)
+    registry.change = lambda name, data: garbage if name == "timestamp.json" else data
+    root = (registry.workspace / "trust" / "root.json").read_bytes()
+    device = TrustedManifests(tmp_path / "device", root, registry.fetch, accept_stale=True)
+    assert _refusal(device) == "malformed-metadata"
+
+
+def test_what_stands_in_for_a_clock_is_limited_and_may_be_missing(registry: Registry, tmp_path: Path) -> None:
+    registry.publish("triage", 1)
+    root = (registry.workspace / "trust" / "root.json").read_bytes()
+    endless = TrustedManifests(tmp_path / "device", root, lambda _: itertools.repeat(b" " * 65536), accept_stale=True)
+    assert _refusal(endless) == "too-long"
+    (registry.workspace / "cloud" / "tuf" / "timestamp.json").unlink()
+    with pytest.raises(UnavailableError):
+        TrustedManifests(tmp_path / "device", root, registry.fetch, accept_stale=True).manifest("triage", 1)

@@ -67,7 +67,7 @@ def test_wrong_input_leaves_nothing_behind(tmp_path: Path, hosts: list[str], nam
 
 
 def test_a_failure_half_way_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def disk_full(*_: object) -> bytes:
+    def disk_full(*_: object, **__: object) -> bytes:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("security.workspace.create_repository", disk_full)

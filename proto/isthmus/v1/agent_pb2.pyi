@@ -19,6 +19,71 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class ImportVersionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    ACCEPT_STALE_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Folder or tar file on the agent's machine, which `isthmus model export` wrote."""
+    accept_stale: _builtins.bool
+    """Whether the caller vouches for its age: an expired timestamp is good enough."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        accept_stale: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_stale", b"accept_stale", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportVersionRequest: _TypeAlias = ImportVersionRequest  # noqa: Y015
+
+@_typing.final
+class ImportVersionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    INSTALLED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    BYTES_READ_FIELD_NUMBER: _builtins.int
+    BYTES_FULL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    version: _builtins.int
+    variant: _builtins.str
+    installed: _builtins.bool
+    """Whether the version serves now."""
+    reason: _builtins.str
+    detail: _builtins.str
+    bytes_read: _builtins.int
+    bytes_full: _builtins.int
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+        variant: _builtins.str = ...,
+        installed: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        bytes_read: _builtins.int = ...,
+        bytes_full: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_full", b"bytes_full", "bytes_read", b"bytes_read", "detail", b"detail", "installed", b"installed", "model", b"model", "reason", b"reason", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportVersionResponse: _TypeAlias = ImportVersionResponse  # noqa: Y015
+
+@_typing.final
 class WatchDeferredRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

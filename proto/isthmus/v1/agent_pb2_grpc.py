@@ -60,6 +60,11 @@ class AgentServiceStub(object):
                 request_serializer=isthmus_dot_v1_dot_agent__pb2.PurgeDeferredRequest.SerializeToString,
                 response_deserializer=isthmus_dot_v1_dot_agent__pb2.PurgeDeferredResponse.FromString,
                 _registered_method=True)
+        self.ImportVersion = channel.unary_unary(
+                '/isthmus.v1.AgentService/ImportVersion',
+                request_serializer=isthmus_dot_v1_dot_agent__pb2.ImportVersionRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_agent__pb2.ImportVersionResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer(object):
@@ -102,6 +107,14 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ImportVersion(self, request, context):
+        """Installs a version that was carried to this machine; answers when it serves or is refused. Open on loopback; scope
+        fleet:admin elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +142,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.PurgeDeferred,
                     request_deserializer=isthmus_dot_v1_dot_agent__pb2.PurgeDeferredRequest.FromString,
                     response_serializer=isthmus_dot_v1_dot_agent__pb2.PurgeDeferredResponse.SerializeToString,
+            ),
+            'ImportVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportVersion,
+                    request_deserializer=isthmus_dot_v1_dot_agent__pb2.ImportVersionRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_agent__pb2.ImportVersionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +285,33 @@ class AgentService(object):
             '/isthmus.v1.AgentService/PurgeDeferred',
             isthmus_dot_v1_dot_agent__pb2.PurgeDeferredRequest.SerializeToString,
             isthmus_dot_v1_dot_agent__pb2.PurgeDeferredResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.AgentService/ImportVersion',
+            isthmus_dot_v1_dot_agent__pb2.ImportVersionRequest.SerializeToString,
+            isthmus_dot_v1_dot_agent__pb2.ImportVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

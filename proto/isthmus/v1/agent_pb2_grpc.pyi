@@ -45,6 +45,10 @@ class AgentServiceStub:
     """Counts what the caller's queues hold."""
     PurgeDeferred: _grpc.UnaryUnaryMultiCallable[_agent_pb2.PurgeDeferredRequest, _agent_pb2.PurgeDeferredResponse]
     """Removes all that a queue holds, requests and results; nothing is delivered for them."""
+    ImportVersion: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ImportVersionRequest, _agent_pb2.ImportVersionResponse]
+    """Installs a version that was carried to this machine; answers when it serves or is refused. Open on loopback; scope
+    fleet:admin elsewhere.
+    """
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -63,6 +67,10 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """Counts what the caller's queues hold."""
     PurgeDeferred: _aio.UnaryUnaryMultiCallable[_agent_pb2.PurgeDeferredRequest, _agent_pb2.PurgeDeferredResponse]  # type: ignore[assignment]
     """Removes all that a queue holds, requests and results; nothing is delivered for them."""
+    ImportVersion: _aio.UnaryUnaryMultiCallable[_agent_pb2.ImportVersionRequest, _agent_pb2.ImportVersionResponse]  # type: ignore[assignment]
+    """Installs a version that was carried to this machine; answers when it serves or is refused. Open on loopback; scope
+    fleet:admin elsewhere.
+    """
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """The agent's own state; served beside the Open Inference Protocol."""
@@ -108,5 +116,15 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.PurgeDeferredResponse, _abc.Awaitable[_agent_pb2.PurgeDeferredResponse]]:
         """Removes all that a queue holds, requests and results; nothing is delivered for them."""
+
+    @_abc_1.abstractmethod
+    def ImportVersion(
+        self,
+        request: _agent_pb2.ImportVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ImportVersionResponse, _abc.Awaitable[_agent_pb2.ImportVersionResponse]]:
+        """Installs a version that was carried to this machine; answers when it serves or is refused. Open on loopback; scope
+        fleet:admin elsewhere.
+        """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

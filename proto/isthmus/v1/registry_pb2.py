@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19isthmus/v1/registry.proto\x12\nisthmus.v1\"$\n\x14\x46\x65tchMetadataRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x15\x46\x65tchMetadataResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"2\n\x10\x46\x65tchBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"!\n\x11\x46\x65tchBlobResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"K\n\x11\x46\x65tchDeltaRequest\x12\x13\n\x0b\x66rom_sha256\x18\x01 \x01(\t\x12\x11\n\tto_sha256\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\"\n\x12\x46\x65tchDeltaResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"$\n\x12\x46indMissingRequest\x12\x0e\n\x06sha256\x18\x01 \x03(\t\"%\n\x13\x46indMissingResponse\x12\x0e\n\x06sha256\x18\x01 \x03(\t\"A\n\x11UploadBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x14\n\x12UploadBlobResponse\"n\n\x0ePublishRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x14\n\x0ctargets_json\x18\x03 \x01(\x0c\x12\x15\n\rmanifest_json\x18\x04 \x01(\x0c\x12\x0f\n\x07release\x18\x05 \x01(\x08\"S\n\x0fPublishResponse\x12\x15\n\rheavy_version\x18\x01 \x01(\x04\x12)\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x19.isthmus.v1.PreparedDelta\"\\\n\rPreparedDelta\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x14\n\x0c\x66rom_version\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65lta_bytes\x18\x03 \x01(\x04\x12\x12\n\nfull_bytes\x18\x04 \x01(\x04\"0\n\x0eReleaseRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\x11\n\x0fReleaseResponse\"\x15\n\x13ListVersionsRequest\"B\n\x14ListVersionsResponse\x12*\n\x08versions\x18\x01 \x03(\x0b\x32\x18.isthmus.v1.ModelVersion\"x\n\x0cModelVersion\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x15\n\rheavy_version\x18\x03 \x01(\x04\x12\x10\n\x08released\x18\x04 \x01(\x08\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x10\n\x08variants\x18\x06 \x03(\t2\xfe\x04\n\x0fRegistryService\x12V\n\rFetchMetadata\x12 .isthmus.v1.FetchMetadataRequest\x1a!.isthmus.v1.FetchMetadataResponse0\x01\x12J\n\tFetchBlob\x12\x1c.isthmus.v1.FetchBlobRequest\x1a\x1d.isthmus.v1.FetchBlobResponse0\x01\x12M\n\nFetchDelta\x12\x1d.isthmus.v1.FetchDeltaRequest\x1a\x1e.isthmus.v1.FetchDeltaResponse0\x01\x12N\n\x0b\x46indMissing\x12\x1e.isthmus.v1.FindMissingRequest\x1a\x1f.isthmus.v1.FindMissingResponse\x12M\n\nUploadBlob\x12\x1d.isthmus.v1.UploadBlobRequest\x1a\x1e.isthmus.v1.UploadBlobResponse(\x01\x12\x42\n\x07Publish\x12\x1a.isthmus.v1.PublishRequest\x1a\x1b.isthmus.v1.PublishResponse\x12\x42\n\x07Release\x12\x1a.isthmus.v1.ReleaseRequest\x1a\x1b.isthmus.v1.ReleaseResponse\x12Q\n\x0cListVersions\x12\x1f.isthmus.v1.ListVersionsRequest\x1a .isthmus.v1.ListVersionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19isthmus/v1/registry.proto\x12\nisthmus.v1\"$\n\x14\x46\x65tchMetadataRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x15\x46\x65tchMetadataResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"2\n\x10\x46\x65tchBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"!\n\x11\x46\x65tchBlobResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"K\n\x11\x46\x65tchDeltaRequest\x12\x13\n\x0b\x66rom_sha256\x18\x01 \x01(\t\x12\x11\n\tto_sha256\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\"\n\x12\x46\x65tchDeltaResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"$\n\x12\x46indMissingRequest\x12\x0e\n\x06sha256\x18\x01 \x03(\t\"%\n\x13\x46indMissingResponse\x12\x0e\n\x06sha256\x18\x01 \x03(\t\"A\n\x11UploadBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x14\n\x12UploadBlobResponse\"|\n\x0ePublishRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x14\n\x0ctargets_json\x18\x03 \x01(\x0c\x12\x15\n\rmanifest_json\x18\x04 \x01(\x0c\x12\x0f\n\x07release\x18\x05 \x01(\x08\x12\x0c\n\x04role\x18\x06 \x01(\t\"S\n\x0fPublishResponse\x12\x15\n\rheavy_version\x18\x01 \x01(\x04\x12)\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x19.isthmus.v1.PreparedDelta\"\\\n\rPreparedDelta\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x14\n\x0c\x66rom_version\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65lta_bytes\x18\x03 \x01(\x04\x12\x12\n\nfull_bytes\x18\x04 \x01(\x04\"0\n\x0eReleaseRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\x11\n\x0fReleaseResponse\">\n\x15SubmitMetadataRequest\x12%\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x16.isthmus.v1.SignedFile\"(\n\nSignedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x18\n\x16SubmitMetadataResponse\"\x15\n\x13ListVersionsRequest\"B\n\x14ListVersionsResponse\x12*\n\x08versions\x18\x01 \x03(\x0b\x32\x18.isthmus.v1.ModelVersion\"\xa3\x01\n\x0cModelVersion\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x15\n\rheavy_version\x18\x03 \x01(\x04\x12\x10\n\x08released\x18\x04 \x01(\x08\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x10\n\x08variants\x18\x06 \x03(\t\x12\x11\n\twithdrawn\x18\x07 \x01(\t\x12\x16\n\x0erollback_floor\x18\x08 \x01(\x04\x32\xd7\x05\n\x0fRegistryService\x12V\n\rFetchMetadata\x12 .isthmus.v1.FetchMetadataRequest\x1a!.isthmus.v1.FetchMetadataResponse0\x01\x12J\n\tFetchBlob\x12\x1c.isthmus.v1.FetchBlobRequest\x1a\x1d.isthmus.v1.FetchBlobResponse0\x01\x12M\n\nFetchDelta\x12\x1d.isthmus.v1.FetchDeltaRequest\x1a\x1e.isthmus.v1.FetchDeltaResponse0\x01\x12N\n\x0b\x46indMissing\x12\x1e.isthmus.v1.FindMissingRequest\x1a\x1f.isthmus.v1.FindMissingResponse\x12M\n\nUploadBlob\x12\x1d.isthmus.v1.UploadBlobRequest\x1a\x1e.isthmus.v1.UploadBlobResponse(\x01\x12\x42\n\x07Publish\x12\x1a.isthmus.v1.PublishRequest\x1a\x1b.isthmus.v1.PublishResponse\x12\x42\n\x07Release\x12\x1a.isthmus.v1.ReleaseRequest\x1a\x1b.isthmus.v1.ReleaseResponse\x12W\n\x0eSubmitMetadata\x12!.isthmus.v1.SubmitMetadataRequest\x1a\".isthmus.v1.SubmitMetadataResponse\x12Q\n\x0cListVersions\x12\x1f.isthmus.v1.ListVersionsRequest\x1a .isthmus.v1.ListVersionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,21 +52,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADBLOBRESPONSE']._serialized_start=462
   _globals['_UPLOADBLOBRESPONSE']._serialized_end=482
   _globals['_PUBLISHREQUEST']._serialized_start=484
-  _globals['_PUBLISHREQUEST']._serialized_end=594
-  _globals['_PUBLISHRESPONSE']._serialized_start=596
-  _globals['_PUBLISHRESPONSE']._serialized_end=679
-  _globals['_PREPAREDDELTA']._serialized_start=681
-  _globals['_PREPAREDDELTA']._serialized_end=773
-  _globals['_RELEASEREQUEST']._serialized_start=775
-  _globals['_RELEASEREQUEST']._serialized_end=823
-  _globals['_RELEASERESPONSE']._serialized_start=825
-  _globals['_RELEASERESPONSE']._serialized_end=842
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=844
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=865
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=867
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=933
-  _globals['_MODELVERSION']._serialized_start=935
-  _globals['_MODELVERSION']._serialized_end=1055
-  _globals['_REGISTRYSERVICE']._serialized_start=1058
-  _globals['_REGISTRYSERVICE']._serialized_end=1696
+  _globals['_PUBLISHREQUEST']._serialized_end=608
+  _globals['_PUBLISHRESPONSE']._serialized_start=610
+  _globals['_PUBLISHRESPONSE']._serialized_end=693
+  _globals['_PREPAREDDELTA']._serialized_start=695
+  _globals['_PREPAREDDELTA']._serialized_end=787
+  _globals['_RELEASEREQUEST']._serialized_start=789
+  _globals['_RELEASEREQUEST']._serialized_end=837
+  _globals['_RELEASERESPONSE']._serialized_start=839
+  _globals['_RELEASERESPONSE']._serialized_end=856
+  _globals['_SUBMITMETADATAREQUEST']._serialized_start=858
+  _globals['_SUBMITMETADATAREQUEST']._serialized_end=920
+  _globals['_SIGNEDFILE']._serialized_start=922
+  _globals['_SIGNEDFILE']._serialized_end=962
+  _globals['_SUBMITMETADATARESPONSE']._serialized_start=964
+  _globals['_SUBMITMETADATARESPONSE']._serialized_end=988
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=990
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=1011
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1013
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1079
+  _globals['_MODELVERSION']._serialized_start=1082
+  _globals['_MODELVERSION']._serialized_end=1245
+  _globals['_REGISTRYSERVICE']._serialized_start=1248
+  _globals['_REGISTRYSERVICE']._serialized_end=1975
 # @@protoc_insertion_point(module_scope)

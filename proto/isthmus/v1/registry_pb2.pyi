@@ -237,14 +237,17 @@ class PublishRequest(_message.Message):
     TARGETS_JSON_FIELD_NUMBER: _builtins.int
     MANIFEST_JSON_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     version: _builtins.int
     targets_json: _builtins.bytes
-    """The next targets metadata, signed with the operator's targets key."""
+    """The next metadata of the role that publishes, signed with its keys."""
     manifest_json: _builtins.bytes
     """The bundle's manifest."""
     release: _builtins.bool
     """Whether devices should move to this version at once."""
+    role: _builtins.str
+    """The role that publishes: "targets", which is meant where it is empty, or a publisher's, "publisher-NAME"."""
     def __init__(
         self,
         *,
@@ -253,10 +256,11 @@ class PublishRequest(_message.Message):
         targets_json: _builtins.bytes = ...,
         manifest_json: _builtins.bytes = ...,
         release: _builtins.bool = ...,
+        role: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest_json", b"manifest_json", "model", b"model", "release", b"release", "targets_json", b"targets_json", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest_json", b"manifest_json", "model", b"model", "release", b"release", "role", b"role", "targets_json", b"targets_json", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -355,6 +359,66 @@ class ReleaseResponse(_message.Message):
 Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
 
 @_typing.final
+class SubmitMetadataRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedFile]:
+        """All of them take effect, or none."""
+
+    def __init__(
+        self,
+        *,
+        files: _abc.Iterable[Global___SignedFile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitMetadataRequest: _TypeAlias = SubmitMetadataRequest  # noqa: Y015
+
+@_typing.final
+class SignedFile(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"N.root.json", "targets.json" or "publisher-NAME.json"."""
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedFile: _TypeAlias = SignedFile  # noqa: Y015
+
+@_typing.final
+class SubmitMetadataResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitMetadataResponse: _TypeAlias = SubmitMetadataResponse  # noqa: Y015
+
+@_typing.final
 class ListVersionsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -399,6 +463,8 @@ class ModelVersion(_message.Message):
     RELEASED_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     VARIANTS_FIELD_NUMBER: _builtins.int
+    WITHDRAWN_FIELD_NUMBER: _builtins.int
+    ROLLBACK_FLOOR_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     version: _builtins.int
     heavy_version: _builtins.int
@@ -406,6 +472,10 @@ class ModelVersion(_message.Message):
     """Whether devices should run this version now."""
     bytes: _builtins.int
     """Bytes of all files of the bundle."""
+    withdrawn: _builtins.str
+    """Why no device installs it any more; empty: it may be installed."""
+    rollback_floor: _builtins.int
+    """The oldest version to which a device that ran this one may go back; 0: it never goes back."""
     @_builtins.property
     def variants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -417,10 +487,12 @@ class ModelVersion(_message.Message):
         released: _builtins.bool = ...,
         bytes: _builtins.int = ...,
         variants: _abc.Iterable[_builtins.str] | None = ...,
+        withdrawn: _builtins.str = ...,
+        rollback_floor: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "heavy_version", b"heavy_version", "model", b"model", "released", b"released", "variants", b"variants", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "heavy_version", b"heavy_version", "model", b"model", "released", b"released", "rollback_floor", b"rollback_floor", "variants", b"variants", "version", b"version", "withdrawn", b"withdrawn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

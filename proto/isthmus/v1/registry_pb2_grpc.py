@@ -70,6 +70,11 @@ class RegistryServiceStub(object):
                 request_serializer=isthmus_dot_v1_dot_registry__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=isthmus_dot_v1_dot_registry__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.SubmitMetadata = channel.unary_unary(
+                '/isthmus.v1.RegistryService/SubmitMetadata',
+                request_serializer=isthmus_dot_v1_dot_registry__pb2.SubmitMetadataRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_registry__pb2.SubmitMetadataResponse.FromString,
+                _registered_method=True)
         self.ListVersions = channel.unary_unary(
                 '/isthmus.v1.RegistryService/ListVersions',
                 request_serializer=isthmus_dot_v1_dot_registry__pb2.ListVersionsRequest.SerializeToString,
@@ -130,6 +135,13 @@ class RegistryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SubmitMetadata(self, request, context):
+        """Takes in signed metadata that makes no new version known: a root, a withdrawal, a delegation. Scope: registry:publish.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListVersions(self, request, context):
         """Lists the published versions of all models. Scope: registry:read.
         """
@@ -174,6 +186,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=isthmus_dot_v1_dot_registry__pb2.ReleaseRequest.FromString,
                     response_serializer=isthmus_dot_v1_dot_registry__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'SubmitMetadata': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitMetadata,
+                    request_deserializer=isthmus_dot_v1_dot_registry__pb2.SubmitMetadataRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_registry__pb2.SubmitMetadataResponse.SerializeToString,
             ),
             'ListVersions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListVersions,
@@ -371,6 +388,33 @@ class RegistryService(object):
             '/isthmus.v1.RegistryService/Release',
             isthmus_dot_v1_dot_registry__pb2.ReleaseRequest.SerializeToString,
             isthmus_dot_v1_dot_registry__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitMetadata(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.RegistryService/SubmitMetadata',
+            isthmus_dot_v1_dot_registry__pb2.SubmitMetadataRequest.SerializeToString,
+            isthmus_dot_v1_dot_registry__pb2.SubmitMetadataResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,8 @@ class RegistryServiceStub:
     """Makes a bundle version visible: checks signed metadata and blobs, prepares deltas, loads the heavy model. Scope: registry:publish."""
     Release: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ReleaseRequest, _registry_pb2.ReleaseResponse]
     """Sets the version that devices should run. Scope: registry:publish."""
+    SubmitMetadata: _grpc.UnaryUnaryMultiCallable[_registry_pb2.SubmitMetadataRequest, _registry_pb2.SubmitMetadataResponse]
+    """Takes in signed metadata that makes no new version known: a root, a withdrawal, a delegation. Scope: registry:publish."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListVersionsRequest, _registry_pb2.ListVersionsResponse]
     """Lists the published versions of all models. Scope: registry:read."""
 
@@ -69,6 +71,8 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     """Makes a bundle version visible: checks signed metadata and blobs, prepares deltas, loads the heavy model. Scope: registry:publish."""
     Release: _aio.UnaryUnaryMultiCallable[_registry_pb2.ReleaseRequest, _registry_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Sets the version that devices should run. Scope: registry:publish."""
+    SubmitMetadata: _aio.UnaryUnaryMultiCallable[_registry_pb2.SubmitMetadataRequest, _registry_pb2.SubmitMetadataResponse]  # type: ignore[assignment]
+    """Takes in signed metadata that makes no new version known: a root, a withdrawal, a delegation. Scope: registry:publish."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListVersionsRequest, _registry_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """Lists the published versions of all models. Scope: registry:read."""
 
@@ -130,6 +134,14 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.ReleaseResponse, _abc.Awaitable[_registry_pb2.ReleaseResponse]]:
         """Sets the version that devices should run. Scope: registry:publish."""
+
+    @_abc_1.abstractmethod
+    def SubmitMetadata(
+        self,
+        request: _registry_pb2.SubmitMetadataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.SubmitMetadataResponse, _abc.Awaitable[_registry_pb2.SubmitMetadataResponse]]:
+        """Takes in signed metadata that makes no new version known: a root, a withdrawal, a delegation. Scope: registry:publish."""
 
     @_abc_1.abstractmethod
     def ListVersions(
