@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 from sqlalchemy import delete, select, update
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
@@ -148,7 +148,7 @@ class Conductor:
                 if self._clock() - cleaned_at >= HOUSEKEEPING_S:
                     cleaned_at = self._clock()
                     await self._write(self._forget_old_events)
-            except DatabaseError as error:
+            except DBAPIError as error:
                 log.exception("the database does not answer", kind=type(error).__name__)
             await asyncio.sleep(self._poll_s)
 
@@ -187,14 +187,20 @@ class Conductor:
             if not self._watchers[device_id]:
                 del self._watchers[device_id]
 
+    async def _knows(self, device_id: str) -> bool:
+        """Return whether a device is enrolled, perhaps a moment ago and at another replica."""
+        if device_id not in self.roster.devices:
+            await self.refresh()
+        return device_id in self.roster.devices
+
     def _any_device(self, device_id: str) -> Device:
         """Return the device, or what stands for one whose enrolment this record does not have."""
         return self.roster.devices.get(device_id) or Device(device_id, 0.0, 0.0)
 
     async def _note_watch(self, device_id: str, models: Collection[str], facts: bytes) -> None:
-        device = self.roster.devices.get(device_id)
-        if device is None:
+        if not await self._knows(device_id):
             return
+        device = self.roster.devices[device_id]
         device.last_seen_at = self._clock()
         watched = {model for model, entry in device.models.items() if entry.watched}
         if device.facts_bytes == facts and watched == set(models):
@@ -216,7 +222,7 @@ class Conductor:
         Raises:
             IdentityError: The device is not enrolled here.
         """
-        if device_id not in self.roster.devices:
+        if not await self._knows(device_id):
             raise IdentityError("the device is not enrolled here", reason="unknown-device")
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending.append((device_id, report, done))

@@ -124,7 +124,14 @@ def check_ask(session: Session, ask: Ask) -> tuple[rules.Plan, int]:
         )
     rows = session.scalars(select(db.Rollout).where(db.Rollout.model == ask.model)).all()
     for row in rows:
-        if rules.State(row.state).is_open and not rules.disjoint(json.loads(row.selector), ask.selector):
+        if rules.disjoint(json.loads(row.selector), ask.selector):
+            continue
+        if row.state == rules.State.COMPLETED and row.version >= ask.version:
+            raise InputError(
+                f"rollout {row.id} put version {row.version} on some of the same devices: {ask.version} is not newer",
+                reason="not-newer",
+            )
+        if rules.State(row.state).is_open:
             raise ConflictError(
                 f"rollout {row.id} of {row.model}@{row.version} is for some of the same devices",
                 hint=f"isthmus rollout status {row.id} shows it; abort it or wait until it is over",
