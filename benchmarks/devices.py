@@ -153,7 +153,7 @@ class LightDevice:
             try:
                 await stub.Report(report, metadata=self._metadata(), timeout=CALL_S)
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise
                 await asyncio.sleep(PAUSE_S)
             else:
