@@ -398,10 +398,11 @@ def test_deltas_come_from_what_devices_run_and_an_open_rollout_keeps_releases_ba
 
         ask = fleet_pb2.StartRolloutRequest(model="triage", version=3, stages=[fleet_pb2.RolloutStage(share=1.0)])
         stage.ask(lambda client: client.start_rollout(ask))
-        for change in (
+        changes: tuple[Callable[[], Any], ...] = (
             lambda: stage.publish(make_bundle(tmp_path / "v4", 4, light=changed(light, 4))),
             lambda: stage.ask(methodcaller("release", "triage", 2)),
-        ):
+        )
+        for change in changes:
             with pytest.raises(ConflictError) as refused:
                 change()
             assert refused.value.reason == "rollout-active"
