@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from security.tokens import make_assertion
 CALL_S: Final = 30.0
 PAUSE_S: Final = 0.2  # between attempts to reach the cloud
 # Channels of one process share a connection when their arguments are equal; a device has its own.
+_REFUSALS: Final = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND})  # again would not help
 _OPTIONS: Final = (("grpc.use_local_subchannel_pool", 1),)
 
 
@@ -68,6 +70,7 @@ class LightDevice:
     told: list[int] = field(default_factory=list)  # versions, as they came
     served: list[int] = field(default_factory=list)
     reports: int = 0
+    lost_calls: Counter[str] = field(default_factory=Counter)  # reports that had to be sent again, by status
     watching: asyncio.Event = field(default_factory=asyncio.Event)
     _audience: str = ""
     _token: str = ""
@@ -153,7 +156,8 @@ class LightDevice:
             try:
                 await stub.Report(report, metadata=self._metadata(), timeout=CALL_S)
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                self.lost_calls[error.code().name] += 1
+                if error.code() in _REFUSALS:
                     raise
                 await asyncio.sleep(PAUSE_S)
             else:

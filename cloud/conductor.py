@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 from sqlalchemy import delete, select, update
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
@@ -28,7 +28,7 @@ from cloud.records import (
     Ask,
     check_ask,
     check_version,
-    keep_reports,
+    keep_report,
     on_device,
     rollout_event,
     settle,
@@ -101,15 +101,22 @@ class Conductor:
         self.roster = roster
         self._refreshing, self._writing = asyncio.Lock(), asyncio.Lock()
         self._watchers: dict[str, set[_Watcher]] = {}
-        self._pending: list[tuple[str, Any, asyncio.Future[None]]] = []
+        self._pending: list[tuple[Callable[[Session, int], None], asyncio.Future[None]]] = []
+        self._next_refresh: asyncio.Task[None] | None = None  # that has not begun to read
         self._following: set[asyncio.Task[None]] = set()
         self._closed = False
 
     # -- following ----------------------------------------------------------------------------------------------
 
     async def refresh(self) -> None:
-        """Take in what changed in the database, and tell the watchers."""
+        """Take in what changed in the database until now, and tell the watchers; callers that wait share one look."""
+        if self._next_refresh is None:
+            self._next_refresh = asyncio.create_task(self._refresh())
+        await asyncio.shield(self._next_refresh)
+
+    async def _refresh(self) -> None:
         async with self._refreshing:
+            self._next_refresh = None  # who comes from here on may know of something that this look misses
             changes = await asyncio.to_thread(self.roster.load, self.roster.revision)
             started = self.roster.revision >= 0
             concerned = self.roster.apply(changes)
@@ -148,7 +155,7 @@ class Conductor:
                 if self._clock() - cleaned_at >= HOUSEKEEPING_S:
                     cleaned_at = self._clock()
                     await self._write(self._forget_old_events)
-            except DatabaseError as error:
+            except DBAPIError as error:
                 log.exception("the database does not answer", kind=type(error).__name__)
             await asyncio.sleep(self._poll_s)
 
@@ -187,28 +194,33 @@ class Conductor:
             if not self._watchers[device_id]:
                 del self._watchers[device_id]
 
+    async def _knows(self, device_id: str) -> bool:
+        """Return whether a device is enrolled, perhaps a moment ago and at another replica."""
+        if device_id not in self.roster.devices:
+            await self.refresh()
+        return device_id in self.roster.devices
+
     def _any_device(self, device_id: str) -> Device:
         """Return the device, or what stands for one whose enrolment this record does not have."""
         return self.roster.devices.get(device_id) or Device(device_id, 0.0, 0.0)
 
     async def _note_watch(self, device_id: str, models: Collection[str], facts: bytes) -> None:
-        device = self.roster.devices.get(device_id)
-        if device is None:
+        if not await self._knows(device_id):
             return
+        device = self.roster.devices[device_id]
         device.last_seen_at = self._clock()
         watched = {model for model, entry in device.models.items() if entry.watched}
         if device.facts_bytes == facts and watched == set(models):
             return
 
-        def note(session: Session) -> None:
-            revision = db.next_revision(session)
+        def note(session: Session, revision: int) -> None:
             row = session.get_one(db.Device, device_id)
             row.facts, row.last_seen_at, row.revision = facts, self._clock(), revision
             for model in set(models) | watched:
                 entry = on_device(session, device_id, model)
                 entry.watched, entry.revision = model in models, revision
 
-        await self._write(note)
+        await self._together(note)
 
     async def report(self, device_id: str, report: Any) -> None:
         """Keep a device's report; it is durable when this returns. One that is older than what is known is dropped.
@@ -216,26 +228,35 @@ class Conductor:
         Raises:
             IdentityError: The device is not enrolled here.
         """
-        if device_id not in self.roster.devices:
+        if not await self._knows(device_id):
             raise IdentityError("the device is not enrolled here", reason="unknown-device")
+        await self._together(lambda session, revision: keep_report(session, device_id, report, self._clock(), revision))
+
+    async def _together(self, work: Callable[[Session, int], None]) -> None:
+        """Write something that thousands of devices do at once: whatever waits together shares a transaction."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.append((device_id, report, done))
+        self._pending.append((work, done))
         async with self._writing:
             if not done.done():  # nobody took it along while we waited for our turn
-                await asyncio.shield(self._write_reports())
+                await asyncio.shield(self._write_pending())
         await done
 
-    async def _write_reports(self) -> None:
+    async def _write_pending(self) -> None:
         batch, self._pending = self._pending, []
-        reports = [(device_id, report) for device_id, report, _ in batch]
+
+        def write(session: Session) -> None:
+            revision = db.next_revision(session)
+            for work, _ in batch:
+                work(session, revision)
+
         try:
-            await self._write(lambda session: keep_reports(session, reports, self._clock()))
+            await self._write(write)
         except Exception as error:
-            for _, _, done in batch:
+            for _, done in batch:
                 if not done.done():
                     done.set_exception(error)
         else:
-            for _, _, done in batch:
+            for _, done in batch:
                 if not done.done():
                     done.set_result(None)
 

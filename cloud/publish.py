@@ -128,7 +128,8 @@ class Publisher:
     async def _load_wanted(self, model: str) -> None:
         for heavy in sorted(self._catalog.wanted(model, self._heavy_versions, self._fleet.versions_told(model))):
             try:
-                await self._load_heavy(heavy, self.manifest(heavy.model, heavy.version))
+                manifest = await asyncio.to_thread(self.manifest, heavy.model, heavy.version)
+                await self._load_heavy(heavy, manifest)
             except (BundleError, TrustError, NotFoundError) as error:
                 log.exception("heavy model cannot be served", heavy=heavy.name, reason=error.reason)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,46 +30,44 @@ class Ask:
     by: str
 
 
-def keep_reports(session: Session, batch: Sequence[tuple[str, Any]], now: float) -> None:
-    """Keep the newest report of each device on each model, what is new in it as an event, and failures."""
-    revision = db.next_revision(session)
-    for device_id, report in batch:
-        row = session.get(db.Report, (device_id, report.model))
-        if row is not None and report.number and report.number <= row.number:
-            continue  # sent again, or overtaken
-        if row is None or _news(row) != _news(report):
-            session.add(
-                db.Event(
-                    at=now, kind=_state_name(report.state), device_id=device_id, rollout=report.rollout,
-                    model=report.model, version=report.version, reason=report.reason, detail=report.detail,
-                )
-            )  # fmt: skip
-        same = row is not None and row.serving_version == report.serving_version
-        session.merge(
-            db.Report(
-                device_id=device_id,
-                model=report.model,
-                version=report.version,
-                state=report.state,
-                serving_version=report.serving_version,
-                reason=report.reason,
-                detail=report.detail,
-                bytes_fetched=report.bytes_fetched,
-                variant=report.variant,
-                reported_at=now,
-                rollout=report.rollout,
-                attempt=report.attempt,
-                number=report.number,
-                step=report.step,
-                evidence=report.evidence.SerializeToString(deterministic=True),
-                serving_since=row.serving_since if row is not None and same else now,
-                revision=revision,
+def keep_report(session: Session, device_id: str, report: Any, now: float, revision: int) -> None:
+    """Keep a device's report when it is the newest, what is new in it as an event, and a failure."""
+    row = session.get(db.Report, (device_id, report.model))
+    if row is not None and report.number and report.number <= row.number:
+        return  # sent again, or overtaken
+    if row is None or _news(row) != _news(report):
+        session.add(
+            db.Event(
+                at=now, kind=_state_name(report.state), device_id=device_id, rollout=report.rollout,
+                model=report.model, version=report.version, reason=report.reason, detail=report.detail,
             )
+        )  # fmt: skip
+    same = row is not None and row.serving_version == report.serving_version
+    session.merge(
+        db.Report(
+            device_id=device_id,
+            model=report.model,
+            version=report.version,
+            state=report.state,
+            serving_version=report.serving_version,
+            reason=report.reason,
+            detail=report.detail,
+            bytes_fetched=report.bytes_fetched,
+            variant=report.variant,
+            reported_at=now,
+            rollout=report.rollout,
+            attempt=report.attempt,
+            number=report.number,
+            step=report.step,
+            evidence=report.evidence.SerializeToString(deterministic=True),
+            serving_since=row.serving_since if row is not None and same else now,
+            revision=revision,
         )
-        entry = on_device(session, device_id, report.model)
-        if not entry.watched:
-            entry.watched, entry.revision = True, revision
-        _note_failure(entry, report, revision)
+    )
+    entry = on_device(session, device_id, report.model)
+    if not entry.watched:
+        entry.watched, entry.revision = True, revision
+    _note_failure(entry, report, revision)
 
 
 def supersede(session: Session, model: str, revision: int) -> None:
@@ -117,7 +115,14 @@ def check_ask(session: Session, ask: Ask) -> tuple[rules.Plan, int]:
         )
     rows = session.scalars(select(db.Rollout).where(db.Rollout.model == ask.model)).all()
     for row in rows:
-        if rules.State(row.state).is_open and not rules.disjoint(json.loads(row.selector), ask.selector):
+        if rules.disjoint(json.loads(row.selector), ask.selector):
+            continue
+        if row.state == rules.State.COMPLETED and row.version >= ask.version:
+            raise InputError(
+                f"rollout {row.id} put version {row.version} on some of the same devices: {ask.version} is not newer",
+                reason="not-newer",
+            )
+        if rules.State(row.state).is_open:
             raise ConflictError(
                 f"rollout {row.id} of {row.model}@{row.version} is for some of the same devices",
                 hint=f"isthmus rollout status {row.id} shows it; abort it or wait until it is over",

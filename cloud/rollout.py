@@ -275,11 +275,21 @@ def begin(plan: Plan, devices: Iterable[Candidate], now: float) -> Progress:
     return Progress(State.ACTIVE, 0, (_threshold(plan, 0, devices, 0),), (now,))
 
 
-def tells(plan: Plan, progress: Progress, device: str) -> bool:
-    """Return whether the rollout wants its version on a device that it is for."""
-    if progress.state is State.COMPLETED:
-        return True
-    return progress.state.is_open and position(plan.id, device) < progress.threshold
+def tells(plan: Plan, progress: Progress, device: str, heard: Heard | None) -> bool:
+    """Return whether the rollout wants its version on a device that it is for.
+
+    A paused one wants it only where it has begun: a device that was away, or told a moment ago, does not begin.
+    """
+    match progress.state:
+        case State.COMPLETED:
+            return True
+        case State.ACTIVE:
+            return position(plan.id, device) < progress.threshold
+        case State.PAUSED:
+            begun = heard is not None and plan.version in (heard.version, heard.serving_version)
+            return begun and position(plan.id, device) < progress.threshold
+        case _:
+            return False
 
 
 def stage_of(plan: Plan, progress: Progress, device: str) -> Stage:

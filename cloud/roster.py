@@ -162,6 +162,7 @@ class Roster:
             if (device := self.devices.get(report.device_id)) is not None:
                 entry = device.models.setdefault(report.model, OnDevice())
                 entry.report, entry.heard = report, _heard(report)
+                concerned.add((device.id, report.model))  # a paused rollout goes by what was reported
                 device.last_seen_at = max(device.last_seen_at, report.reported_at)
         for layer in changes.rollouts:
             self.rollouts[layer.plan.id] = layer
@@ -236,7 +237,9 @@ class Roster:
         misfits = False
         for layer in self._layers.get(model, ()):
             plan = layer.plan
-            if rules.matches(plan.selector, device.labels) and rules.tells(plan, layer.progress, device.id):
+            if rules.matches(plan.selector, device.labels) and rules.tells(
+                plan, layer.progress, device.id, entry.heard
+            ):
                 if not self.misfit(device, model, plan.version):
                     soak_s = rules.stage_of(plan, layer.progress, device.id).soak_s
                     return Told(plan.version, "rollout", plan.id, plan.attempt + entry.attempt, soak_s, plan.gates)

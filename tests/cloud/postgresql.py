@@ -41,7 +41,8 @@ class PostgreSql:
         return f"postgresql+psycopg://postgres@/{name}?host={self.socket}"
 
 
-def _binaries() -> Path | None:
+def find_postgresql() -> Path | None:
+    """Return the folder with the newest server's programs, or None."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     return found[-1].parent if found else None
 
@@ -49,7 +50,7 @@ def _binaries() -> Path | None:
 @contextmanager
 def postgresql_server(folder: Path) -> Iterator[PostgreSql]:
     """Run a server whose files lie in `folder`."""
-    binaries = _binaries()
+    binaries = find_postgresql()
     if binaries is None:
         pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
     data, user = folder / "data", _unprivileged()

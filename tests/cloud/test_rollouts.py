@@ -12,6 +12,7 @@ import pytest
 from benchmarks.devices import Behaviour
 from cloud import database as db
 from cloud import rollout as rules
+from cloud.rollout import POSITIONS
 from isthmus.status import REASON_KEY
 from isthmus.v1 import fleet_pb2
 from security.custom import Terms
@@ -110,12 +111,17 @@ def test_an_operator_pauses_resumes_and_aborts(database: db.Database, workspace:
             assert await code == (grpc.StatusCode.ABORTED, "rollout-active")
             assert (await fleet.rollout("Pause")).state == fleet_pb2.ROLLOUT_STATE_PAUSED
             stuck["now"] = False
+            first = {name for name, d in fleet.devices.items() if 2 in d.told}
             await fleet.disconnect()
+            late = next(f"late-{n}" for n in range(1000) if rules.position("triage-2-1", f"late-{n}") < POSITIONS // 50)
+            await fleet.enrol(late)  # the stage would take it in, but the rollout stands still
             fleet.connect()
-            await fleet.until(lambda: sum(d.serving == 2 for d in fleet.devices.values()) == 2, "they take it")
+            await fleet.until(lambda: fleet.devices[late].serving == 1, "it runs what is released")
+            await fleet.until(lambda: {n for n, d in fleet.devices.items() if d.serving == 2} == first, "they take it")
             for _ in range(5):  # decisions are made meanwhile, and none of them goes on
                 await fleet.conductor.decide_all()
             assert (await fleet.rollout("Get")).stage == 0
+            assert 2 not in fleet.devices[late].told
             await fleet.rollout("Resume")
             await fleet.until_state(fleet_pb2.ROLLOUT_STATE_COMPLETED)
             assert await refused(fleet.rollout("Abort")) == (grpc.StatusCode.ABORTED, "rollout-over")

@@ -260,7 +260,9 @@ def _merged(segments: Sequence[Segment]) -> list[Segment]:
     merged: list[Segment] = []
     for segment in segments:
         last = merged[-1] if merged else None
-        if (last and last.piece is segment.piece is Piece.LITERAL) or (last and last.piece is segment.piece is Piece.COPY and last.old_offset + last.length == segment.old_offset):
+        if (last and last.piece is segment.piece is Piece.LITERAL) or (
+            last and last.piece is segment.piece is Piece.COPY and last.old_offset + last.length == segment.old_offset
+        ):
             merged[-1] = replace(last, length=last.length + segment.length)
         else:
             merged.append(segment)
