@@ -158,8 +158,15 @@ def _bases(kind: Kind) -> Differences:
     return np.where(symbols == 0, 0, np.where((symbols - 1) & 1, -base, base))
 
 
-def move(old: Ints, symbols: U8, raw: U32 | None, kind: Kind) -> Ints:
-    """Return the new elements: `old` moved by what the symbols and raw bits say, modulo 2^width."""
+def move(
+    old: Ints,
+    symbols: U8,
+    raw: U32 | None,
+    kind: Kind,
+    moves: Differences | None = None,
+    flips: NDArray[np.bool_] | None = None,
+) -> Ints:
+    """Return the new elements: `old` moved as predicted and by what the symbols and raw bits say, modulo 2^width."""
     dtype = old.dtype
     base = (_bases(kind) & ((1 << bits(kind)) - 1)).astype(dtype).take(symbols)
     if raw is not None:
@@ -167,5 +174,9 @@ def move(old: Ints, symbols: U8, raw: U32 | None, kind: Kind) -> Ints:
         negative = symbols.astype(bool) & ~(symbols & 1).astype(bool)
         np.negative(extra, out=extra, where=negative)
         base += extra
+    if flips is not None:
+        np.negative(base, out=base, where=flips)
+    if moves is not None:
+        base += moves.astype(dtype)
     base += old
     return base

@@ -164,13 +164,10 @@ def _tensor(base: BinaryIO, segment: Segment, mine: model.Model, decoder: Decode
     for first_row, at, size in blocks(mine.kind, segment):
         base.seek(segment.old_offset + at)
         old = elements.to_ints(_read(base, size), mine.kind)
-        contexts = model.contexts(
-            elements.features(old, mine.kind),
-            segment.numbers,
-            mine.feature_numbers,
-            mine.groups.size,
-            segment.row,
-            first_row,
-        )
-        symbols, raw = decoder.decode(contexts, mine.table, mine.bit_counts)
-        yield elements.to_bytes(elements.move(old, symbols, raw, mine.kind), mine.kind)
+        features = elements.features(old, mine.kind)
+        numbers = segment.numbers
+        expected = model.predict(mine.kind, features, numbers.factors, segment.row, first_row)
+        contexts = model.contexts(features, numbers, mine.feature_numbers, expected.buckets, segment.row, first_row)
+        symbols, raw = decoder.decode(mine.groups.take(contexts), mine.table, mine.bit_counts)
+        new = elements.move(old, symbols, raw, mine.kind, expected.moves, expected.flips)
+        yield elements.to_bytes(new, mine.kind)
