@@ -119,6 +119,32 @@ def exponents(kind: Kind) -> NDArray[np.float64]:
     return np.maximum(exponent, 1).astype(np.float64)
 
 
+def to_values(ints: Ints, kind: Kind) -> NDArray[np.float64]:
+    """Return the numbers that integers of `to_ints` stand for."""
+    data = to_bytes(ints, kind)
+    with np.errstate(invalid="ignore"):
+        if kind is Kind.FLOAT16:
+            return np.frombuffer(data, "<f2").astype(np.float64)
+        if kind is Kind.BFLOAT16:
+            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        if kind is Kind.FLOAT32:
+            return np.frombuffer(data, "<f4").astype(np.float64)
+    return ints.astype(np.float64)
+
+
+def from_values(values: NDArray[np.float64], kind: Kind) -> Ints:
+    """Return the integers of the floats that are nearest to `values`, ties to even, by way of single precision."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        single = values.astype("<f4")
+        if kind is Kind.FLOAT16:
+            return to_ints(single.astype("<f2").view(np.uint8), kind)
+    if kind is Kind.BFLOAT16:
+        pattern = single.view(np.uint32)
+        odd = (pattern >> np.uint32(16)) & np.uint32(1)
+        return to_ints(((pattern + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype("<u2").view(np.uint8), kind)
+    return to_ints(single.view(np.uint8), kind)
+
+
 def symbol_count(kind: Kind) -> int:
     """Return how many symbols the kind has."""
     return 3 + 2 * ((bits(kind) - 1) << _MANTISSA[kind])

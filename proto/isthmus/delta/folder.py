@@ -123,6 +123,8 @@ def read_entries(file: BinaryIO) -> list[Entry]:
         raise DeltaError(f"expected a list of up to {_MAX_LIST} bytes")
     data = decompress(file.read(packed), length)
     try:
+        if not data.startswith(b"["):
+            raise DeltaError("expected a list of files")
         entries = [Entry(**entry) for entry in json.loads(data)]
         for entry in entries:
             _check(entry)

@@ -14,12 +14,11 @@ frequencies of every context.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Final
-
-import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +48,10 @@ _INT_OCTAVES: Final = 13.0  # how rare a change can be and still have a context 
 _SMALLEST_SIDE: Final = 32  # rows and columns of a matrix that has factors
 _TRIED_RANK: Final = 32
 _FACTOR_BITS: Final = 7.0  # of one number of a factor, about
+_EDGE: Final = 1.3  # of the largest singular value of noise: what is above is signal
 _FACTOR_NOISE: Final = 0.05  # rounding the factors may add this share to the variance of what is left
+_FLOAT_BIAS: Final = {Kind.FLOAT16: 25, Kind.BFLOAT16: 134, Kind.FLOAT32: 150}  # of the exponent of a last place
+_LARGEST_CHANGE: Final = 1e3  # what moved further is an outlier that would hide the rest
 _INT16: Final = 32767.0
 _CAP: Final = 8  # a difference counts for no more than this when rates are fitted
 
@@ -77,7 +79,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A prediction of low rank: (left @ right.T) * 2^shift, in steps of an integer or of the finest float."""
+    """A prediction of low rank: the values change by (left @ right.T) * 2^shift."""
 
     left: I16  # rows x rank
     right: I16  # columns x rank
@@ -108,25 +110,25 @@ class Prediction:
     flips: NDArray[np.bool_] | None = None  # where that is downwards: the residual is coded with its sign turned
 
 
-def predict(kind: Kind, features: U8, factors: Factors | None, row: int, first_row: int) -> Prediction:
-    """Return the prediction for a block that begins with `first_row`."""
+def predict(kind: Kind, old: Ints, factors: Factors | None, row: int, first_row: int) -> Prediction:
+    """Return the prediction for a block of old elements that begins with `first_row`."""
     if factors is None:
         return Prediction()
-    rows = -(-features.size // row)
+    rows = -(-old.size // row)
     left = factors.left[first_row : first_row + rows].astype(np.float64)
-    product = (left @ factors.right.T.astype(np.float64)).ravel()[: features.size].astype(np.int64)
+    product = (left @ factors.right.T.astype(np.float64)).ravel()[: old.size]
     if kind in FLOATS:
-        shifts = (factors.shift - elements.exponents(kind).astype(np.int64)).clip(-60, 20)
-        return Prediction(_shifted(product, shifts.take(features)))
-    fine = _shifted(product, np.full(1, max(-60, min(20, factors.shift + 8))))
+        values = elements.to_values(old, kind)
+        with np.errstate(all="ignore"):
+            there = elements.from_values(values + np.ldexp(product, factors.shift), kind)
+        moves = there.astype(np.int64) - old.astype(np.int64)
+        return Prediction(np.where(np.isfinite(values), moves, 0))
+    shift = max(-60, min(20, factors.shift + 8))
+    fine = product.astype(np.int64)
+    fine = fine << shift if shift >= 0 else (fine + (1 << (-shift - 1))) >> -shift
     moves = (fine + 128) >> 8
     fine -= moves << 8
     return Prediction(moves, _BUCKETS.take(np.abs(fine)), fine < 0)
-
-
-def _shifted(values: NDArray[np.int64], shifts: NDArray[np.int64]) -> NDArray[np.int64]:
-    down = np.maximum(-shifts, 0)
-    return ((values << np.maximum(shifts, 0)) + ((1 << down) >> 1)) >> down
 
 
 def contexts(features: U8, numbers: Numbers, feature_numbers: I16, buckets: U8 | None, row: int, first_row: int) -> U16:
@@ -152,28 +154,36 @@ def contexts(features: U8, numbers: Numbers, feature_numbers: I16, buckets: U8 |
 # Fitting: only the maker does it.
 
 
-def fit_factors(old: Ints, difference: Differences, kind: Kind, row: int) -> Factors | None:
-    """Find factors whose product predicts enough of the difference to pay for themselves; None where there are none."""
-    rows = difference.size // row
-    if rows < _SMALLEST_SIDE or row < _SMALLEST_SIDE or rows * row != difference.size or kind is Kind.INT4:
+def fit_factors(old: Ints, new: Ints, kind: Kind, row: int) -> Factors | None:
+    """Find factors whose product predicts enough of the change to pay for themselves; None where there are none."""
+    rows = old.size // row
+    if min(rows, row) < _SMALLEST_SIDE or rows * row != old.size or kind is Kind.INT4:
         return None
-    scale = np.exp2(elements.exponents(kind))[elements.features(old, kind)] if kind in FLOATS else 1.0
-    with np.errstate(over="ignore"):
-        moved = (np.clip(difference, -(1 << 20), 1 << 20) * scale).reshape(rows, row)
+    if kind in FLOATS:
+        with np.errstate(all="ignore"):
+            moved = elements.to_values(new, kind) - elements.to_values(old, kind)
+            steps = np.exp2(elements.exponents(kind) - _FLOAT_BIAS[kind])[elements.features(old, kind)]
+        moved[~(np.abs(moved) < _LARGEST_CHANGE)] = 0
+        floor = float(np.square(np.minimum(steps, 1.0)).sum()) / 12
+    else:
+        moved = elements.differences(old, new, kind).astype(np.float64)
+        floor = 0.0
+    moved = moved.reshape(rows, row)
     total = float(np.square(moved).sum())
-    if not 0 < total < 1e300:
+    if not 1e-60 < total < 1e60:
         return None
     left, sizes, right = _largest_parts(moved)
-    floor = float(np.mean(np.square(scale))) / 12 * difference.size if kind in FLOATS else 0.0
     rest = np.maximum(total - np.cumsum(np.square(sizes)), 1e-9 * total) + floor
-    gains = difference.size / 2 * np.log2(np.concatenate(([total + floor], rest[:-1])) / rest)
-    if kind not in FLOATS:
-        gains = gains * 0.5
-    worth = np.cumsum(gains - _FACTOR_BITS * (rows + row))
-    rank = int(np.argmax(worth)) + 1
-    if worth[rank - 1] <= 0:
+    gains = old.size / 2 * np.log2(np.concatenate(([total + floor], rest[:-1])) / rest)
+    if kind in FLOATS:
+        worth = np.cumsum(gains - _FACTOR_BITS * (rows + row))
+        rank = int(np.argmax(worth)) + 1 if worth.max() > 0 else 0
+    else:  # rounding to steps is noise: what rises above its singular values is signal
+        edge = np.sqrt(rest / old.size) * (math.sqrt(rows) + math.sqrt(row))
+        rank = int(np.count_nonzero(sizes > _EDGE * edge))
+    if not rank:
         return None
-    noise = _FACTOR_NOISE * rest[rank - 1] / difference.size
+    noise = _FACTOR_NOISE * rest[rank - 1] / old.size
     nuclear = float(sizes[:rank].sum())
     step = math.sqrt(12 * noise / (nuclear / rows + nuclear / row))
     lines = left[:, :rank] * np.sqrt(sizes[:rank])
@@ -184,8 +194,6 @@ def fit_factors(old: Ints, difference: Differences, kind: Kind, row: int) -> Fac
     if largest / step > _INT16:
         shift += 1
         step = 2.0 ** (shift / 2)
-    if not -120 < shift < 120 + 256:
-        return None
     return Factors(np.round(lines / step).astype(np.int16), np.round(aside / step).astype(np.int16), shift)
 
 

@@ -166,7 +166,7 @@ def _tensor(base: BinaryIO, segment: Segment, mine: model.Model, decoder: Decode
         old = elements.to_ints(_read(base, size), mine.kind)
         features = elements.features(old, mine.kind)
         numbers = segment.numbers
-        expected = model.predict(mine.kind, features, numbers.factors, segment.row, first_row)
+        expected = model.predict(mine.kind, old, numbers.factors, segment.row, first_row)
         contexts = model.contexts(features, numbers, mine.feature_numbers, expected.buckets, segment.row, first_row)
         symbols, raw = decoder.decode(mine.groups.take(contexts), mine.table, mine.bit_counts)
         new = elements.move(old, symbols, raw, mine.kind, expected.moves, expected.flips)

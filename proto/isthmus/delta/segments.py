@@ -107,7 +107,10 @@ def pack_map(sections: Sequence[Section], models: Sequence[Model], segments: Seq
 
 def pack_factors(factors: Factors) -> bytes:
     """Return the factors' bytes: for each factor all low bytes, then all high ones, one rank after the other."""
-    planes = [np.ascontiguousarray(part.T, "<i2").view(np.uint8).reshape(-1, 2).T.tobytes() for part in (factors.left, factors.right)]
+    planes = [
+        np.ascontiguousarray(part.T, "<i2").view(np.uint8).reshape(-1, 2).T.tobytes()
+        for part in (factors.left, factors.right)
+    ]
     return b"".join(planes)
 
 

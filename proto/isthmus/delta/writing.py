@@ -135,7 +135,7 @@ def _draft(pair: Pair, base: memoryview, target: memoryview) -> _Draft | Segment
         return pair.offset, pair.length
     old, new = elements.to_ints(old_bytes, pair.kind), elements.to_ints(new_bytes, pair.kind)
     difference = elements.differences(old, new, pair.kind)
-    factors = model.fit_factors(old, difference, pair.kind, pair.row)
+    factors = model.fit_factors(old, new, pair.kind, pair.row)
     draft = _modelled(pair, old, difference, None)
     if factors is None:
         return draft
@@ -146,7 +146,7 @@ def _draft(pair: Pair, base: memoryview, target: memoryview) -> _Draft | Segment
 
 def _modelled(pair: Pair, old: elements.Ints, difference: elements.Differences, factors: Factors | None) -> _Draft:
     features = elements.features(old, pair.kind)
-    expected = model.predict(pair.kind, features, factors, pair.row, 0)
+    expected = model.predict(pair.kind, old, factors, pair.row, 0)
     left = model.residual(difference, expected, pair.kind)
     numbers = replace(model.fit_numbers(old, left, pair.kind, pair.row), factors=factors)
     segment = Segment(Piece.TENSOR, pair.length, pair.old_offset, 0, pair.row, numbers)
