@@ -127,9 +127,7 @@ def _work(jobs: Sequence[_Job]) -> None:
     for job in jobs:
         made, rebuilt = job.out.with_suffix(".made"), job.out.with_suffix(".rebuilt")
         try:
-            length = make_delta(
-                job.old, job.new, made, old_layout=job.old_layout, new_layout=job.new_layout
-            ).length
+            length = make_delta(job.old, job.new, made, old_layout=job.old_layout, new_layout=job.new_layout).length
             apply_delta(job.old, made, rebuilt, sha256=job.sha256, length=job.length)
         except (DeltaError, DigestMismatchError):
             continue

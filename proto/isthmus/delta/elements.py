@@ -31,7 +31,7 @@ class Kind(IntEnum):
     INT4 = 7
 
 
-_DTYPES: Final = {
+_DTYPES: Final[dict[Kind, np.dtype[Any]]] = {
     Kind.INT8: np.dtype("<u1"),
     Kind.INT16: np.dtype("<u2"),
     Kind.INT32: np.dtype("<u4"),
@@ -63,7 +63,7 @@ FLOATS: Final = frozenset({Kind.FLOAT16, Kind.BFLOAT16, Kind.FLOAT32})
 
 def width(kind: Kind) -> int:
     """Return the bytes that one stored element has (for INT4 the byte of two)."""
-    return _DTYPES[kind].itemsize
+    return int(_DTYPES[kind].itemsize)
 
 
 def count(kind: Kind, length: int) -> int:
@@ -86,7 +86,8 @@ def to_ints(data: bytes | memoryview | NDArray[np.uint8], kind: Kind) -> Ints:
         return nibbles
     if kind in FLOATS:
         top = raw.dtype.type(1 << (bits(kind) - 1))
-        return np.where(raw & top, ~raw, raw | top)
+        ordered: Ints = np.where(raw & top, ~raw, raw | top)
+        return ordered
     return raw
 
 

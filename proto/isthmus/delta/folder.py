@@ -5,7 +5,7 @@
          4      1  format version, 1
          5      4  bytes of the packed list, little endian
          9      4  bytes of the list
-        13      -  zstd frame: the list, JSON: [{"path", "method", "sha256", "length", "bytes"}, ...]
+        13      -  zstd frame: JSON, [{"path", "method", "sha256", "length", "bytes"}, ...]
          -      -  for each `delta` and `full` entry its file delta, `bytes` long, in the order of the list
 
 `method` is `kept` (the same file of the old folder), `delta` (made from it), `full` or `removed`. A folder is its files:

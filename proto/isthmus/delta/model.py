@@ -274,7 +274,8 @@ def _numbers(lines: F64, coarse: int, columns: F64) -> Numbers:
 
 
 def _grid(values: F64, step: int) -> I8:
-    return np.clip(np.round(values / step) * step, -127, 127).astype(np.int8)
+    grid: I8 = np.clip(np.round(values / step) * step, -127, 127).astype(np.int8)
+    return grid
 
 
 def fit_model(kind: Kind, counts: Counts, feature_numbers: I16) -> Model:
@@ -295,7 +296,7 @@ def fit_model(kind: Kind, counts: Counts, feature_numbers: I16) -> Model:
 
 
 def _joined(counts: Counts, penalty: float) -> list[tuple[int, F64]]:
-    """Join neighbouring contexts while that saves more than it costs; return the first context and sum of each group."""
+    """Join neighbouring contexts while that saves; return the first context and the sum of each group."""
     used = np.flatnonzero(counts.any(axis=1))
     firsts = [int(at) for at in used]
     sums = [counts[at].astype(np.float64) for at in used]

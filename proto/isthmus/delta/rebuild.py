@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -120,7 +120,7 @@ class _Words:
 class _Literals:
     """Hands out the literal bytes, one section in memory."""
 
-    def __init__(self, file: BinaryIO, base: BinaryIO, sections: list[Section] | tuple[Section, ...], at: int) -> None:
+    def __init__(self, file: BinaryIO, base: BinaryIO, sections: Sequence[Section], at: int) -> None:
         self._file, self._base, self._sections, self._at = file, base, iter(sections), at
         self._data = memoryview(b"")
 

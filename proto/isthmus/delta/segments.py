@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from isthmus.delta import elements
 from isthmus.delta.elements import Kind
-from isthmus.delta.model import CONTEXTS, MAX_RANK, MAX_ROW, Factors, I16, Model, Numbers
+from isthmus.delta.model import CONTEXTS, I16, MAX_RANK, MAX_ROW, Factors, Model, Numbers
 from isthmus.delta.rans import MAX_LANES, U8, U32
 from isthmus.errors import DeltaError
 

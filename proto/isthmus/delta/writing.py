@@ -174,7 +174,8 @@ def first_features(kind: Kind) -> model.I16:
     """Return the features' numbers that a kind begins with."""
     if kind not in FLOATS:
         return np.zeros(256, np.int16)
-    return np.round(-elements.exponents(kind) * model.FLOAT_STEPS).astype(np.int16)
+    numbers: model.I16 = np.round(-elements.exponents(kind) * model.FLOAT_STEPS).astype(np.int16)
+    return numbers
 
 
 def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model], list[Coded]]:
@@ -184,7 +185,7 @@ def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model
         counts[draft.kind] = counts[draft.kind] + mine if draft.kind in counts else mine
     kinds = sorted(counts)
     models = [model.fit_model(kind, counts[kind], first_features(kind)) for kind in kinds]
-    arrays = []
+    arrays: list[Coded] = []
     for place, draft in drafts.items():
         number = kinds.index(draft.kind)
         segments[place] = replace(segments[place], model=number)
