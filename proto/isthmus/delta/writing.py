@@ -30,7 +30,7 @@ from isthmus.delta.segments import (
 
 _PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
 _HARD: Final = 1 << 22  # bytes of literals that are compressed hard; more must not take minutes
-_LANE_SHARE: Final = 0.01  # of the coded bytes may go into the lanes' states
+_LANE_SHARE: Final = 0.015  # of the coded bytes may go into the lanes' states
 _UNALIKE: Final = 0.97  # a pair that costs this share of its size is no pair
 
 _Run = tuple[int, int]
