@@ -43,12 +43,16 @@ class _Pair:
     old: str  # digests
     new: str
     length: int  # of the new file
+    old_layout: str | None  # digest of the description that belongs to the weights
+    new_layout: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
     old: Path
     new: Path
+    old_layout: Path | None
+    new_layout: Path | None
     out: Path
     sha256: str
     length: int
@@ -76,6 +80,8 @@ async def _make(blobs: Blobs, deltas: Deltas, pairs: Sequence[_Pair]) -> None:
             _Job(
                 stack.enter_context(blobs.as_path(pair.old)),
                 stack.enter_context(blobs.as_path(pair.new)),
+                stack.enter_context(blobs.as_path(pair.old_layout)) if pair.old_layout else None,
+                stack.enter_context(blobs.as_path(pair.new_layout)) if pair.new_layout else None,
                 folder / str(number),
                 pair.new,
                 pair.length,
@@ -105,7 +111,14 @@ def _changed_files(old: Manifest, new: Manifest) -> Iterable[_Pair]:
         if path in old.files and old.files[path].sha256 != entry.sha256
     }
     for path, (base, entry) in changed.items():
-        yield _Pair(path, old.version, base, entry.sha256, entry.length)
+        layouts = _layout(old, path), _layout(new, path)
+        yield _Pair(path, old.version, base, entry.sha256, entry.length, *layouts)
+
+
+def _layout(manifest: Manifest, path: str) -> str | None:
+    """Return the digest of the OpenVINO description beside a weight file."""
+    xml = manifest.files.get(path.removesuffix(".bin") + ".xml") if path.endswith(".bin") else None
+    return xml.sha256 if xml else None
 
 
 def _work(jobs: Sequence[_Job]) -> None:
@@ -114,7 +127,7 @@ def _work(jobs: Sequence[_Job]) -> None:
     for job in jobs:
         made, rebuilt = job.out.with_suffix(".made"), job.out.with_suffix(".rebuilt")
         try:
-            length = make_delta(job.old, job.new, made).length
+            length = make_delta(job.old, job.new, made, old_layout=job.old_layout, new_layout=job.new_layout).length
             apply_delta(job.old, made, rebuilt, sha256=job.sha256, length=job.length)
         except (DeltaError, DigestMismatchError):
             continue

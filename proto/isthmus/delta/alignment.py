@@ -42,7 +42,7 @@ def pair_tensors(old: Sequence[Tensor], new: Sequence[Tensor], base: memoryview,
     pairs: list[Pair] = []
     keys: tuple[Callable[[Tensor, memoryview], object], ...] = (
         lambda tensor, _: (tensor.name, tensor.kind, tensor.row),
-        lambda tensor, data: (tensor.length, sha256_bytes(data[tensor.offset : tensor.offset + tensor.length])),
+        lambda tensor, data: (tensor.length, sha256_bytes(bytes(data[tensor.offset : tensor.offset + tensor.length]))),
         lambda tensor, _: (tensor.kind, tensor.row, tensor.length),
         lambda tensor, _: (tensor.name, tensor.kind),
     )

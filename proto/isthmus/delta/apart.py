@@ -70,14 +70,18 @@ def main(arguments: list[str]) -> int:
         _limit_memory(delta)
         apply_delta(old, delta, out, sha256=arguments[3], length=int(arguments[4]))
     except MemoryError:
-        print(json.dumps(["DeltaError", f"{delta.name}: applying it would need too much memory", "bad-delta"]))
+        _say("DeltaError", f"{delta.name}: applying it would need too much memory", "bad-delta")
     except (DeltaError, DigestMismatchError) as error:
-        print(json.dumps([type(error).__name__, str(error), error.reason]))
+        _say(type(error).__name__, str(error), error.reason)
     except OSError as error:
-        print(json.dumps(["DeltaError", f"{delta.name}: not applied ({error.strerror})", "bad-delta"]))
+        _say("DeltaError", f"{delta.name}: not applied ({error.strerror})", "bad-delta")
     else:
         return 0
     return 1
+
+
+def _say(kind: str, message: str, reason: str) -> None:
+    sys.stdout.write(json.dumps([kind, message, reason]))
 
 
 def _end_with_parent() -> None:

@@ -31,7 +31,7 @@ class Kind(IntEnum):
     INT4 = 7
 
 
-_DTYPES: Final = {
+_DTYPES: Final[dict[Kind, np.dtype[Any]]] = {
     Kind.INT8: np.dtype("<u1"),
     Kind.INT16: np.dtype("<u2"),
     Kind.INT32: np.dtype("<u4"),
@@ -63,7 +63,7 @@ FLOATS: Final = frozenset({Kind.FLOAT16, Kind.BFLOAT16, Kind.FLOAT32})
 
 def width(kind: Kind) -> int:
     """Return the bytes that one stored element has (for INT4 the byte of two)."""
-    return _DTYPES[kind].itemsize
+    return int(_DTYPES[kind].itemsize)
 
 
 def count(kind: Kind, length: int) -> int:
@@ -86,7 +86,8 @@ def to_ints(data: bytes | memoryview | NDArray[np.uint8], kind: Kind) -> Ints:
         return nibbles
     if kind in FLOATS:
         top = raw.dtype.type(1 << (bits(kind) - 1))
-        return np.where(raw & top, ~raw, raw | top)
+        ordered: Ints = np.where(raw & top, ~raw, raw | top)
+        return ordered
     return raw
 
 
@@ -117,6 +118,32 @@ def exponents(kind: Kind) -> NDArray[np.float64]:
     feature = np.arange(256)
     exponent = feature >> 2 if kind is Kind.FLOAT16 else feature
     return np.maximum(exponent, 1).astype(np.float64)
+
+
+def to_values(ints: Ints, kind: Kind) -> NDArray[np.float64]:
+    """Return the numbers that integers of `to_ints` stand for."""
+    data = to_bytes(ints, kind)
+    with np.errstate(invalid="ignore"):
+        if kind is Kind.FLOAT16:
+            return np.frombuffer(data, "<f2").astype(np.float64)
+        if kind is Kind.BFLOAT16:
+            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        if kind is Kind.FLOAT32:
+            return np.frombuffer(data, "<f4").astype(np.float64)
+    return ints.astype(np.float64)
+
+
+def from_values(values: NDArray[np.float64], kind: Kind) -> Ints:
+    """Return the integers of the floats that are nearest to `values`, ties to even, by way of single precision."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        single = values.astype("<f4")
+        if kind is Kind.FLOAT16:
+            return to_ints(single.astype("<f2").view(np.uint8), kind)
+    if kind is Kind.BFLOAT16:
+        pattern = single.view(np.uint32)
+        odd = (pattern >> np.uint32(16)) & np.uint32(1)
+        return to_ints(((pattern + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype("<u2").view(np.uint8), kind)
+    return to_ints(single.view(np.uint8), kind)
 
 
 def symbol_count(kind: Kind) -> int:
@@ -158,8 +185,15 @@ def _bases(kind: Kind) -> Differences:
     return np.where(symbols == 0, 0, np.where((symbols - 1) & 1, -base, base))
 
 
-def move(old: Ints, symbols: U8, raw: U32 | None, kind: Kind) -> Ints:
-    """Return the new elements: `old` moved by what the symbols and raw bits say, modulo 2^width."""
+def move(
+    old: Ints,
+    symbols: U8,
+    raw: U32 | None,
+    kind: Kind,
+    moves: Differences | None = None,
+    flips: NDArray[np.bool_] | None = None,
+) -> Ints:
+    """Return the new elements: `old` moved as predicted and by what the symbols and raw bits say, modulo 2^width."""
     dtype = old.dtype
     base = (_bases(kind) & ((1 << bits(kind)) - 1)).astype(dtype).take(symbols)
     if raw is not None:
@@ -167,5 +201,9 @@ def move(old: Ints, symbols: U8, raw: U32 | None, kind: Kind) -> Ints:
         negative = symbols.astype(bool) & ~(symbols & 1).astype(bool)
         np.negative(extra, out=extra, where=negative)
         base += extra
+    if flips is not None:
+        np.negative(base, out=base, where=flips)
+    if moves is not None:
+        base += moves.astype(dtype)
     base += old
     return base

@@ -5,11 +5,11 @@
          4      1  format version, 1
          5      4  bytes of the packed list, little endian
          9      4  bytes of the list
-        13      -  zstd frame: the list, JSON: [{"path", "method", "sha256", "length", "bytes"}, ...]
+        13      -  zstd frame, JSON: [{"path", "method", "sha256", "length", "bytes"}, ...]
          -      -  for each `delta` and `full` entry its file delta, `bytes` long, in the order of the list
 
-`method` is `kept` (the same file of the old folder), `delta` (made from it), `full` or `removed`. A folder is its files:
-empty folders, links and permissions are no part of it.
+`method` is `kept` (the old folder's file), `delta` (made from it), `full` or `removed`. A folder is its files: links,
+empty folders and permissions are no part of it.
 """
 
 from __future__ import annotations
@@ -123,6 +123,8 @@ def read_entries(file: BinaryIO) -> list[Entry]:
         raise DeltaError(f"expected a list of up to {_MAX_LIST} bytes")
     data = decompress(file.read(packed), length)
     try:
+        if not data.startswith(b"["):
+            raise DeltaError("expected a list of files")
         entries = [Entry(**entry) for entry in json.loads(data)]
         for entry in entries:
             _check(entry)

@@ -120,14 +120,14 @@ class Decoder:
         self._at = 0
 
     def decode(self, contexts: U8, table: Table, bit_counts: U8 | None) -> tuple[U8, U32 | None]:
-        """Return the symbols of these contexts (all below `table.contexts`), and their raw bits.
+        """Return the symbols of these contexts (all below `table.contexts`), and their raw bits if any has some.
 
         Raises:
             DeltaError: The words end too early.
         """
         size, lanes = contexts.size, self._state.size
         symbols = np.empty(size, np.uint8)
-        bits = None if bit_counts is None else np.zeros(size, np.uint32)
+        bits: U32 | None = None
         entries = table.entries
         for at in range(0, size, lanes):
             state = self._state[: min(lanes, size - at)]
@@ -142,9 +142,10 @@ class Decoder:
             entry &= _MASK
             state += entry
             self._refill(state)
-            if bit_counts is not None and bits is not None:
+            if bit_counts is not None:
                 counts = bit_counts.take(slot)
                 if counts.any():
+                    bits = np.zeros(size, np.uint32) if bits is None else bits
                     bits[at : at + lanes] = self._pull_bits(state, counts)
         return symbols, bits
 

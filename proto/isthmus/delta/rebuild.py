@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -120,7 +120,7 @@ class _Words:
 class _Literals:
     """Hands out the literal bytes, one section in memory."""
 
-    def __init__(self, file: BinaryIO, base: BinaryIO, sections: list[Section] | tuple[Section, ...], at: int) -> None:
+    def __init__(self, file: BinaryIO, base: BinaryIO, sections: Sequence[Section], at: int) -> None:
         self._file, self._base, self._sections, self._at = file, base, iter(sections), at
         self._data = memoryview(b"")
 
@@ -164,13 +164,10 @@ def _tensor(base: BinaryIO, segment: Segment, mine: model.Model, decoder: Decode
     for first_row, at, size in blocks(mine.kind, segment):
         base.seek(segment.old_offset + at)
         old = elements.to_ints(_read(base, size), mine.kind)
-        contexts = model.contexts(
-            elements.features(old, mine.kind),
-            segment.numbers,
-            mine.feature_numbers,
-            mine.groups.size,
-            segment.row,
-            first_row,
-        )
-        symbols, raw = decoder.decode(contexts, mine.table, mine.bit_counts)
-        yield elements.to_bytes(elements.move(old, symbols, raw, mine.kind), mine.kind)
+        features = elements.features(old, mine.kind)
+        numbers = segment.numbers
+        expected = model.predict(mine.kind, old, numbers.factors, segment.row, first_row)
+        contexts = model.contexts(features, numbers, mine.feature_numbers, expected.buckets, segment.row, first_row)
+        symbols, raw = decoder.decode(mine.groups.take(contexts), mine.table, mine.bit_counts)
+        new = elements.move(old, symbols, raw, mine.kind, expected.moves, expected.flips)
+        yield elements.to_bytes(new, mine.kind)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import BinaryIO, Final
 
@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from isthmus.delta import elements
 from isthmus.delta.elements import Kind
-from isthmus.delta.model import MAX_CONTEXTS, MAX_ROW, Model, Numbers
+from isthmus.delta.model import CONTEXTS, I16, MAX_RANK, MAX_ROW, Factors, Model, Numbers
 from isthmus.delta.rans import MAX_LANES, U8, U32
 from isthmus.errors import DeltaError
 
@@ -27,7 +27,7 @@ MAX_MAP: Final = 1 << 24  # bytes
 MAX_GROUP: Final = 1 << 28  # bytes of target that a group makes
 MAX_SECTION: Final = 1 << 23  # bytes of literals in one zstd frame
 MAX_DICTIONARY: Final = 1 << 23  # bytes of the old file that a section may refer to
-_MAX_TABLES: Final = 1 << 10  # contexts of all models of a group
+_MAX_TABLES: Final = 1 << 10  # tables of all models of a group
 
 
 class Piece(IntEnum):
@@ -85,7 +85,7 @@ def pack_map(sections: Sequence[Section], models: Sequence[Model], segments: Seq
             out += struct.pack("<QI", offset, length)
     for model in models:
         rows, symbols = model.frequencies.shape
-        out += struct.pack("<BBBBB", model.kind, model.groups.size, rows, symbols, model.raw)
+        out += struct.pack("<BBBB", model.kind, rows, symbols, model.raw)
         out += model.feature_numbers.astype("<i2").tobytes() + model.groups.tobytes()
         out += model.frequencies.astype("<u2").tobytes()
     numbers = bytearray()
@@ -96,9 +96,22 @@ def pack_map(sections: Sequence[Section], models: Sequence[Model], segments: Seq
         if segment.piece is Piece.TENSOR:
             mine = segment.numbers
             flags = bool(mine.rows.size) | bool(mine.columns.size) << 1
-            out += struct.pack("<HIhB", segment.model, segment.row, mine.base, flags)
+            rank = mine.factors.left.shape[1] if mine.factors else 0
+            shift = mine.factors.shift if mine.factors else 0
+            out += struct.pack("<HIhBBh", segment.model, segment.row, mine.base, flags, rank, shift)
             numbers += mine.rows.tobytes() + mine.columns.tobytes()
+            if mine.factors:
+                numbers += pack_factors(mine.factors)
     return bytes(out + numbers)
+
+
+def pack_factors(factors: Factors) -> bytes:
+    """Return the factors' bytes: for each factor all low bytes, then all high ones, one rank after the other."""
+    planes = [
+        np.ascontiguousarray(part.T, "<i2").view(np.uint8).reshape(-1, 2).T.tobytes()
+        for part in (factors.left, factors.right)
+    ]
+    return b"".join(planes)
 
 
 class _Reader:
@@ -202,54 +215,71 @@ def _section(reader: _Reader, old_length: int) -> Section:
 def _models(reader: _Reader, count: int) -> list[Model]:
     models: list[Model] = []
     for _ in range(count):
-        kind, contexts, rows, symbols, raw = reader.fields("<BBBBB")
-        if kind not in set(Kind) or not 0 < contexts <= MAX_CONTEXTS or not 0 < rows <= contexts:
+        kind, rows, symbols, raw = reader.fields("<BBBB")
+        if kind not in set(Kind) or not rows:
             raise DeltaError("a model has an unknown kind or no contexts")
         if not 0 < symbols <= elements.symbol_count(Kind(kind)) or raw > 1:
             raise DeltaError("a model has too many symbols")
         features = reader.array("<i2", 256).astype(np.int16)
-        groups: U8 = reader.array(np.uint8, contexts).astype(np.uint8)
+        groups: U8 = reader.array(np.uint8, CONTEXTS).astype(np.uint8)
         frequencies = reader.array("<u2", rows * symbols).astype(np.uint16).reshape(rows, symbols)
         if int(groups.max()) >= rows:
             raise DeltaError("a context has no frequencies")
         models.append(Model(Kind(kind), features, groups, frequencies, bool(raw)))
-        if sum(model.groups.size for model in models) > _MAX_TABLES:
-            raise DeltaError(f"expected up to {_MAX_TABLES} contexts in a group")
+        if sum(model.frequencies.shape[0] for model in models) > _MAX_TABLES:
+            raise DeltaError(f"expected up to {_MAX_TABLES} frequency tables in a group")
     return models
 
 
 def _segments(reader: _Reader, count: int, models: Sequence[Model], old_length: int, length: int) -> list[Segment]:
-    plain: list[tuple[Segment, int, int]] = []
+    plain: list[tuple[Segment, int, int, int, int]] = []
     made = 0
     for _ in range(count):
         piece, size = reader.fields("<BQ")
         if piece not in set(Piece) or not 0 < size <= length - made:
             raise DeltaError("a segment is of no known kind, or longer than its group")
         made += size
-        old_offset, model, row, base, flags = 0, 0, 1, 0, 0
+        old_offset = 0
         if piece != Piece.LITERAL:
             (old_offset,) = reader.fields("<Q")
             if old_offset + size > old_length:
                 raise DeltaError("a segment refers to bytes outside of the base")
-        if piece == Piece.TENSOR:
-            model, row, base, flags = reader.fields("<HIhB")
-            if model >= len(models) or not 0 < row <= MAX_ROW or flags > 3 or size % elements.width(models[model].kind):
-                raise DeltaError("a tensor has no model, or rows that are too long")
-        rows = -(-elements.count(models[model].kind, size) // row) if flags & 1 else 0
-        plain.append(
-            (Segment(Piece(piece), size, old_offset, model, row, Numbers(base)), rows, row if flags & 2 else 0)
-        )
+        segment = Segment(Piece(piece), size, old_offset)
+        plain.append(_tensor(reader, segment, models) if piece == Piece.TENSOR else (segment, 0, 0, 0, 0))
     if made != length:
         raise DeltaError(f"expected segments of {length} bytes, got {made}")
     return [_with_numbers(reader, *entry) for entry in plain]
 
 
-def _with_numbers(reader: _Reader, segment: Segment, rows: int, columns: int) -> Segment:
-    if not rows and not columns:
+def _tensor(reader: _Reader, segment: Segment, models: Sequence[Model]) -> tuple[Segment, int, int, int, int]:
+    model, row, base, flags, rank, shift = reader.fields("<HIhBBh")
+    if model >= len(models) or not 0 < row <= MAX_ROW or flags > 3 or rank > MAX_RANK:
+        raise DeltaError("a tensor has no model, or rows that are too long")
+    kind = models[model].kind
+    if segment.length % elements.width(kind):
+        raise DeltaError("a tensor is not made of whole elements")
+    rows = -(-elements.count(kind, segment.length) // row)
+    if rank and rows * row != elements.count(kind, segment.length):
+        raise DeltaError("a tensor with factors is not made of whole rows")
+    made = Segment(segment.piece, segment.length, segment.old_offset, model, row, Numbers(base))
+    return made, rows if flags & 1 or rank else 0, flags, rank, shift
+
+
+def _with_numbers(reader: _Reader, segment: Segment, rows: int, flags: int, rank: int, shift: int) -> Segment:
+    if segment.piece is not Piece.TENSOR:
         return segment
-    lines = reader.array(np.int8, rows).astype(np.int8)
-    numbers = Numbers(segment.numbers.base, lines, reader.array(np.int8, columns).astype(np.int8))
-    return Segment(segment.piece, segment.length, segment.old_offset, segment.model, segment.row, numbers)
+    lines = reader.array(np.int8, rows if flags & 1 else 0).astype(np.int8)
+    columns = reader.array(np.int8, segment.row if flags & 2 else 0).astype(np.int8)
+    factors = None
+    if rank:
+        factors = Factors(_factor(reader, rows, rank), _factor(reader, segment.row, rank), shift)
+    return replace(segment, numbers=Numbers(segment.numbers.base, lines, columns, factors))
+
+
+def _factor(reader: _Reader, size: int, rank: int) -> I16:
+    planes = reader.array(np.uint8, 2 * size * rank).reshape(2, -1)
+    values: I16 = planes.T.copy().view("<i2").astype(np.int16).reshape(rank, size).T
+    return values
 
 
 def read_states(data: bytes) -> U32:

@@ -13,7 +13,7 @@ import zstandard
 from isthmus.delta import elements, model
 from isthmus.delta.alignment import Pair, sampled_cost
 from isthmus.delta.elements import FLOATS, Kind
-from isthmus.delta.model import MAX_CONTEXTS, Model, Numbers
+from isthmus.delta.model import Factors, Model
 from isthmus.delta.rans import U8, U16, U32, Coded, encode
 from isthmus.delta.rebuild import blocks
 from isthmus.delta.segments import (
@@ -24,12 +24,13 @@ from isthmus.delta.segments import (
     Piece,
     Section,
     Segment,
+    pack_factors,
     pack_map,
 )
 
 _PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
 _HARD: Final = 1 << 22  # bytes of literals that are compressed hard; more must not take minutes
-_LANE_SHARE: Final = 0.01  # of the coded bytes may go into the lanes' states
+_LANE_SHARE: Final = 0.015  # of the coded bytes may go into the lanes' states
 _UNALIKE: Final = 0.97  # a pair that costs this share of its size is no pair
 
 _Run = tuple[int, int]
@@ -39,7 +40,7 @@ _Run = tuple[int, int]
 class _Draft:
     segment: Segment
     kind: Kind
-    contexts: U8
+    contexts: U16
     symbols: U8
     raw: U32
 
@@ -134,33 +135,57 @@ def _draft(pair: Pair, base: memoryview, target: memoryview) -> _Draft | Segment
         return pair.offset, pair.length
     old, new = elements.to_ints(old_bytes, pair.kind), elements.to_ints(new_bytes, pair.kind)
     difference = elements.differences(old, new, pair.kind)
-    numbers = model.fit_numbers(old, difference, pair.kind, pair.row)
+    factors = model.fit_factors(old, new, pair.kind, pair.row)
+    draft = _modelled(pair, old, difference, None)
+    if factors is None:
+        return draft
+    better = _modelled(pair, old, difference, factors)
+    size = _compress(pack_factors(factors), 3)
+    return better if _entropy(better) + 8 * len(size) < _entropy(draft) else draft
+
+
+def _modelled(pair: Pair, old: elements.Ints, difference: elements.Differences, factors: Factors | None) -> _Draft:
+    features = elements.features(old, pair.kind)
+    expected = model.predict(pair.kind, old, factors, pair.row, 0)
+    left = model.residual(difference, expected, pair.kind)
+    numbers = replace(model.fit_numbers(old, left, pair.kind, pair.row), factors=factors)
     segment = Segment(Piece.TENSOR, pair.length, pair.old_offset, 0, pair.row, numbers)
-    contexts = _contexts(elements.features(old, pair.kind), numbers, first_features(pair.kind), pair.row)
-    return _Draft(segment, pair.kind, contexts, *elements.to_symbols(difference, pair.kind))
+    contexts = model.contexts(features, numbers, first_features(pair.kind), expected.buckets, pair.row, 0)
+    return _Draft(segment, pair.kind, contexts, *elements.to_symbols(left, pair.kind))
 
 
-def _contexts(features: U8, numbers: Numbers, feature_numbers: model.I16, row: int) -> U8:
-    return model.contexts(features, numbers, feature_numbers, MAX_CONTEXTS, row, 0)
+def _counts(draft: _Draft) -> model.Counts:
+    width = elements.symbol_count(draft.kind)
+    index = draft.contexts.astype(np.int32) * width + draft.symbols
+    return np.bincount(index, minlength=model.CONTEXTS * width).reshape(model.CONTEXTS, width)
+
+
+def _entropy(draft: _Draft) -> float:
+    """Return the bits that a draft needs, about, with frequencies of its own."""
+    counts = _counts(draft)
+    totals = counts.sum(axis=1, keepdims=True)
+    row, symbol = np.nonzero(counts)
+    used = counts[row, symbol].astype(np.float64)
+    coded = -(used * np.log2(used / totals[row, 0])).sum()
+    return float(coded + (counts.sum(axis=0) * elements.bit_counts(draft.kind)).sum())
 
 
 def first_features(kind: Kind) -> model.I16:
     """Return the features' numbers that a kind begins with."""
     if kind not in FLOATS:
         return np.zeros(256, np.int16)
-    return np.round(-elements.exponents(kind) * model.FLOAT_STEPS).astype(np.int16)
+    numbers: model.I16 = np.round(-elements.exponents(kind) * model.FLOAT_STEPS).astype(np.int16)
+    return numbers
 
 
 def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model], list[Coded]]:
     counts: dict[Kind, model.Counts] = {}
     for draft in drafts.values():
-        width = elements.symbol_count(draft.kind)
-        index = draft.contexts.astype(np.int32) * width + draft.symbols
-        mine = np.bincount(index, minlength=MAX_CONTEXTS * width).reshape(MAX_CONTEXTS, width)
+        mine = _counts(draft)
         counts[draft.kind] = counts[draft.kind] + mine if draft.kind in counts else mine
     kinds = sorted(counts)
     models = [model.fit_model(kind, counts[kind], first_features(kind)) for kind in kinds]
-    arrays = []
+    arrays: list[Coded] = []
     for place, draft in drafts.items():
         number = kinds.index(draft.kind)
         segments[place] = replace(segments[place], model=number)
@@ -172,7 +197,7 @@ def _arrays(draft: _Draft, mine: Model) -> Iterator[Coded]:
     scale = elements.count(draft.kind, draft.segment.length) / draft.segment.length
     for _, at, size in blocks(draft.kind, draft.segment):
         part = slice(round(at * scale), round((at + size) * scale))
-        groups = mine.groups[draft.contexts[part]]
+        groups = mine.groups.take(draft.contexts[part])
         yield Coded(draft.symbols[part], groups, mine.frequencies, mine.bit_counts, draft.raw[part])
 
 
@@ -260,10 +285,12 @@ def _merged(segments: Sequence[Segment]) -> list[Segment]:
     merged: list[Segment] = []
     for segment in segments:
         last = merged[-1] if merged else None
-        if (last and last.piece is segment.piece is Piece.LITERAL) or (
-            last and last.piece is segment.piece is Piece.COPY and last.old_offset + last.length == segment.old_offset
-        ):
+        if last and last.piece is segment.piece is not Piece.TENSOR and _continues(last, segment):
             merged[-1] = replace(last, length=last.length + segment.length)
         else:
             merged.append(segment)
     return merged
+
+
+def _continues(last: Segment, segment: Segment) -> bool:
+    return segment.piece is Piece.LITERAL or last.old_offset + last.length == segment.old_offset

@@ -1,0 +1,179 @@
+"""Hostile deltas: an error with a reason, never a crash, a hang, memory beyond the bound or a wrong file."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isthmus.delta import apply_apart, apply_delta, make_delta
+from isthmus.delta.container import HEADER_BYTES, Header, Method
+from isthmus.delta.segments import GROUP_HEADER, MAX_MAP
+from isthmus.digests import sha256_bytes, sha256_file
+from isthmus.errors import DeltaError, DigestMismatchError
+
+GOLDEN = Path(__file__).parents[1] / "isthmus" / "delta" / "golden"
+DELTAS = sorted(GOLDEN.glob("*.delta"))
+MUTATIONS = 400  # of each golden delta
+
+
+def attempt(folder: Path, name: str, delta: bytes) -> None:
+    """Apply a delta that may be anything; only the meant file or an error may come of it."""
+    old, new, out = GOLDEN / f"{name}.old", GOLDEN / f"{name}.new", folder / "out"
+    (folder / "delta").write_bytes(delta)
+    try:
+        apply_delta(old, folder / "delta", out, sha256=sha256_file(new), length=new.stat().st_size)
+    except (DeltaError, DigestMismatchError):
+        assert not out.exists()
+    else:
+        assert out.read_bytes() == new.read_bytes()
+        out.unlink()
+    assert [path.name for path in folder.iterdir()] == ["delta"]
+
+
+def repacked(delta: bytes, change: object) -> bytes:
+    """Return a format 2 delta whose first map has been changed, so that mutations get behind its compression."""
+    assert callable(change)
+    fields = list(GROUP_HEADER.unpack_from(delta, HEADER_BYTES))
+    begin = HEADER_BYTES + GROUP_HEADER.size
+    raw = zstandard.ZstdDecompressor().decompress(delta[begin : begin + fields[1]])
+    changed = change(raw)
+    packed = zstandard.compress(changed)
+    rest = delta[begin + fields[1] :]
+    fields[1], fields[2] = len(packed), len(changed)
+    return delta[:HEADER_BYTES] + GROUP_HEADER.pack(*fields) + packed + rest
+
+
+def mutated(rng: np.random.Generator, data: bytes) -> bytes:
+    changed = bytearray(data)
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(rng.integers(len(changed)))
+        match int(rng.integers(5)):
+            case 0:
+                changed[at] ^= 1 << int(rng.integers(8))
+            case 1:
+                changed[at] = int(rng.choice([0, 1, 127, 128, 255]))
+            case 2:
+                changed[at : at + 8] = bytes([255] * int(rng.integers(1, 9)))
+            case 3:
+                del changed[at : at + int(rng.integers(1, 40))]
+            case _:
+                changed[at:at] = changed[: int(rng.integers(1, 40))]
+        if not changed:
+            break
+    return bytes(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", DELTAS, ids=lambda path: path.name)
+def test_mutated_deltas_are_refused_or_harmless(tmp_path: Path, delta: Path) -> None:
+    rng = np.random.default_rng(0)
+    good = delta.read_bytes()
+    name = delta.name.split(".")[0]
+    for number in range(MUTATIONS):
+        if "format2" in delta.name and number % 2:
+            attempt(tmp_path, name, repacked(good, lambda raw: mutated(rng, raw)))
+        else:
+            attempt(tmp_path, name, good[:6] + mutated(rng, good[6:]))
+
+
+@given(data=st.binary(max_size=300), method=st.sampled_from(list(Method)))
+@settings(deadline=None, max_examples=60)
+def test_any_bytes_behind_a_right_header_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, method: Method
+) -> None:
+    old, new = (GOLDEN / f"bytes.{side}" for side in ("old", "new"))
+    header = Header(method, sha256_file(old), sha256_file(new), new.stat().st_size, old.stat().st_size)
+    attempt(tmp_path_factory.mktemp("any"), "bytes", header.pack() + data)
+
+
+def crafted(old: bytes, new_length: int, group: bytes) -> bytes:
+    return Header(Method.SEGMENTS, sha256_bytes(old), "0" * 64, new_length, len(old)).pack() + group
+
+
+def grouped(raw: bytes, *, length: int, lanes: int = 0, words: int = 0, said: int | None = None) -> bytes:
+    packed = zstandard.compress(raw)
+    size = len(raw) if said is None else said
+    return GROUP_HEADER.pack(length, len(packed), size, 0, words, lanes) + packed
+
+
+COPY = struct.Struct("<HHIBQQ")  # no sections, no models, one segment
+HOSTILE = {
+    "a copy from outside of the base": grouped(COPY.pack(0, 0, 1, 0, 100, 950), length=100),
+    "an offset that wraps": grouped(COPY.pack(0, 0, 1, 0, 100, 2**64 - 50), length=100),
+    "a segment longer than its group": grouped(COPY.pack(0, 0, 1, 0, 2**63, 0), length=100),
+    "a group longer than the target": grouped(COPY.pack(0, 0, 1, 0, 200, 0), length=200),
+    "a group that makes nothing": grouped(struct.pack("<HHI", 0, 0, 0), length=0),
+    "many segments that are not there": grouped(struct.pack("<HHI", 0, 0, 2**32 - 1), length=100),
+    "an unknown kind of segment": grouped(COPY.pack(0, 0, 1, 9, 100, 0), length=100),
+    "a literal without a section": grouped(struct.pack("<HHIBQ", 0, 0, 1, 1, 100), length=100),
+    "a tensor without a model": grouped(
+        struct.pack("<HHIBQQHIhBBh", 0, 0, 1, 2, 100, 0, 7, 10, 0, 0, 0, 0), length=100, lanes=1
+    ),
+    "too many lanes": grouped(COPY.pack(0, 0, 1, 0, 100, 0), length=100, lanes=2**31),
+    "a map that says too little": grouped(COPY.pack(0, 0, 1, 0, 100, 0), length=100, said=10),
+    "a map that says too much": grouped(COPY.pack(0, 0, 1, 0, 100, 0), length=100, said=MAX_MAP + 1),
+    "a map that is a bomb": grouped(bytes(1 << 24) + b"x", length=100, said=1 << 24),
+}
+
+
+@pytest.mark.parametrize("group", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_crafted_group_is_refused(tmp_path: Path, group: bytes) -> None:
+    old = bytes(1000)
+    (tmp_path / "old").write_bytes(old)
+    (tmp_path / "delta").write_bytes(crafted(old, 100, group))
+    with pytest.raises(DeltaError) as caught:
+        apply_delta(tmp_path / "old", tmp_path / "delta", tmp_path / "out", sha256="0" * 64, length=100)
+    assert caught.value.reason == "bad-delta"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "old"]
+
+
+def test_a_frame_that_goes_on_for_ever_stops_at_the_announced_length(tmp_path: Path) -> None:
+    bomb = zstandard.ZstdCompressor(level=1).compress(bytes(1 << 28))
+    (tmp_path / "delta").write_bytes(Header(Method.FULL, "0" * 64, "0" * 64, 1000, 0).pack() + bomb)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DeltaError):
+        apply_delta(None, tmp_path / "delta", tmp_path / "out", sha256="0" * 64, length=1000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+def test_a_delta_is_applied_in_a_process_that_says_why_not(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    old = rng.bytes(100_000)
+    (tmp_path / "old").write_bytes(old)
+    (tmp_path / "new").write_bytes(old[:50_000] + b"more" + old[50_000:])
+    make_delta(tmp_path / "old", tmp_path / "new", tmp_path / "delta")
+    paths = tmp_path / "old", tmp_path / "delta", tmp_path / "out"
+    digest, length = sha256_file(tmp_path / "new"), (tmp_path / "new").stat().st_size
+    asyncio.run(apply_apart(*paths, sha256=digest, length=length))
+    assert paths[2].read_bytes() == (tmp_path / "new").read_bytes()
+    with pytest.raises(DigestMismatchError):
+        asyncio.run(apply_apart(*paths, sha256="0" * 64, length=length))
+    paths[0].write_bytes(b"another")
+    with pytest.raises(DeltaError) as caught:
+        asyncio.run(apply_apart(*paths, sha256=digest, length=length))
+    assert caught.value.reason == "wrong-base"
+
+
+def test_a_cancelled_apply_leaves_nothing(tmp_path: Path) -> None:
+    old = np.random.default_rng(2).bytes(40_000_000)
+    (tmp_path / "old").write_bytes(old)
+    (tmp_path / "delta").write_bytes(Header(Method.PATCH, sha256_bytes(old), "0" * 64, 10, len(old)).pack() + b"x")
+
+    async def cancel() -> None:
+        paths = tmp_path / "old", tmp_path / "delta", tmp_path / "out"
+        task = asyncio.create_task(apply_apart(*paths, sha256="0" * 64, length=10))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "old"]
