@@ -32,6 +32,13 @@ def compile_command(
         Path | None,
         typer.Option(help="Where results of stages are kept.", show_default=".compile-cache, beside the output"),
     ] = None,
+    delta_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="The bundle that devices have now, folder or archive: its INT8 grid is kept.",
+            show_default="update.delta_from of the recipe",
+        ),
+    ] = None,
     archive: Annotated[
         Path | None, typer.Option(help="Also write the bundle as this tar file.", show_default=False)
     ] = None,
@@ -61,7 +68,12 @@ def compile_command(
     with ended_by_signals(), stages() as advance:
         try:
             outcome = compile_bundle(
-                recipe, output or recipe.parent / "bundle", cache=cache, budget=budget, progress=advance
+                recipe,
+                output or recipe.parent / "bundle",
+                cache=cache,
+                budget=budget,
+                delta_from=delta_from,
+                progress=advance,
             )
         except GuardError as error:
             _show(error.outcome, as_json=as_json)
@@ -132,15 +144,34 @@ def _show(outcome: Outcome, *, as_json: bool) -> None:
         note("nothing has changed: the bundle is the one that was there")
 
 
+def grid_notes(entry: VariantReport) -> Iterator[str]:
+    """Yield what became of the INT8 grid of the version before."""
+    if entry.grid in ("kept", "part") and entry.grids:
+        kept, scales = sum(tensor.kept for tensor in entry.grids), sum(tensor.channels for tensor in entry.grids)
+        whole = sum(tensor.kept == tensor.channels for tensor in entry.grids)
+        worst = max(entry.grids, key=lambda tensor: tensor.noise)
+        yield (
+            f"INT8 grid of the version before: {kept:,} of {scales:,} scales kept, {whole} of {len(entry.grids)} "
+            f"tensors wholly; rounding costs at most {worst.noise:.2f} times what it would on new scales ({worst.name})"
+        )
+    elif entry.grid_note:
+        yield f"new INT8 grid, for {entry.grid_note}"
+        return
+    if entry.grid_note:
+        yield f"more scales were tried and refused, for {entry.grid_note}"
+    unlike = [f"{tensor.name}: {tensor.reason}" for tensor in entry.grids if tensor.reason]
+    if unlike:
+        more = f" and {len(unlike) - _UNLIKE} more" if len(unlike) > _UNLIKE else ""
+        yield f"new scales where the version before has none: {', '.join(unlike[:_UNLIKE])}{more}"
+
+
 def _notes(entry: VariantReport) -> None:
     for attempt in entry.attempts[:-1]:
         note(f"{entry.id}: setting {attempt.setting} was refused, for {attempt.refused}")
     if len(entry.attempts) > 1:
         note(f"{entry.id}: setting {entry.setting} passes, the fastest that does")
-    if entry.grid == "kept":
-        note(f"{entry.id}: INT8 grid of the version before kept, {entry.clipped:.2%} clipped at most")
-    if entry.grid_note:
-        note(f"{entry.id}: new INT8 grid, for {entry.grid_note}")
+    for line in grid_notes(entry):
+        note(f"{entry.id}: {line}")
     if entry.note:
         note(f"{entry.id}: {entry.note}")
     if entry.verified == "device":
