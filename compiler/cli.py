@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -18,6 +18,8 @@ from isthmus.terminal import JsonOption, note, progress, show_record, show_table
 if TYPE_CHECKING:
     from compiler.pipeline import Outcome
     from compiler.report import VariantReport
+
+_NAMED: Final = 3  # tensors that a note names
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -147,22 +149,21 @@ def _show(outcome: Outcome, *, as_json: bool) -> None:
 def grid_notes(entry: VariantReport) -> Iterator[str]:
     """Yield what became of the INT8 grid of the version before."""
     if entry.grid in ("kept", "part") and entry.grids:
-        kept, scales = sum(tensor.kept for tensor in entry.grids), sum(tensor.channels for tensor in entry.grids)
-        whole = sum(tensor.kept == tensor.channels for tensor in entry.grids)
+        kept, moved, scales = (sum(getattr(t, name) for t in entry.grids) for name in ("kept", "moved", "channels"))
         worst = max(entry.grids, key=lambda tensor: tensor.noise)
         yield (
-            f"INT8 grid of the version before: {kept:,} of {scales:,} scales kept, {whole} of {len(entry.grids)} "
-            f"tensors wholly; rounding costs at most {worst.noise:.2f} times what it would on new scales ({worst.name})"
+            f"INT8 grid of the version before: of {scales:,} scales {kept:,} kept, {moved:,} moved with their "
+            f"channels, {scales - kept - moved:,} new; rounding errors at most {worst.noise:.2f} times those on new "
+            f"scales, in {worst.name}"
         )
+        if entry.grid_note:
+            yield f"more was tried and refused, for {entry.grid_note}"
     elif entry.grid_note:
         yield f"new INT8 grid, for {entry.grid_note}"
-        return
-    if entry.grid_note:
-        yield f"more scales were tried and refused, for {entry.grid_note}"
-    unlike = [f"{tensor.name}: {tensor.reason}" for tensor in entry.grids if tensor.reason]
+    unlike = [f"{tensor.name} ({tensor.reason})" for tensor in entry.grids if tensor.reason]
     if unlike:
-        more = f" and {len(unlike) - _UNLIKE} more" if len(unlike) > _UNLIKE else ""
-        yield f"new scales where the version before has none: {', '.join(unlike[:_UNLIKE])}{more}"
+        more = f" and {len(unlike) - _NAMED} more" if len(unlike) > _NAMED else ""
+        yield f"new scales where the version before has none: {', '.join(unlike[:_NAMED])}{more}"
 
 
 def _notes(entry: VariantReport) -> None:

@@ -54,9 +54,7 @@ class _Contents:
 
     def quantize(self, weight: _Weight, array: Array) -> None:
         name = weight.integers.get_friendly_name()
-        tensor = Quantized(
-            name, array, np.asarray(weight.integers.data), _number(weight.scale), weight.zero_point
-        )
+        tensor = Quantized(name, array, np.asarray(weight.integers.data), _number(weight.scale), weight.zero_point)
         if name in self.weights and not np.array_equal(self.weights[name][1].weights, array):
             raise GridError(f"constant {name!r} has several users that need different values now")
         self.weights[name] = weight, tensor

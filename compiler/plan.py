@@ -35,9 +35,7 @@ class Plan:
     key: str  # the digest of everything that the bundle depends on
 
 
-def make_plan(
-    recipe_path: Path, output: Path, *, cores: int, cache: Cache, delta_from: Path | None = None
-) -> Plan:
+def make_plan(recipe_path: Path, output: Path, *, cores: int, cache: Cache, delta_from: Path | None = None) -> Plan:
     """Return the plan of a recipe.
 
     Args:

@@ -5,8 +5,8 @@ the scales that tensors of the same name and shape have in the version before:
  (1) activations: the old scale and zero point, while the range that the samples need now is about the one of then;
  (2) weights and embeddings: compiler.grid decides, channel by channel;
  (3) biases of 32 bits: on the product of the two scales that their operator has by now.
-What has no counterpart in the version before keeps the scales that the quantizer gave it. The order of tensors and nodes
-is the quantizer's, which is the same for the same architecture.
+What has no counterpart in the version before keeps the scales that the quantizer gave it. The order of tensors and
+nodes is the quantizer's, which is the same for the same architecture.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class _Tensors:
         from onnx import numpy_helper
 
         for name, array in changes.items():
-            self._tensors[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+            self._tensors[name].CopyFrom(
+                numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+            )
 
     def _unpacking(self, node: Any) -> _Unpacking | None:
         """Return what this node unpacks: constants, or rows that are looked up in a table of constants."""

@@ -1,7 +1,7 @@
 """Updates of two models, as people make them: each is trained for real, from published weights, for a few steps.
 
-`minilm`: the whole encoder all-MiniLM-L6-v2 (22.7 M weights) on 4,000 forum posts. `cells`: EfficientNet-Lite0 (ImageNet
-weights, 3.4 M without its classifier) on photographs of solar cells. The updates, and what each starts from:
+`minilm`: the whole encoder all-MiniLM-L6-v2 (22.7 M weights) on 4,000 forum posts. `cells`: EfficientNet-Lite0 (3.4 M
+ImageNet weights without its classifier) on photographs of solar cells. The updates, and what each starts from:
 
     full       published weights -> one pass over all posts, or over half of the cells, with every weight free
     continued  full -> 20 more steps at half the rate
@@ -24,7 +24,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.pairs.image import CELLS, SIDE, read_cells
+from benchmarks.pairs.image import CELLS, read_cells
 from benchmarks.zoo import exports
 from benchmarks.zoo.architectures import EfficientNetLite
 from benchmarks.zoo.packages import EFFICIENTNET_LITE
@@ -55,7 +55,7 @@ class CellLite(nn.Module):
         """Build a model with fresh weights."""
         super().__init__()
         self.body = EfficientNetLite(0)
-        self.body._fc = nn.Identity()  # type: ignore[assignment]  # what follows takes its place
+        self.body.classify_with(nn.Identity())  # what follows takes its place
         self.head = nn.Linear(1280, 2)
 
     def forward(self, cell: Tensor) -> Tensor:

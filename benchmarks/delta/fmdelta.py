@@ -1,19 +1,23 @@
 """A coder after FM-Delta (W. Ning et al., FM-Delta: Lossless Compression for Storing Massive Fine-tuned Foundation
-Models, NeurIPS 2024), written from the paper; it runs in the environment of the tools and imports nothing of ours.
+Models, NeurIPS 2024), written from the paper's description. It runs in the environment of the tools.
 
-Tensors of both versions are aligned. A float becomes an integer in an order-preserving way, integers stay what they are;
+Tensors of both versions are aligned. A float becomes an integer in an order-preserving way, integers stay as they are;
 the difference is coded as a class (its sign and bit length) by a range coder whose model adapts, and the bits below the
 leading one as they are. The range coder is `constriction`'s; its model is renewed every `_CHUNK` values.
 """
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import constriction
 import numpy as np
 
-_CHUNK = 1 << 16
-_WIDTHS = {"f32": 32, "f16": 16, "i32": 32, "i8": 8, "u8": 8, "i64": 64}
-_FLOATS = {"f32", "f16"}
+Array = np.ndarray[Any, Any]
+
+_CHUNK: Final = 1 << 16
+_WIDTHS: Final = {"f32": 32, "f16": 16, "i32": 32, "i8": 8, "u8": 8, "i64": 64}
+_FLOATS: Final = {"f32", "f16"}
 
 
 def encode(old: bytes, new: bytes, dtype: str) -> tuple[bytes, bytes]:
@@ -60,16 +64,16 @@ class _Counts:
     """How often each class has been seen."""
 
     def __init__(self, width: int) -> None:
-        self._seen = np.full(2 * width + 1, 0.5)
+        self._seen: Array = np.full(2 * width + 1, 0.5)
 
-    def model(self) -> constriction.stream.model.Categorical:
+    def model(self) -> Any:
         return constriction.stream.model.Categorical(self._seen / self._seen.sum(), perfect=False)
 
-    def learn(self, symbols: np.ndarray) -> None:
+    def learn(self, symbols: Array) -> None:
         self._seen = self._seen * 0.9 + np.bincount(symbols, minlength=len(self._seen)) + 1e-3
 
 
-def _ordered(data: bytes, dtype: str) -> np.ndarray:
+def _ordered(data: bytes, dtype: str) -> Array:
     """Return integers in the order of the values."""
     if dtype not in _FLOATS:
         return np.frombuffer(data, {"i32": "<i4", "i8": "i1", "u8": "u1", "i64": "<i8"}[dtype]).astype(np.int64)
@@ -79,7 +83,7 @@ def _ordered(data: bytes, dtype: str) -> np.ndarray:
     return np.where(bits < top, bits, top - bits)
 
 
-def _stored(ordered: np.ndarray, dtype: str) -> bytes:
+def _stored(ordered: Array, dtype: str) -> bytes:
     if dtype not in _FLOATS:
         width = _WIDTHS[dtype]
         return ordered.astype(np.int64).view(np.uint64).astype(f"<u{width // 8}").tobytes()
@@ -88,7 +92,7 @@ def _stored(ordered: np.ndarray, dtype: str) -> bytes:
     return np.where(ordered >= 0, ordered, top - ordered).astype(f"<u{width // 8}").tobytes()
 
 
-def _difference(old: np.ndarray, new: np.ndarray, width: int) -> np.ndarray:
+def _difference(old: Array, new: Array, width: int) -> Array:
     """Return the difference; integers of 8 bits wrap around, which never makes it longer."""
     difference = new - old
     if width == 8:
@@ -96,7 +100,7 @@ def _difference(old: np.ndarray, new: np.ndarray, width: int) -> np.ndarray:
     return difference
 
 
-def _bit_length(magnitude: np.ndarray) -> np.ndarray:
+def _bit_length(magnitude: Array) -> Array:
     length = np.zeros(len(magnitude), np.int64)
     rest = magnitude.copy()
     for step in (32, 16, 8, 4, 2, 1):
@@ -106,11 +110,12 @@ def _bit_length(magnitude: np.ndarray) -> np.ndarray:
     return length + (rest > 0)
 
 
-def _pack(values: np.ndarray, bits: int) -> bytes:
+def _pack(values: Array, bits: int) -> bytes:
     shifts = np.arange(bits, dtype=np.uint64)
     return np.packbits(((values[:, None] >> shifts) & np.uint64(1)).astype(np.uint8)).tobytes()
 
 
-def _unpack(data: bytes, count: int, bits: int) -> np.ndarray:
+def _unpack(data: bytes, count: int, bits: int) -> Array:
     found = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits).reshape(count, bits)
-    return (found.astype(np.int64) << np.arange(bits)).sum(axis=1)
+    values: Array = (found.astype(np.int64) << np.arange(bits)).sum(axis=1)
+    return values

@@ -13,7 +13,6 @@ Everything is made on first use (about ten minutes, and 2 GB) and kept.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +57,6 @@ _SILERO: Final = (
 )
 _RELEASES: Final = {
     "silero-vad-6.1-6.2-onnx": (*_SILERO, "silero_vad/data/silero_vad.onnx"),
-    "silero-vad-6.1-6.2-half": (*_SILERO, "silero_vad/data/silero_vad_half.onnx"),
 }
 
 
@@ -108,7 +106,7 @@ def _release(name: str, build: Path, progress: Progress) -> DeltaPair:
 def _whole(path: Path, content: bytes) -> None:
     part = path.with_name(f"part-{path.name}")
     part.write_bytes(content)
-    os.replace(part, path)
+    part.replace(path)
 
 
 @contextmanager
@@ -157,7 +155,7 @@ class _Workshop:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"part-{path.name}")
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
-            os.replace(part, path)
+            part.replace(path)
         return path
 
     def form(self, version: str, form: str, *, base: bool = False) -> Path:

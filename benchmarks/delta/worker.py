@@ -14,16 +14,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-_LEVEL = 19
+_LEVEL: Final = 19
 
 
-class Refused(Exception):
+Make = Callable[[], bytes]
+Apply = Callable[[bytes], bytes]
+Coder = tuple[Make, Apply]
+
+
+class RefusedError(Exception):
     """The tool cannot take the pair."""
 
 
-def _zstd(old: bytes | None, new: bytes):
+@dataclass(frozen=True)
+class Pair:
+    """Both files, and the tensors that they share."""
+
+    old: bytes
+    new: bytes
+    spans: list[tuple[str, int, int, int]]
+
+
+def _zstd(old: bytes | None, new: bytes) -> Coder:
     import zstandard
 
     # A window over both files: what `zstd --long --patch-from` chooses.
@@ -37,41 +54,47 @@ def _zstd(old: bytes | None, new: bytes):
     return lambda: compressor.compress(new), lambda delta: decompressor.decompress(delta, max_output_size=len(new))
 
 
-def zstd(old, new, _):
-    return _zstd(None, new)
+def zstd(pair: Pair) -> Coder:
+    """zstd of the new file alone."""
+    return _zstd(None, pair.new)
 
 
-def zstd_patch_from(old, new, _):
-    return _zstd(old, new)
+def zstd_patch_from(pair: Pair) -> Coder:
+    """zstd with the old file as prefix."""
+    return _zstd(pair.old, pair.new)
 
 
-def xz(old, new, _):
-    return lambda: lzma.compress(new, preset=9), lzma.decompress
+def xz(pair: Pair) -> Coder:
+    """xz of the new file alone."""
+    return lambda: lzma.compress(pair.new, preset=9), lambda delta: lzma.decompress(delta)
 
 
-def bsdiff(old, new, _):
+def bsdiff(pair: Pair) -> Coder:
+    """bsdiff, by bsdiff4."""
     import bsdiff4
 
-    return lambda: bsdiff4.diff(old, new), lambda delta: bsdiff4.patch(old, delta)
+    return lambda: bsdiff4.diff(pair.old, pair.new), lambda delta: bsdiff4.patch(pair.old, delta)
 
 
-def hdiffpatch(old, new, _):
+def hdiffpatch(pair: Pair) -> Coder:
+    """HDiffPatch with zstd, by the package of that name."""
     import hdiffpatch
 
     return (
-        lambda: hdiffpatch.diff(old, new, compression=hdiffpatch.COMPRESSION_ZSTD),
-        lambda delta: hdiffpatch.apply(old, delta),
+        lambda: hdiffpatch.diff(pair.old, pair.new, compression=hdiffpatch.COMPRESSION_ZSTD),
+        lambda delta: hdiffpatch.apply(pair.old, delta),
     )
 
 
-def xdelta3(old, new, _):
+def xdelta3(pair: Pair) -> Coder:
+    """xdelta3 with its strongest settings."""
     if shutil.which("xdelta3") is None:
-        raise Refused("not installed: apt-get install xdelta3")
+        raise RefusedError("not installed: apt-get install xdelta3")
     folder = Path(tempfile.mkdtemp())
     paths = {name: folder / name for name in ("old", "new", "delta", "out")}
-    paths["old"].write_bytes(old)
-    paths["new"].write_bytes(new)
-    window = str(max(len(old), 1 << 20))
+    paths["old"].write_bytes(pair.old)
+    paths["new"].write_bytes(pair.new)
+    window = str(max(len(pair.old), 1 << 20))
 
     def run(*arguments: str) -> None:
         subprocess.run(["xdelta3", "-f", "-B", window, "-s", str(paths["old"]), *arguments], check=True)
@@ -87,25 +110,27 @@ def xdelta3(old, new, _):
     return make, apply
 
 
-def zipnn(old, new, spans):
+def zipnn(pair: Pair) -> Coder:
+    """ZipNN in its delta mode."""
     from zipnn import ZipNN
 
-    if len(old) != len(new):
-        raise Refused("its delta mode takes files of equal length only")
-    types = {span[0] for span in spans if span[3] > 4096}
+    if len(pair.old) != len(pair.new):
+        raise RefusedError("its delta mode takes files of equal length only")
+    types = {span[0] for span in pair.spans if span[3] > 4096}
     dtype = "float16" if "f16" in types else "float32"
     coder = ZipNN(delta_compressed_type="byte", bytearray_dtype=dtype, input_format="byte", threads=1)
     return (
-        lambda: bytes(coder.compress(bytearray(new), delta_second_data=bytearray(old))),
-        lambda delta: bytes(coder.decompress(bytearray(delta), delta_second_data=bytearray(old))),
+        lambda: bytes(coder.compress(bytearray(pair.new), delta_second_data=bytearray(pair.old))),
+        lambda delta: bytes(coder.decompress(bytearray(delta), delta_second_data=bytearray(pair.old))),
     )
 
 
-def fm_delta(old, new, spans):
+def fm_delta(pair: Pair) -> Coder:
+    """A coder after FM-Delta, and zstd for what lies between tensors."""
     import fmdelta
 
-    spans = sorted(spans, key=lambda span: span[2])
-    by_type: dict[str, list] = {}
+    old, new, spans = pair.old, pair.new, sorted(pair.spans, key=lambda span: span[2])
+    by_type: dict[str, list[tuple[str, int, int, int]]] = {}
     for span in spans:
         by_type.setdefault(span[0], []).append(span)
     gaps, at = [], 0
@@ -114,15 +139,18 @@ def fm_delta(old, new, spans):
         at = start + size
     gaps.append((at, len(new)))
 
-    def pieces(data: bytes, group: list, side: int) -> bytes:
-        return b"".join(data[span[side] : span[side] + span[3]] for span in group)
+    def before(group: list[tuple[str, int, int, int]]) -> bytes:
+        return b"".join(old[start : start + size] for _, start, _, size in group)
+
+    def after(group: list[tuple[str, int, int, int]]) -> bytes:
+        return b"".join(new[start : start + size] for _, _, start, size in group)
 
     rest_make, rest_apply = _zstd(old, b"".join(new[start:stop] for start, stop in gaps))
 
     def make() -> bytes:
         parts = [rest_make()]
         for dtype, group in sorted(by_type.items()):
-            parts += fmdelta.encode(pieces(old, group, 1), pieces(new, group, 2), dtype)
+            parts += fmdelta.encode(before(group), after(group), dtype)
         header = json.dumps([len(part) for part in parts]).encode()
         return len(header).to_bytes(4, "little") + header + b"".join(parts)
 
@@ -140,17 +168,17 @@ def fm_delta(old, new, spans):
         for place, (dtype, group) in enumerate(sorted(by_type.items())):
             size = {"8": 1, "16": 2, "32": 4, "64": 8}[dtype.lstrip("fiu")]
             count = sum(span[3] for span in group) // size
-            data = fmdelta.decode(pieces(old, group, 1), count, dtype, *parts[1 + 2 * place : 3 + 2 * place])
+            values = fmdelta.decode(before(group), count, dtype, *parts[1 + 2 * place : 3 + 2 * place])
             at = 0
             for _, _, begin, length in group:
-                out[begin : begin + length] = data[at : at + length]
+                out[begin : begin + length] = values[at : at + length]
                 at += length
         return bytes(out)
 
     return make, apply
 
 
-TOOLS = {
+TOOLS: dict[str, Callable[[Pair], Coder]] = {
     "zstd -19": zstd,
     "xz -9": xz,
     "zstd -19 --patch-from --long": zstd_patch_from,
@@ -163,10 +191,11 @@ TOOLS = {
 
 
 def main() -> None:
+    """Run one tool on one pair."""
     tool, old_path, new_path, spans_path = sys.argv[1:]
-    old, new = Path(old_path).read_bytes(), Path(new_path).read_bytes()
+    pair = Pair(Path(old_path).read_bytes(), Path(new_path).read_bytes(), json.loads(Path(spans_path).read_text()))
     try:
-        make, apply = TOOLS[tool](old, new, json.loads(Path(spans_path).read_text()))
+        make, apply = TOOLS[tool](pair)
         begun = time.perf_counter()
         delta = make()
         made = time.perf_counter()
@@ -175,7 +204,7 @@ def main() -> None:
     except Exception as error:  # each tool has errors of its own
         print(json.dumps({"refused": f"{type(error).__name__}: {str(error)[:200]}"}))
         return
-    if result != new:
+    if result != pair.new:
         print(json.dumps({"refused": "it does not rebuild the file"}))
         return
     print(json.dumps({"bytes": len(delta), "make_s": made - begun, "apply_s": applied - made}))

@@ -65,9 +65,7 @@ class OnnxRuntimeTarget:
         return OnnxRunner(entry, threads=threads)
 
 
-def _quantized(
-    model: CapturedModel, options: BuildOptions, setting: str
-) -> tuple[Any, tuple[TensorGrid, ...], str]:
+def _quantized(model: CapturedModel, options: BuildOptions, setting: str) -> tuple[Any, tuple[TensorGrid, ...], str]:
     """Return the graph, what became of its tensors on the grid of the version before, and why that was not kept."""
     from compiler.qdq import quantized
 
