@@ -22,7 +22,7 @@ whatever the order of rounding was. This is not hysteresis: no weight is left on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -120,7 +120,8 @@ class Quantized:
         choices = self._choices()
         own = choices[_OWN]
         least = 0.0 if self.least_scale is None else self._rows(self.least_scale)
-        limit = np.maximum(MAX_NOISE * own.harm, NEGLIGIBLE * np.median(own.harm))
+        exact = np.square(own.scale * NEGLIGIBLE) * own.integers.shape[1]  # as good as no rounding at all
+        limit = np.maximum(MAX_NOISE * own.harm, NEGLIGIBLE * np.median(own.harm)) + exact
         bits = [
             np.where(
                 (choice.harm <= limit) & (choice.clipped <= MAX_CLIPPED) & (choice.scale >= least) & (not anew),
@@ -203,27 +204,50 @@ def _choose(
     steps = old.astype(np.float64) - (0.0 if zero is None else zero)
     if own is None:
         own = _own_scale(weights, steps, zero, limits)
-    squared = np.square(steps).sum(axis=1, keepdims=True)
-    moved = (weights * steps).sum(axis=1, keepdims=True) / np.where(squared > 0, squared, 1.0)
     if least is not None:
         own = np.maximum(own, least)
-    found = []
-    for place, scale in enumerate((kept, _single(moved), _single(own))):
+
+    def on(scale: NDArray[np.float64]) -> _Choice:
         integers, outside = requantize(weights, old, np.where(scale > 0, scale, kept), zero, limits)
         error = (integers.astype(np.float64) - (0.0 if zero is None else zero)) * scale - weights
         distance = np.abs(integers.astype(np.float64) - old)
-        bits = np.where(distance > 0, 1 + 2 * np.log2(1 + distance), 0).sum(axis=1, keepdims=True)
-        harm = np.square(error).sum(axis=1, keepdims=True)
-        found.append(
-            _Choice(
-                scale=scale,
-                integers=integers,
-                harm=np.where(scale > 0, harm, np.inf) if place == _MOVED else harm,
-                clipped=outside.mean(axis=1, keepdims=True) if outside.size else np.zeros(scale.shape),
-                bits=bits + (0 if place == _KEPT else _SCALE_BITS),
-            )
+        return _Choice(
+            scale=scale,
+            integers=integers,
+            harm=np.square(error).sum(axis=1, keepdims=True),
+            clipped=outside.mean(axis=1, keepdims=True) if outside.size else np.zeros(scale.shape),
+            bits=np.where(distance > 0, 1 + 2 * np.log2(1 + distance), 0).sum(axis=1, keepdims=True),
         )
-    return found
+
+    stays = on(kept)
+    moved = kept.copy()
+    rows = np.flatnonzero(stays.bits[:, 0] > _SCALE_BITS)  # elsewhere it cannot pay
+    moved[rows] = _moved_scale(np.asarray(weights[rows], dtype=np.float64), steps[rows], kept[rows])
+    changed = [replace(choice, bits=choice.bits + _SCALE_BITS) for choice in (on(_single(moved)), on(_single(own)))]
+    return [stays, *changed]
+
+
+def _moved_scale(
+    weights: NDArray[np.float64], steps: NDArray[np.float64], kept: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the scales with which most integers can stay as they are.
+
+    Each weight that has the sign of its integer leaves that unchanged for an interval of scales; the scale that lies in
+    most intervals is found by a sweep over their ends.
+    """
+    size, at = np.abs(weights), np.abs(steps)
+    fits = (weights * steps > 0) | (steps == 0)
+    ends = [
+        np.where(fits, size / (at + 0.5), np.inf),
+        np.where(fits & (at > 0), size / np.maximum(at - 0.5, 0.5), np.inf),
+    ]
+    points = np.concatenate(ends, axis=1)
+    order = points.argsort(axis=1, kind="stable")
+    inside = np.where(order < weights.shape[1], 1, -1).cumsum(axis=1)
+    points = np.take_along_axis(points, order, axis=1)
+    best = inside[:, :-1].argmax(axis=1)[:, None]
+    low, high = (np.take_along_axis(points, best + step, axis=1) for step in (0, 1))
+    return np.where(np.isfinite(low) & (low > 0), np.where(np.isfinite(high), (low + high) / 2, low), kept)
 
 
 def _own_scale(
@@ -251,7 +275,12 @@ def regrid_all(tensors: Mapping[str, Quantized], share: float) -> dict[str, Regr
         GridError: One of them cannot be put on any grid.
     """
     found = {name: tensor.regrid() for name, tensor in tensors.items()}
-    by_harm = sorted(found, key=lambda name: (-found[name].tensor.noise, name))
+
+    def harmed(name: str) -> tuple[bool, float, str]:
+        tensor = found[name].tensor
+        return tensor.kept + tensor.moved > 0, -tensor.noise, name  # first those that have new scales anyway
+
+    by_harm = sorted(found, key=harmed)
     for name in by_harm[: len(found) - round(len(found) * share)]:
         found[name] = tensors[name].regrid(anew=True)
     return found

@@ -125,8 +125,10 @@ def climb(subject: Subject, candidate: Candidate, shop: Workshop) -> Accepted | 
         attempts.append(judged)
         if judged.grid in ("kept", "part") and rung.previous is not None:
             notes.append(f"{_SHARES[rung.previous.share]} {judged.refused}")
-        else:
-            renewed.add(rung.setting)
+            continue
+        renewed.add(rung.setting)
+        if rung.previous is not None:  # the version before has no grid for it
+            notes.append(BuildResult.model_validate_json((folder / RESULT).read_bytes()).note)
     tried = [attempt for attempt in attempts if attempt.accuracy is not None]
     if candidate.required and failure is not None and not tried:
         raise failure

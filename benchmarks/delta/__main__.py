@@ -1,5 +1,6 @@
 """`python -m benchmarks.delta [--quick] [--json FILE] [--pairs TEXT]`: deltas of real updates, against general tools.
 
+Speeds are per core, by processor time: other loads on the machine do not count, waiting for a disk does not either.
 The quick form takes a pair of public releases and one of which the weights are made up; the full form makes or finds
 all pairs. Tools are measured when their environment is there (`python -m benchmarks.delta.tools`).
 """

@@ -29,7 +29,7 @@ _LIMIT_S: Final = 1800.0
 ALONE: Final = ("zstd -19", "xz -9")  # of the new file alone
 BYTES: Final = (*ALONE, "zstd -19 --patch-from --long", "bsdiff4", "hdiffpatch", "xdelta3")  # know nothing of tensors
 MODELS: Final = ("zipnn", "fm-delta")
-QUICK: Final = ("zstd -19", "zstd -19 --patch-from --long", "bsdiff4", "fm-delta")
+QUICK: Final = ("zstd -19 --patch-from --long", "bsdiff4", "fm-delta")
 
 
 def install() -> None:

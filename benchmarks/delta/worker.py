@@ -1,6 +1,6 @@
 """One tool on one pair, in the environment of the tools: `python worker.py TOOL OLD NEW SPANS`.
 
-It prints a line of JSON: the delta's bytes, and the seconds to make and to apply it. What was applied is compared with
+It prints a line of JSON: the delta's bytes, and the seconds of one core to make and to apply it. What was applied is compared with
 the new file. SPANS is a JSON file: the aligned tensors as [type, offset in old, offset in new, bytes], for those tools
 that know of tensors.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import lzma
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,17 +190,23 @@ TOOLS: dict[str, Callable[[Pair], Coder]] = {
 }
 
 
+def _cpu_s() -> float:
+    """Return the processor time of this process and of the programs that it ran: other loads do not count."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def main() -> None:
     """Run one tool on one pair."""
     tool, old_path, new_path, spans_path = sys.argv[1:]
     pair = Pair(Path(old_path).read_bytes(), Path(new_path).read_bytes(), json.loads(Path(spans_path).read_text()))
     try:
         make, apply = TOOLS[tool](pair)
-        begun = time.perf_counter()
+        begun = _cpu_s()
         delta = make()
-        made = time.perf_counter()
+        made = _cpu_s()
         result = apply(delta)
-        applied = time.perf_counter()
+        applied = _cpu_s()
     except Exception as error:  # each tool has errors of its own
         print(json.dumps({"refused": f"{type(error).__name__}: {str(error)[:200]}"}))
         return
