@@ -230,6 +230,7 @@ def _report(
         tolerance=limit,
         grid=result.grid,
         grid_note=note or (result.note if result.grid else ""),
+        clipped=max((tensor.clipped for tensor in result.tensors), default=0.0),
         grids=result.tensors,
         note="" if result.grid else result.note,
         attempts=(*attempts, last),

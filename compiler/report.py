@@ -49,6 +49,7 @@ class VariantReport(_Part):
     tolerance: float
     grid: Literal["", "kept", "part", "new"]
     grid_note: str  # why the grid is new, or less of it kept, although there is a version before
+    clipped: float  # kept grid: largest share of one tensor's weights that had to be clipped
     grids: tuple[TensorGrid, ...] = ()  # int8 with a version before: what each quantized tensor kept, and its cost
     note: str
     attempts: tuple[Attempt, ...]

@@ -9,3 +9,19 @@ fmdelta.py    a coder after FM-Delta (NeurIPS 2024)
 ours.py       `isthmus.delta`, each step a process of its own
 __main__.py   the command
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaPair:
+    """Two versions of one file; `form` is a key of `pairs.FORMS`, or says what else it is."""
+
+    name: str
+    form: str
+    update: str
+    old: Path
+    new: Path

@@ -16,8 +16,8 @@ import numpy as np
 import typer
 from safetensors.numpy import save_file
 
-from benchmarks.delta import ours, tools
-from benchmarks.delta.pairs import FORMS, DeltaPair, names, pairs
+from benchmarks.delta import DeltaPair, ours, tools
+from benchmarks.delta.pairs import FORMS, names, pairs
 from benchmarks.result import Goal, publish
 from isthmus.terminal import note, progress
 
@@ -132,4 +132,5 @@ def _size_goals(pair: str, by_tool: Mapping[str, int]) -> Iterator[Goal]:
         yield Goal(f"{pair}: ours / {tool}, the best byte tool", mine / byte_tools[tool], 0.95 if fp32 else 0.8)
 
 
-app()
+if __name__ == "__main__":
+    app()

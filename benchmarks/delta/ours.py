@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.delta.pairs import DeltaPair
+from benchmarks.delta import DeltaPair
 from isthmus.delta import apply_delta, make_delta
 from isthmus.digests import sha256_file
 

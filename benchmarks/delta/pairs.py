@@ -16,13 +16,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+from benchmarks.delta import DeltaPair
 from benchmarks.delta.finetune import PUBLISHED, STARTS, SUBJECTS, UPDATES, Subject, update
 from compiler.capture import CapturedModel, capture
 from compiler.grid import PreviousGrid
@@ -58,17 +58,6 @@ _SILERO: Final = (
 _RELEASES: Final = {
     "silero-vad-6.1-6.2-onnx": (*_SILERO, "silero_vad/data/silero_vad.onnx"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaPair:
-    """Two versions of one file; `form` is a key of `FORMS`, or "release"."""
-
-    name: str
-    form: str
-    update: str
-    old: Path
-    new: Path
 
 
 def names() -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.delta.pairs import DeltaPair
+from benchmarks.delta import DeltaPair
 from benchmarks.delta.spans import aligned
 
 ENVIRONMENT: Final = Path("build/peers/delta")

@@ -1,8 +1,8 @@
 """One tool on one pair, in the environment of the tools: `python worker.py TOOL OLD NEW SPANS`.
 
-It prints a line of JSON: the delta's bytes, and the seconds of one core to make and to apply it. What was applied is compared with
-the new file. SPANS is a JSON file: the aligned tensors as [type, offset in old, offset in new, bytes], for those tools
-that know of tensors.
+It prints a line of JSON: the delta's bytes, and the seconds of one core to make and to apply it. What was applied is
+compared with the new file. SPANS is a JSON file: the aligned tensors as [type, offset in old, offset in new, bytes],
+for those tools that know of tensors.
 """
 
 from __future__ import annotations

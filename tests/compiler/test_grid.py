@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from compiler.grid import MAX_CLIPPED, MAX_NOISE, GridError, Quantized, TensorGrid, outcome, regrid_all, requantize
+from compiler.grid import (
+    MAX_CLIPPED,
+    MAX_NOISE,
+    GridError,
+    Quantized,
+    Regridded,
+    TensorGrid,
+    outcome,
+    regrid_all,
+    requantize,
+)
 
 Numbers = np.ndarray[Any, Any]
 LIMITS = (-127, 127)
@@ -69,8 +79,9 @@ def test_no_channel_is_much_worse_than_on_a_scale_of_its_own(weights: Numbers, o
     subject = tensor(weights, old, scale)
     found, own = subject.regrid(), subject.regrid(anew=True)
 
-    def harm(regridded: Any) -> Numbers:
-        return np.square(regridded.integers * regridded.scale - subject.weights).sum(axis=1)
+    def harm(regridded: Regridded) -> Numbers:
+        errors: Numbers = np.square(regridded.integers * regridded.scale - subject.weights).sum(axis=1)
+        return errors
 
     exact = np.square(own.scale[:, 0] * 0.01) * weights.shape[1]
     allowed = np.maximum(MAX_NOISE * harm(own), 0.01 * np.median(harm(own))) + exact
@@ -113,7 +124,7 @@ def test_a_channel_with_new_extremes_gets_a_scale_of_its_own() -> None:
 
 
 def test_room_that_the_version_before_left_is_left_again() -> None:
-    weights, old, scale = drawn()
+    weights, _, scale = drawn()
     roomy = np.rint(weights / (scale * 2)).astype(np.int8)
 
     found = tensor(weights * np.float32(1.001), roomy, scale * 2).regrid()

@@ -129,7 +129,7 @@ def test_another_topology_needs_a_new_grid(old: Path, tmp_path: Path) -> None:
     del softmax.attribute[:]
     onnx.save(model, path)
 
-    with pytest.raises(GridError, match="has no operator like .*'softmax'.*: its architecture was another"):
+    with pytest.raises(GridError, match=r"has no operator like .*'softmax'.*: its architecture was another"):
         keep_grid(PreviousGrid(old), convert(capture(path, tmp_path / "c.onnx")), tmp_path / "model.xml")
 
 

@@ -19,7 +19,7 @@ def variant(
     return VariantReport(
         id=name, target=target, precision="fp32", platform="any", setting="default", bytes=size, verified="compiler",
         accuracy=accuracy, interval=(accuracy - 0.1, accuracy + 0.1), accuracy_drop=0, drop_interval=(0, 0),
-        parity=None, edges=(), tolerance=1, grid="", grid_note="", note="", attempts=(), timing=timing,
+        parity=None, edges=(), tolerance=1, grid="", grid_note="", note="", clipped=0, attempts=(), timing=timing,
     )  # fmt: skip
 
 
