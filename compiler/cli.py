@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -18,6 +18,8 @@ from isthmus.terminal import JsonOption, note, progress, show_record, show_table
 if TYPE_CHECKING:
     from compiler.pipeline import Outcome
     from compiler.report import VariantReport
+
+_NAMED: Final = 3  # tensors that a note names
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -31,6 +33,13 @@ def compile_command(
     cache: Annotated[
         Path | None,
         typer.Option(help="Where results of stages are kept.", show_default=".compile-cache, beside the output"),
+    ] = None,
+    delta_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="The bundle that devices have now, folder or archive: its INT8 grid is kept.",
+            show_default="update.delta_from of the recipe",
+        ),
     ] = None,
     archive: Annotated[
         Path | None, typer.Option(help="Also write the bundle as this tar file.", show_default=False)
@@ -61,7 +70,12 @@ def compile_command(
     with ended_by_signals(), stages() as advance:
         try:
             outcome = compile_bundle(
-                recipe, output or recipe.parent / "bundle", cache=cache, budget=budget, progress=advance
+                recipe,
+                output or recipe.parent / "bundle",
+                cache=cache,
+                budget=budget,
+                delta_from=delta_from,
+                progress=advance,
             )
         except GuardError as error:
             _show(error.outcome, as_json=as_json)
@@ -132,15 +146,33 @@ def _show(outcome: Outcome, *, as_json: bool) -> None:
         note("nothing has changed: the bundle is the one that was there")
 
 
+def grid_notes(entry: VariantReport) -> Iterator[str]:
+    """Yield what became of the INT8 grid of the version before."""
+    if entry.grid in ("kept", "part") and entry.grids:
+        kept, moved, scales = (sum(getattr(t, name) for t in entry.grids) for name in ("kept", "moved", "channels"))
+        worst = max(entry.grids, key=lambda tensor: tensor.noise)
+        yield (
+            f"INT8 grid of the version before: of {scales:,} scales {kept:,} kept, {moved:,} moved with their "
+            f"channels, {scales - kept - moved:,} new; rounding errors at most {worst.noise:.2f} times those on new "
+            f"scales, in {worst.name}"
+        )
+        if entry.grid_note:
+            yield f"more was tried and refused, for {entry.grid_note}"
+    elif entry.grid_note:
+        yield f"new INT8 grid, for {entry.grid_note}"
+    unlike = [f"{tensor.name} ({tensor.reason})" for tensor in entry.grids if tensor.reason]
+    if unlike:
+        more = f" and {len(unlike) - _NAMED} more" if len(unlike) > _NAMED else ""
+        yield f"new scales where the version before has none: {', '.join(unlike[:_NAMED])}{more}"
+
+
 def _notes(entry: VariantReport) -> None:
     for attempt in entry.attempts[:-1]:
         note(f"{entry.id}: setting {attempt.setting} was refused, for {attempt.refused}")
     if len(entry.attempts) > 1:
         note(f"{entry.id}: setting {entry.setting} passes, the fastest that does")
-    if entry.grid == "kept":
-        note(f"{entry.id}: INT8 grid of the version before kept, {entry.clipped:.2%} clipped at most")
-    if entry.grid_note:
-        note(f"{entry.id}: new INT8 grid, for {entry.grid_note}")
+    for line in grid_notes(entry):
+        note(f"{entry.id}: {line}")
     if entry.note:
         note(f"{entry.id}: {entry.note}")
     if entry.verified == "device":

@@ -1,17 +1,19 @@
-"""Grid keeping: a new version's weights on the INT8 scales of the version before.
+"""Grid keeping: a new version's weights on the INT8 grid of the version before.
 
 A weight that did not change keeps its byte, and one that changed little moves by one step: the difference between two
 versions is then mostly zeros. Scales derived anew would change nearly every byte.
 
-How it is done: the files of the version before are taken as they are, model.xml byte for byte, and only the contents of
-constants in model.bin are replaced, each at its place. So the result has the same operators, scales, activation
-ranges, length and layout. The steps of `keep_grid`:
- (1) read the version before, and where each of its constants lies in model.bin;
- (2) walk the new full-precision graph: each operator must be in the old graph under the same name, with the same
-     attributes, fed by the same operators; what quantization inserted between them is looked through;
- (3) integer weights: round the new weights to the nearest step of the old scale, and clip; full-precision constants
-     (biases, normalisation, tables): take the new ones;
- (4) refuse when constants that share their bytes in the file need different ones now, or too many weights clip.
+What the runtimes share is here: one tensor of integers and its scales. compiler.openvino_grid and compiler.qdq_grid
+find the tensors in their files. Each channel gets one of three scales, the one with which its integers change least:
+    kept   that of the version before;
+    moved  the one with which the old integers fit the new weights best: where a normalisation is folded into
+           weights, a little training rescales whole channels, and one number then says so instead of all of them;
+    own    derived from the new weights, with as much room as the version before left: what is always accurate.
+The first two are passed over when more than `MAX_CLIPPED` of a channel's weights would be clipped, or when rounding and
+clipping would do more than `MAX_NOISE` times the harm (summed squares) that they do on a scale of its own.
+
+The caller may ask for less: that only a share of the tensors keeps anything. The most damaged ones, by that same
+factor, then get scales of their own throughout.
 
 A difference of half a step is not a change: the old step is kept at ties, so that equal weights give equal bytes
 whatever the order of rounding was. This is not hysteresis: no weight is left on a step that is not its nearest.
@@ -19,22 +21,25 @@ whatever the order of rounding was. This is not hysteresis: no weight is left on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
-from xml.etree import ElementTree as ET
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compiler.targets.openvino import read_ir
 from isthmus.errors import VerificationError
 from isthmus.tensors import Array
 
-MAX_CLIPPED: Final = 0.01  # of one tensor's weights
-_TIE: Final = 1e-3  # steps; float32 products that nncf rounded differ by less
-_SMOOTH: Final = "/nncf_smooth_quant"
+MAX_CLIPPED: Final = 0.01  # of one channel's weights
+MAX_NOISE: Final = 4.0  # times the summed squared error on a scale of its own
+NEGLIGIBLE: Final = 0.01  # of the error that the median channel has anyway: dead channels may stay as they are
+LEAST_USED: Final = 0.25  # of the grid: the most room that an own scale leaves, as that of the version before did
+_SCALE_BITS: Final = 48  # what a scale that changes costs in a delta, with the bias that is stored on it
+_TIE: Final = 1e-3  # steps; float32 products that a quantizer rounded differ by less
+_BLOCK: Final = 1 << 20  # weights that are worked on at a time
+_KEPT, _MOVED, _OWN = range(3)
 
 
 class GridError(VerificationError):
@@ -44,223 +49,269 @@ class GridError(VerificationError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    offset: int
-    size: int
+class TensorGrid:
+    """How a quantized tensor came out."""
+
+    name: str
+    channels: int  # scales; 1 where the whole tensor shares one
+    kept: int  # of them, those of the version before
+    moved: int = 0  # those that follow a channel which was rescaled as a whole; the rest are its own
+    clipped: float = 0.0  # share of the tensor's weights that had to be clipped
+    noise: float = 1.0  # summed squared error, as a multiple of that on scales of its own
+    reason: str = ""  # why nothing was kept
 
 
 @dataclass(frozen=True, slots=True)
-class _Weight:
-    """Integers, and what turns them into weights: (integers - zero_point) * scale."""
+class PreviousGrid:
+    """The version before, and how much of it is to be kept."""
 
-    integers: Any
-    scale: Array
-    zero_point: Array | None
-
-
-@dataclass(slots=True)
-class _Contents:
-    """What each place in model.bin has to hold, collected from every constant that lies there."""
-
-    places: dict[str, _Place]
-    wanted: dict[str, bytes] = field(default_factory=dict)  # by name of the constant
-
-    def want(self, constant: Any, array: Array) -> None:
-        name, data = constant.get_friendly_name(), np.ascontiguousarray(array).tobytes()
-        if self.wanted.setdefault(name, data) != data:
-            raise GridError(f"constant {name!r} has several users that need different values now")
-
-    def patch(self, weights: bytes) -> bytes:
-        """Return `weights` with every wanted constant in its place."""
-        patched = bytearray(weights)
-        settled: dict[_Place, bytes] = {}
-        for name, place in self.places.items():
-            data = self.wanted.get(name, weights[place.offset : place.offset + place.size])
-            if len(data) != place.size:
-                raise GridError(f"constant {name!r} takes {len(data)} bytes now and took {place.size}")
-            if settled.setdefault(place, data) != data:
-                raise GridError(f"constant {name!r} shares its bytes with others and differs from them now")
-            patched[place.offset : place.offset + place.size] = data
-        return bytes(patched)
+    entry: Path
+    share: float = 1.0  # of its tensors; the most damaged ones beyond it get scales of their own
 
 
-def keep_grid(previous: Path, graph: Any, destination: Path) -> float:
-    """Write `graph`, a new version in full precision, on the grid of the INT8 IR in `previous`.
+@dataclass(frozen=True, slots=True)
+class Regridded:
+    """Integers with their scales, and what they cost."""
 
-    Args:
-        previous: model.xml of the version before; model.bin lies beside it.
-        graph: The new version, converted as the version before was.
-        destination: model.xml to write; model.bin is written beside it.
+    integers: NDArray[Any]
+    scale: NDArray[np.float64]
+    tensor: TensorGrid
 
-    Returns:
-        The largest share of one tensor's weights that had to be clipped.
 
-    Raises:
-        GridError: It does not fit; nothing is written.
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """One scale for every channel: [channels, 1] each, the integers [channels, weights]."""
+
+    scale: NDArray[np.float64]
+    integers: NDArray[Any]
+    harm: NDArray[np.float64]  # summed squared error
+    clipped: NDArray[np.float64]  # share of the channel
+    bits: NDArray[np.float64]  # about what the change costs
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A tensor of the version before, and the weights that are to take its place.
+
+    Scale and zero point have the rank of the weights, and size 1 along every axis that shares them.
     """
-    # (1)
-    old_graph = read_ir(previous)
-    contents = _Contents(_places(previous))
-    old = {op.get_friendly_name(): op for op in old_graph.get_ordered_ops()}
-    # (2) and (3)
-    clipped = 0.0
-    for op in graph.get_ordered_ops():
-        if op.get_type_name() == "Constant":
-            continue
-        match = old.get(op.get_friendly_name())
-        if match is None or _signature(match) != _signature(op):
-            raise GridError(f"operator {op.get_friendly_name()!r} is not in the version before as it is now")
-        for port in range(op.get_input_size()):
-            clipped = max(clipped, _take_input(op, match, port, contents))
-    # (4)
-    if clipped > MAX_CLIPPED:
-        raise GridError(f"{clipped:.1%} of a tensor's weights lie outside of the old grid, more than {MAX_CLIPPED:.0%}")
-    weights = contents.patch(previous.with_suffix(".bin").read_bytes())
-    destination.write_bytes(previous.read_bytes())
-    destination.with_suffix(".bin").write_bytes(weights)
-    return clipped
 
+    name: str
+    weights: Array
+    integers: NDArray[Any]
+    scale: NDArray[np.float64]
+    zero_point: NDArray[np.float64] | None = None
+    own_scale: NDArray[np.float64] | None = None  # of the new weights; None: from their extremes, as the old one was
+    least_scale: NDArray[np.float64] | None = None  # what other tensors ask for; None: nothing
 
-def _places(path: Path) -> dict[str, _Place]:
-    """Return where each constant lies in model.bin, by name."""
-    data = path.read_bytes()
-    if b"<!" in data:  # no document type, hence no entities that expand without end
-        raise GridError("the version before has a document type declaration in model.xml")
-    try:
-        layers = ET.fromstring(data).iterfind("layers/layer[@type='Const']")  # noqa: S314  # see above
-        found = [(layer.attrib["name"], layer.find("data")) for layer in layers]
-        places = {
-            name: _Place(int(entry.attrib["offset"]), int(entry.attrib["size"]))
-            for name, entry in found
-            if entry is not None
-        }
-    except (ET.ParseError, KeyError, ValueError) as error:
-        raise GridError(f"model.xml of the version before is malformed: {error}") from error
-    if len(places) != len(found):
-        raise GridError("constants of the version before do not have names of their own")
-    return places
+    def regrid(self, *, anew: bool = False) -> Regridded:
+        """Return the new weights, each channel on the scale that suits it.
 
+        Args:
+            anew: Give every channel a scale of its own.
 
-def _signature(op: Any) -> tuple[object, ...]:
-    attributes = {name: value for name, value in op.get_attributes().items() if name != "friendly_name"}
-    return op.get_type_name(), op.get_input_size(), op.get_output_size(), repr(sorted(attributes.items()))
+        Raises:
+            GridError: The old integers are not of 8 bits, or the weights are not numbers.
+        """
+        if not np.isfinite(self.weights).all():
+            raise GridError(f"{self.name}: weights hold values that are not numbers")
+        if not (np.isfinite(self.scale).all() and (self.scale >= 0).all()):
+            raise GridError(f"{self.name}: scales of the version before are not numbers")
+        choices = self._choices()
+        own = choices[_OWN]
+        least = 0.0 if self.least_scale is None else self._rows(self.least_scale)
+        exact = np.square(own.scale * NEGLIGIBLE) * own.integers.shape[1]  # as good as no rounding at all
+        limit = np.maximum(MAX_NOISE * own.harm, NEGLIGIBLE * np.median(own.harm)) + exact
+        bits = [
+            np.where(
+                (choice.harm <= limit) & (choice.clipped <= MAX_CLIPPED) & (choice.scale >= least) & (not anew),
+                choice.bits,
+                np.inf,
+            )
+            for choice in choices[:_OWN]
+        ]
+        bits.append(np.where(own.scale > 0, own.bits, np.inf))
+        picked = np.concatenate(bits, axis=1).argmin(axis=1)  # the first of equals, and kept where all is zero
 
+        def pick(name: str) -> NDArray[Any]:
+            found = np.stack([getattr(choice, name) for choice in choices])[picked, np.arange(len(picked))]
+            return np.asarray(found)
 
-def _take_input(op: Any, old: Any, port: int, contents: _Contents) -> float:
-    """Check that both operators are fed alike; take over a constant and return its share of clipped weights."""
-    ours, theirs = _source(op, port), _source(old, port)
-    if ours.get_type_name() != "Constant":
-        origin = _look_through(theirs)
-        same = origin.get_friendly_name() == ours.get_friendly_name() and (
-            origin.get_output_size() == 1 or _source_index(op, port) == _source_index(old, port)
+        total, base = float(pick("harm").sum()), float(own.harm.sum())
+        tensor = TensorGrid(
+            self.name,
+            channels=len(picked),
+            kept=int((picked == _KEPT).sum()),
+            moved=int((picked == _MOVED).sum()),
+            clipped=float(pick("clipped").mean()) if len(picked) else 0.0,
+            noise=total / base if base > 0 else 1.0,
         )
-        if not same:
-            raise GridError(f"operator {op.get_friendly_name()!r} is fed by another one than in the version before")
-        return 0.0
-    array = np.asarray(ours.data)
-    if theirs.get_type_name() == "Constant":
-        _check_constant(op, array, np.asarray(theirs.data))
-        contents.want(theirs, array)
-        return 0.0
-    weight = _weight(theirs)
-    if weight is None or np.asarray(weight.integers.data).shape != array.shape:
-        raise GridError(f"constant of operator {op.get_friendly_name()!r} is quantized in a way that is not known")
-    integers, clipped = requantize(
-        array / _smoothing(old, port, array.shape), np.asarray(weight.integers.data), weight.scale, weight.zero_point
-    )
-    contents.want(weight.integers, integers)
-    return clipped
+        integers = np.empty_like(own.integers)
+        for place, choice in enumerate(choices):
+            integers[picked == place] = choice.integers[picked == place]
+        return Regridded(
+            self._whole(integers, self.integers.shape), self._whole(pick("scale"), self.scale.shape), tensor
+        )
+
+    def _choices(self) -> list[_Choice]:
+        """Return the tensor on each of the three scales."""
+        weights, old, kept = (self._rows(array) for array in (self.weights, self.integers, self.scale))
+        zero = None if self.zero_point is None else self._rows(self.zero_point)
+        own = None if self.own_scale is None else self._rows(self.own_scale)
+        least = None if self.least_scale is None else self._rows(self.least_scale)
+        rows = max(1, _BLOCK // max(1, weights.shape[1]))
+        blocks = []
+        for start in range(0, len(weights), rows):
+            part = slice(start, start + rows)
+            blocks.append(
+                _choose(
+                    weights[part], old[part], kept[part],
+                    *(None if array is None else array[part] for array in (zero, own, least)),
+                    limits=_limits(self.integers, self.zero_point),
+                )
+            )  # fmt: skip
+        fields = _Choice.__dataclass_fields__
+        return [
+            _Choice(**{name: np.concatenate([getattr(block[place], name) for block in blocks]) for name in fields})
+            for place in (_KEPT, _MOVED, _OWN)
+        ]
+
+    def _order(self) -> list[int]:
+        """Return the axes, those with scales of their own first."""
+        return sorted(range(self.scale.ndim), key=lambda axis: self.scale.shape[axis] == 1)
+
+    def _rows(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return the array with a row for each channel."""
+        return np.asarray(array).transpose(self._order()).reshape(self.scale.size, -1)
+
+    def _whole(self, rows: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return rows as the array that they came from."""
+        order = self._order()
+        return np.asarray(rows.reshape([shape[axis] for axis in order]).transpose(np.argsort(order)))
 
 
-def _check_constant(op: Any, new: Array, old: Array) -> None:
-    same_kind = new.shape == old.shape and new.dtype == old.dtype
-    if not same_kind or (new.dtype.kind != "f" and not np.array_equal(new, old)):
-        raise GridError(f"constant of operator {op.get_friendly_name()!r} is not the one of the version before")
+def _choose(
+    weights: Array,
+    old: NDArray[Any],
+    kept: NDArray[np.float64],
+    zero: NDArray[np.float64] | None,
+    own: NDArray[np.float64] | None,
+    least: NDArray[np.float64] | None,
+    *,
+    limits: tuple[int, int],
+) -> list[_Choice]:
+    """Return some rows of weights on the three scales."""
+    steps = old.astype(np.float64) - (0.0 if zero is None else zero)
+    if own is None:
+        own = _own_scale(weights, steps, zero, limits)
+    if least is not None:
+        own = np.maximum(own, least)
+
+    def on(scale: NDArray[np.float64]) -> _Choice:
+        integers, outside = requantize(weights, old, np.where(scale > 0, scale, kept), zero, limits)
+        error = (integers.astype(np.float64) - (0.0 if zero is None else zero)) * scale - weights
+        distance = np.abs(integers.astype(np.float64) - old)
+        return _Choice(
+            scale=scale,
+            integers=integers,
+            harm=np.square(error).sum(axis=1, keepdims=True),
+            clipped=outside.mean(axis=1, keepdims=True) if outside.size else np.zeros(scale.shape),
+            bits=np.where(distance > 0, 1 + 2 * np.log2(1 + distance), 0).sum(axis=1, keepdims=True),
+        )
+
+    stays = on(kept)
+    moved = kept.copy()
+    rows = np.flatnonzero(stays.bits[:, 0] > _SCALE_BITS)  # elsewhere it cannot pay
+    moved[rows] = _moved_scale(np.asarray(weights[rows], dtype=np.float64), steps[rows], kept[rows])
+    changed = [replace(choice, bits=choice.bits + _SCALE_BITS) for choice in (on(_single(moved)), on(_single(own)))]
+    return [stays, *changed]
 
 
-def requantize(weights: Array, old: NDArray[Any], scale: Array, zero_point: Array | None) -> tuple[NDArray[Any], float]:
-    """Return the nearest integers on the old grid, and the share that had to be clipped.
+def _moved_scale(
+    weights: NDArray[np.float64], steps: NDArray[np.float64], kept: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the scales with which most integers can stay as they are.
+
+    Each weight that has the sign of its integer leaves that unchanged for an interval of scales; the scale that lies in
+    most intervals is found by a sweep over their ends.
+    """
+    size, at = np.abs(weights), np.abs(steps)
+    fits = (weights * steps > 0) | (steps == 0)
+    ends = [
+        np.where(fits, size / (at + 0.5), np.inf),
+        np.where(fits & (at > 0), size / np.maximum(at - 0.5, 0.5), np.inf),
+    ]
+    points = np.concatenate(ends, axis=1)
+    order = points.argsort(axis=1, kind="stable")
+    inside = np.where(order < weights.shape[1], 1, -1).cumsum(axis=1)
+    points = np.take_along_axis(points, order, axis=1)
+    best = inside[:, :-1].argmax(axis=1)[:, None]
+    low, high = (np.take_along_axis(points, best + step, axis=1) for step in (0, 1))
+    return np.where(np.isfinite(low) & (low > 0), np.where(np.isfinite(high), (low + high) / 2, low), kept)
+
+
+def _own_scale(
+    weights: Array, steps: NDArray[np.float64], zero: NDArray[np.float64] | None, limits: tuple[int, int]
+) -> NDArray[np.float64]:
+    """Return scales that hold all weights, with the room that the old ones left; 0 for a row of zeros."""
+    low, high = limits
+    at = 0.0 if zero is None else zero
+    above, below = np.maximum(high - at, 1), np.maximum(at - low, 1)
+    used = np.maximum(steps / above, -steps / below).max(axis=1, keepdims=True, initial=0.0)
+    wide = np.asarray(weights, dtype=np.float64)
+    most = np.maximum(wide / above, -wide / below).max(axis=1, keepdims=True, initial=0.0)
+    return np.asarray(most / np.where(used > 0, np.maximum(used, LEAST_USED), 1.0), dtype=np.float64)
+
+
+def _single(scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return scales as files hold them."""
+    return np.asarray(scale.astype(np.float32), dtype=np.float64)
+
+
+def regrid_all(tensors: Mapping[str, Quantized], share: float) -> dict[str, Regridded]:
+    """Return all tensors on the old grid; beyond `share` of them, the most damaged ones on scales of their own.
 
     Raises:
-        GridError: The old integers are not of 8 bits.
+        GridError: One of them cannot be put on any grid.
     """
-    if old.dtype not in (np.int8, np.uint8):
-        raise GridError(f"weights are {old.dtype}, expected 8-bit integers")
-    low, high = np.iinfo(old.dtype).min, np.iinfo(old.dtype).max
-    if zero_point is None and old.dtype == np.int8 and old.min(initial=0) > low:
-        low = -high  # symmetric
+    found = {name: tensor.regrid() for name, tensor in tensors.items()}
+
+    def harmed(name: str) -> tuple[bool, float, str]:
+        tensor = found[name].tensor
+        return tensor.kept + tensor.moved > 0, -tensor.noise, name  # first those that have new scales anyway
+
+    by_harm = sorted(found, key=harmed)
+    for name in by_harm[: len(found) - round(len(found) * share)]:
+        found[name] = tensors[name].regrid(anew=True)
+    return found
+
+
+def outcome(tensors: Sequence[TensorGrid]) -> Literal["kept", "part", "new"]:
+    """Return whether all channels are on the grid of the version before, moved or not, some of them, or none."""
+    old, all_of_them = sum(tensor.kept + tensor.moved for tensor in tensors), sum(t.channels for t in tensors)
+    return "kept" if old == all_of_them else "part" if old else "new"
+
+
+def requantize(
+    weights: Array, old: NDArray[Any], scale: Array, zero_point: Array | None, limits: tuple[int, int]
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Return the nearest integers on a grid, the old ones at ties, and which of them had to be clipped."""
+    low, high = limits
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         steps = np.asarray(weights, dtype=np.float64) / scale
     steps = np.where(np.asarray(weights) == 0, 0.0, steps)  # a channel of zeros may have scale zero
     if zero_point is not None:
         steps = steps + zero_point
-    if np.isnan(steps).any():
-        raise GridError("weights hold values that are not numbers")
     near = np.abs(steps - old) <= 0.5 + _TIE
     integers = np.where(near, old, np.clip(np.rint(steps), low, high)).astype(old.dtype)
-    outside = (steps < low - 0.5 - _TIE) | (steps > high + 0.5 + _TIE)
-    return integers, float(outside.mean()) if outside.size else 0.0
+    return integers, (steps < low - 0.5 - _TIE) | (steps > high + 0.5 + _TIE)
 
 
-def _source(op: Any, port: int) -> Any:
-    return op.input(port).get_source_output().get_node()
-
-
-def _source_index(op: Any, port: int) -> int:
-    return int(op.input(port).get_source_output().get_index())
-
-
-def _look_through(op: Any) -> Any:
-    """Return the operator behind what quantization inserted on the way of an activation."""
-    while op.get_type_name() == "FakeQuantize" or _is_smoothing(op):
-        op = _source(op, 0)
-    return op
-
-
-def _is_smoothing(op: Any) -> bool:
-    return op.get_type_name() == "Multiply" and str(op.get_friendly_name()).endswith(_SMOOTH)
-
-
-def _weight(op: Any) -> _Weight | None:
-    """Return the quantized constant that ends in `op`: Multiply(Convert(integers) [- zero point], scale)."""
-    if op.get_type_name() != "Multiply":
-        return None
-    scale, zero_point, inner = _constant(_source(op, 1)), None, _source(op, 0)
-    if inner.get_type_name() == "Subtract":
-        zero_point, inner = _constant(_source(inner, 1)), _source(inner, 0)
-        if zero_point is None:
-            return None
-    if scale is None or inner.get_type_name() != "Convert" or _source(inner, 0).get_type_name() != "Constant":
-        return None
-    return _Weight(_source(inner, 0), scale, zero_point)
-
-
-def _constant(op: Any) -> Array | None:
-    """Return the value of a constant, also of one that is stored in another precision."""
-    if op.get_type_name() == "Convert":
-        op = _source(op, 0)
-    return np.asarray(op.data, dtype=np.float64) if op.get_type_name() == "Constant" else None
-
-
-def _smoothing(old: Any, port: int, shape: tuple[int, ...]) -> Array | float:
-    """Return by what the other operand is multiplied, per input channel: the weights are divided by it."""
-    factors = [_constant(_source(op, 1)) for op in _behind(old, port) if _is_smoothing(op)]
-    if not factors:
-        return 1.0
-    factor = factors[0]
-    if old.get_type_name() != "MatMul" or port != 1 or len(factors) > 1 or factor is None or len(shape) < 2:
-        raise GridError(f"operator {old.get_friendly_name()!r} is smoothed in a way that is not known")
-    transposed = old.get_attributes()["transpose_b"]
-    channels = factor.reshape(-1)
-    if channels.size not in (1, shape[-1] if transposed else shape[-2]):
-        raise GridError(f"operator {old.get_friendly_name()!r}: smoothing does not fit the weights")
-    return channels if transposed else channels[:, None]
-
-
-def _behind(old: Any, port: int) -> Iterator[Any]:
-    """Yield what quantization inserted on the way of the other operand."""
-    for other in range(old.get_input_size()):
-        op = _source(old, other)
-        while other != port and (op.get_type_name() == "FakeQuantize" or _is_smoothing(op)):
-            yield op
-            op = _source(op, 0)
+def _limits(old: NDArray[Any], zero_point: Array | None) -> tuple[int, int]:
+    if old.dtype not in (np.int8, np.uint8):
+        raise GridError(f"weights are {old.dtype}, expected 8-bit integers")
+    low, high = np.iinfo(old.dtype).min, np.iinfo(old.dtype).max
+    symmetric = zero_point is None or not np.any(zero_point)
+    if symmetric and old.dtype == np.int8 and old.min(initial=0) > low:
+        low = -high
+    return int(low), int(high)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from safetensors.numpy import load_file
 
 from compiler.capture import CapturedModel
 from compiler.evaluate import Comparison, Labels, Logits, compare
+from compiler.grid import PreviousGrid
 from compiler.processes import CancelledError
 from compiler.recipe import GuardSection
 from compiler.report import Attempt, LeftOut, VariantReport
@@ -25,6 +27,9 @@ from isthmus.bundle import Ceilings
 from isthmus.errors import ConfigError, InputError, IsthmusError
 from isthmus.machine import machine
 from isthmus.tensors import Array
+
+# How much of the old grid is kept at most, as share of the quantized tensors, rung by rung; the least damaged ones.
+_SHARES: Final = {1.0: "on the old grid", 0.5: "with half of the tensors on the old grid"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Candidate:
     required: bool = True
     ceilings: Ceilings | None = None  # what it may take on a device
     tuning: Tuning = field(default_factory=Tuning)
-    previous: Path | None = None  # the entry of the version before
+    previous: Path | None = None  # the entry of the version before, whose grid is to be kept
 
     @property
     def runs_here(self) -> bool:
@@ -90,7 +95,7 @@ class Accepted:
 @dataclass(frozen=True, slots=True)
 class _Rung:
     setting: str
-    previous: Path | None
+    previous: PreviousGrid | None
 
 
 def climb(subject: Subject, candidate: Candidate, shop: Workshop) -> Accepted | LeftOut:
@@ -101,8 +106,11 @@ def climb(subject: Subject, candidate: Candidate, shop: Workshop) -> Accepted | 
     """
     attempts: list[Attempt] = []
     failure: IsthmusError | None = None
-    note = ""
+    notes: list[str] = []
+    renewed: set[str] = set()  # settings that were tried with new scales
     for rung in _rungs(candidate):
+        if rung.setting in renewed:
+            continue
         try:
             folder = _build(subject, candidate, rung, shop)
         except CancelledError:
@@ -113,12 +121,16 @@ def climb(subject: Subject, candidate: Candidate, shop: Workshop) -> Accepted | 
             if isinstance(error, UnsupportedModelError):
                 break
             continue
-        judged = _judge(subject, candidate, rung, folder, tuple(attempts), note)
+        judged = _judge(subject, candidate, rung, folder, tuple(attempts), "; ".join(notes))
         if isinstance(judged, Accepted):
             return judged
         attempts.append(judged)
-        if judged.grid == "kept":
-            note = f"on the old grid {judged.refused}"
+        if judged.grid in ("kept", "part") and rung.previous is not None:
+            notes.append(f"{_SHARES[rung.previous.share]} {judged.refused}")
+            continue
+        renewed.add(rung.setting)
+        if rung.previous is not None:  # the version before has no grid for it
+            notes.append(BuildResult.model_validate_json((folder / RESULT).read_bytes()).note)
     tried = [attempt for attempt in attempts if attempt.accuracy is not None]
     if candidate.required and failure is not None and not tried:
         raise failure
@@ -130,7 +142,8 @@ def climb(subject: Subject, candidate: Candidate, shop: Workshop) -> Accepted | 
 def _rungs(candidate: Candidate) -> Iterator[_Rung]:
     settings = (candidate.setting,) if candidate.setting else candidate.target.settings(candidate.precision)
     if candidate.previous is not None:
-        yield _Rung(settings[0], candidate.previous)
+        for share in _SHARES:
+            yield _Rung(settings[0], PreviousGrid(candidate.previous, share))
     for setting in settings:
         yield _Rung(setting, None)
 
@@ -219,7 +232,8 @@ def _report(
         tolerance=limit,
         grid=result.grid,
         grid_note=note or (result.note if result.grid else ""),
+        clipped=max((tensor.clipped for tensor in result.tensors), default=0.0),
+        grids=result.tensors,
         note="" if result.grid else result.note,
-        clipped=result.clipped,
         attempts=(*attempts, last),
     )

@@ -79,11 +79,11 @@ def pack(model: Any, precision: str, *, fine: bool = False) -> Any:
     quantizer = MatMulNBitsQuantizer(model, algo_config=config)
     quantizer.process()
     packed = quantizer.model.model
-    _pack_embeddings(packed.graph)
+    pack_embeddings(packed.graph)
     return packed
 
 
-def _pack_embeddings(graph: Any) -> None:
+def pack_embeddings(graph: Any) -> None:
     """Store tables of float32 rows that are looked up, and used for nothing else, in 8 bits."""
     import onnx
     from onnx import helper, numpy_helper

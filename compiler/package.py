@@ -145,6 +145,24 @@ def move_into_place(folder: Path, output: Path) -> None:
         folder.rename(output)
 
 
+def read_archive(archive: Path, folder: Path) -> None:
+    """Unpack what `write_archive` wrote; what is in it is checked when the bundle is opened.
+
+    Raises:
+        InputError: It is not an archive of plain files below one folder.
+    """
+    try:
+        with tarfile.open(archive, "r:") as tar:  # uncompressed: it cannot be larger than it is
+            if not all(entry.isreg() for entry in tar):
+                raise InputError(f"{archive}: expected nothing but files in the archive of a bundle")
+            tar.extractall(folder, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(
+            f"{archive} is neither the folder nor the archive of a bundle: {error}",
+            hint="isthmus compile RECIPE --archive FILE makes one",
+        ) from error
+
+
 def write_archive(bundle: Path, archive: Path) -> None:
     """Write the bundle as a tar file that depends on its files' names and bytes only."""
     with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:

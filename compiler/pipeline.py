@@ -7,7 +7,7 @@
 4. heavy: build its Triton folder; its answers to the calibration data;
 5. reference: the light source's answers to the calibration data and to edge cases;
 6. variants, several at a time: build each with the fastest setting, prove it against the reference, and go on to the
-   next gentler setting while the guard refuses; INT8 first on the grid of the version before;
+   next gentler setting while the guard refuses; INT8 first on the grid of the version before, then on half of it;
 7. when a required variant was refused: stop, nothing is written;
 8. measure each variant, one after the other, with nothing else running;
 9. calibrate each variant, package everything, and move it into place at once.
@@ -117,6 +117,7 @@ def compile_bundle(
     *,
     cache: Path | None = None,
     budget: Budget | None = None,
+    delta_from: Path | None = None,
     progress: Advance = lambda *_: None,
 ) -> Outcome:
     """Compile the recipe into a bundle at `output`.
@@ -126,6 +127,7 @@ def compile_bundle(
         output: The bundle's folder; a bundle that is there is replaced.
         cache: Where results of stages are kept; None for `.compile-cache` beside the output.
         budget: The cores and the memory that may be used; None for all cores and most of the free memory.
+        delta_from: The bundle of the version before, folder or archive, instead of the recipe's update.delta_from.
         progress: Called with (stage, done, total), from several threads.
 
     Raises:
@@ -138,9 +140,9 @@ def compile_bundle(
     check_output(output)
     folder = output.parent / ".compile-cache" if cache is None else cache
     budget = budget or default_budget()
-    plan = make_plan(recipe_path, output, cores=budget.cores)
     check_folder(folder, "cache")
     store = Cache(folder)
+    plan = make_plan(recipe_path, output, cores=budget.cores, cache=store, delta_from=delta_from)
     done = _unchanged(store, plan, output)
     if done is not None:
         return done

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from compiler.cache import code_digest, key, tool_versions
+from compiler.cache import Cache, code_digest, key, tool_versions
 from compiler.ladder import Candidate
+from compiler.package import read_archive
 from compiler.recipe import Recipe, VariantSection, load_recipe
 from compiler.sources import digest
 from compiler.targets import TARGETS, Target, Tuning, load_target
@@ -18,6 +20,7 @@ from isthmus.digests import sha256_file
 from isthmus.errors import InputError, MissingExtraError
 
 ALL: Final = "all"  # as a variant's target: every target and precision that is installed here
+_BUNDLE: Final = "bundle"  # an unpacked archive, in its entry of the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +35,19 @@ class Plan:
     key: str  # the digest of everything that the bundle depends on
 
 
-def make_plan(recipe_path: Path, output: Path, *, cores: int) -> Plan:
+def make_plan(recipe_path: Path, output: Path, *, cores: int, cache: Cache, delta_from: Path | None = None) -> Plan:
     """Return the plan of a recipe.
 
     Args:
         recipe_path: The TOML file.
         output: Where the bundle goes.
         cores: How many cores measurements use.
+        cache: Where an archive of the version before is unpacked.
+        delta_from: The bundle of the version before, instead of the recipe's; a folder or an archive.
 
     Raises:
         InputError: The recipe is wrong, or a file that it names cannot be read.
+        BundleError: The version before is not a whole bundle.
         MissingExtraError: The library of a target or source is not installed.
     """
     recipe, recipe_sha256 = load_recipe(recipe_path)
@@ -53,7 +59,7 @@ def make_plan(recipe_path: Path, output: Path, *, cores: int) -> Plan:
             f"it has {', '.join(heavy.precisions)}",
             hint="mend heavy.precision in the recipe",
         )
-    previous = _previous(recipe, output)
+    previous = _previous(recipe, delta_from or recipe.update.delta_from, output, cache)
     sources = _digests(recipe, previous)
     tools = [tool for target in (heavy, *(candidate.target for candidate in candidates)) for tool in target.tools]
     whole = key(
@@ -126,19 +132,24 @@ def _candidate(section: VariantSection, target: Target) -> Candidate:
     )
 
 
-def _previous(recipe: Recipe, output: Path) -> tuple[Path, Manifest] | None:
-    folder = recipe.update.delta_from
-    if folder is None:
+def _previous(recipe: Recipe, path: Path | None, output: Path, cache: Cache) -> tuple[Path, Manifest] | None:
+    if path is None:
         return None
-    if folder.resolve() == output.resolve():
+    if path.resolve() == output.resolve():
         raise InputError(f"update.delta_from is the output itself: {output}", hint="give another --output")
+    folder = path if not path.is_file() else cache.get("previous", sha256_file(path), partial(_unpack, path)) / _BUNDLE
     manifest = open_bundle(folder)
     if manifest.name != recipe.model.name or manifest.version >= recipe.model.version:
         raise InputError(
             f"update.delta_from: expected an older version of {recipe.model.name!r} than {recipe.model.version}, "
-            f"got {manifest.name}@{manifest.version}"
+            f"got {manifest.name}@{manifest.version}",
+            hint="name the bundle that devices have now",
         )
     return folder, manifest
+
+
+def _unpack(archive: Path, place: Path) -> None:
+    read_archive(archive, place / _BUNDLE)
 
 
 def _digests(recipe: Recipe, previous: tuple[Path, Manifest] | None) -> dict[str, str]:

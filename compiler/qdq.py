@@ -7,7 +7,7 @@ device checks before it serves show it.)
 The settings, from the fastest to the gentlest:
     default         ONNX Runtime's own quantizer, smallest and largest value seen. A network with attention has only its
                     convolutions and products quantized: softmax, norm and GELU in 8 bits ruin it (ViT-tiny: cosine 0.84
-                    instead of 0.999; MiniLM: 24 % right instead of 72 %).
+                    instead of 0.999; MiniLM: 24 % right instead of 72 %). Its embeddings are packed in 8 bits.
     corrected       NNCF's placement, biases corrected, histograms, smoothing for attention; 0-30 % slower
     ends-kept       and the first convolution (without one: the last product) in float32
     depthwise-kept  and the depthwise convolutions in float32
@@ -27,6 +27,9 @@ import onnxruntime
 from onnxruntime import quantization
 
 from compiler.capture import CapturedModel
+from compiler.grid import PreviousGrid, TensorGrid
+from compiler.onnx_weights import pack_embeddings
+from compiler.qdq_grid import keep_grid
 from compiler.quantize import SETTINGS, Weighted, as_requests, quantize
 from isthmus.errors import InputError
 from isthmus.tensors import Array
@@ -38,25 +41,44 @@ _PRODUCTS: Final = ("Conv", "MatMul", "Gemm")
 _ERRORS_ONLY: Final = 3  # ONNX Runtime's logging severity
 
 
-def quantized(model: CapturedModel, samples: Mapping[str, Array], setting: str) -> Any:
-    """Return the model in INT8 as an ONNX graph.
+def quantized(
+    model: CapturedModel, samples: Mapping[str, Array], setting: str, previous: PreviousGrid | None = None
+) -> tuple[Any, tuple[TensorGrid, ...]]:
+    """Return the model in INT8 as an ONNX graph, and how its tensors came out on the grid of the version before.
 
     Args:
         model: The model; its free axes stay free.
         samples: Typical inputs, one sample per row.
         setting: One of `SETTINGS`.
+        previous: The version before, whose grid is kept where it suits; for "default" only.
 
     Raises:
         InputError: It cannot be quantized, or the setting would be the same as the one before.
+        GridError: The grid of the version before cannot be kept at all.
     """
     graph = _prepared(model)
     if setting == "default":
-        return _by_onnxruntime(graph, model, as_requests(model, samples, _SAMPLES))
+        weights = _constants(graph)
+        result = _by_onnxruntime(graph, model, as_requests(model, samples, _SAMPLES))
+        if model.attention:
+            pack_embeddings(result.graph)
+        return result, () if previous is None else tuple(keep_grid(result, weights, previous))
     result = quantize(
         graph, model, samples, weighted=_weighted_operators(graph.graph), setting=setting, per_tensor=True
     )
     _make_activations_unsigned(result.graph)
-    return result
+    return result, ()
+
+
+def _constants(model: Any) -> dict[str, Array]:
+    """Return the graph's constants in full precision, by name."""
+    import onnx
+
+    return {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
 
 
 def optimized(path: Path, level: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from compiler.grid import TensorGrid
 from compiler.measure import Timing
 from compiler.parity import Parity
 from compiler.recipe import GuardSection
@@ -24,7 +25,7 @@ class Attempt(_Part):
     """One setting that was tried for a variant; `refused` says why it was not good enough, or is empty."""
 
     setting: str
-    grid: Literal["", "kept", "new"] = ""  # int8: scales of the version before, or new ones
+    grid: Literal["", "kept", "part", "new"] = ""  # int8: scales of the version before, of some tensors, or new ones
     accuracy: float | None = None  # of the guard's metric; None: it was not run
     refused: str = ""
 
@@ -46,10 +47,11 @@ class VariantReport(_Part):
     parity: Parity | None  # None: it could not run here
     edges: tuple[EdgeResult, ...]
     tolerance: float
-    grid: Literal["", "kept", "new"]
-    grid_note: str  # why the grid is new although there is a version before
-    note: str
+    grid: Literal["", "kept", "part", "new"]
+    grid_note: str  # why the grid is new, or less of it kept, although there is a version before
     clipped: float  # kept grid: largest share of one tensor's weights that had to be clipped
+    grids: tuple[TensorGrid, ...] = ()  # int8 with a version before: what each quantized tensor kept, and its cost
+    note: str
     attempts: tuple[Attempt, ...]
     timing: Timing | None = None
 

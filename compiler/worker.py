@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from compiler.capture import CapturedModel, capture
 from compiler.data import LABELS, run_over
+from compiler.grid import PreviousGrid, TensorGrid
 from compiler.processes import say, serve
 from compiler.sources import SourceOptions
 from compiler.targets import BuildOptions, Labels, Serving, Target, Tuning, load_target
@@ -62,7 +63,7 @@ class BuildJob(_Job):
     cpu: str = ""
     samples: Path | None = None  # for quantization; with labels, for targets that control accuracy themselves
     score_output: str = ""
-    previous: Path | None = None
+    previous: PreviousGrid | None = None
     name: str = "model"
     max_batch: int = 64
     max_accuracy_drop: float = 0.02
@@ -88,9 +89,9 @@ class BuildResult(_Job):
     """What came of a build."""
 
     entry: str
-    grid: Literal["", "kept", "new"]
+    grid: Literal["", "kept", "part", "new"]
     note: str
-    clipped: float
+    tensors: tuple[TensorGrid, ...]
     not_reproducible: str
     inference_precision: Literal["f32", "bf16"]
     bytes: int
@@ -132,7 +133,7 @@ def _build(folder: Path, job: BuildJob) -> None:
         entry=built.entry,
         grid=built.grid,
         note=built.note,
-        clipped=built.clipped,
+        tensors=built.tensors,
         not_reproducible=built.not_reproducible,
         inference_precision=built.inference_precision,
         bytes=sum(path.stat().st_size for path in artefact.rglob("*") if path.is_file()),

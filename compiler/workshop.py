@@ -209,7 +209,7 @@ def _build_key(job: BuildJob, tools: tuple[str, ...]) -> str:
         job=record,
         model=sha256_file(job.model.path),
         samples=None if job.samples is None else sha256_file(job.samples),
-        previous=None if job.previous is None else _tree(job.previous.parent),
+        previous=None if job.previous is None else (_tree(job.previous.entry.parent), job.previous.share),
         materials=None if job.materials is None else _tree(job.materials),
         tuning=(job.tuning.trials, job.tuning.seconds),
         tools=tool_versions((*tools, "numpy")),

@@ -59,7 +59,7 @@ class CellClassifier(nn.Module):
 
 def make(build: Path, folder: Path, progress: Progress) -> Made:
     """Train both models on half of the modules."""
-    parts = _parts(_read(fetch(CELLS, build / "data", progress), progress))
+    parts = _parts(read_cells(fetch(CELLS, build / "data", progress), progress))
     train = parts.pop("train")
     flipped = np.concatenate([train.inputs["cell"][:, :, ::a, ::b] for a in (1, -1) for b in (1, -1)])
     examples = Examples(to_tensors({"cell": np.ascontiguousarray(flipped)}), gold_targets(np.tile(train.labels, 4), 2))
@@ -75,7 +75,8 @@ def make(build: Path, folder: Path, progress: Progress) -> Made:
     return Made(folder / "trained-light.onnx", folder / "heavy.onnx", parts | {"quantization": quantization})
 
 
-def _read(archive: Path, progress: Progress) -> Split:
+def read_cells(archive: Path, progress: Progress) -> Split:
+    """Return all cells as FP32 [1, 96, 96] between -1 and 1, labelled 1 where a defect is more likely than not."""
     with zipfile.ZipFile(archive) as opened:
         table = opened.read("elpv_dataset/data/labels.csv").decode().split("\n")
         lines = [line.split() for line in table if line.strip()]

@@ -68,7 +68,9 @@ class Versions:
         files = dict(manifest.files) | index_files(folder)
         for path, entry in files.items():
             self._blobs[entry.sha256] = (folder if path == CALIBRATION else self._bundle) / path
-        return SignedTarget(manifest.model_copy(update={"version": version, "files": files}).to_json())
+        return SignedTarget(
+            manifest.model_copy(update={"version": version, "files": files}).to_json(), rollback_floor=0, withdrawn=""
+        )
 
     async def blob(self, sha256: str, path: Path, *, length: int) -> int:
         """Copy a file."""

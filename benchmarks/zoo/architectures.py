@@ -207,7 +207,11 @@ class EfficientNetLite(nn.Module):
         self._blocks = nn.ModuleList(blocks)
         self._conv_head = _Same(channels, 1280, 1, size=size)
         self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
-        self._fc = nn.Linear(1280, CLASSES)
+        self._fc: nn.Module = nn.Linear(1280, CLASSES)
+
+    def classify_with(self, head: nn.Module) -> None:
+        """Replace the last layer, which takes 1,280 features."""
+        self._fc = head
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits of [batch, 3, height, width], pixels as (x - 127) / 128."""

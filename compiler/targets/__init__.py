@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, cast
 
 from compiler.capture import CapturedModel
+from compiler.grid import PreviousGrid, TensorGrid
 from isthmus.errors import InputError, MissingExtraError
 from isthmus.tensors import Array
 
@@ -86,7 +87,7 @@ class BuildOptions:
     cpu: str = ""  # the least processor that compiled code needs, e.g. "x86-64-v3"; empty: the target's default
     samples: Mapping[str, Array] | None = None  # quantization: typical inputs, one per row
     labelled: Labels | None = None
-    previous: Path | None = None  # int8: the entry of the version before, whose grid is kept when it can be
+    previous: PreviousGrid | None = None  # int8: the version before, whose grid is kept where it suits
     name: str = "model"
     max_batch: int = 64
     max_accuracy_drop: float = 0.02  # for settings that control accuracy themselves
@@ -100,9 +101,9 @@ class Built:
     """What a build made."""
 
     entry: str  # relative to the folder
-    grid: Literal["", "kept", "new"] = ""  # int8: whether scales come from the version before
+    grid: Literal["", "kept", "part", "new"] = ""  # int8: whether scales come from the version before
     note: str = ""  # why the grid is new although there is a version before, or what else people should know
-    clipped: float = 0.0  # kept grid: largest share of one tensor's weights that had to be clipped
+    tensors: tuple[TensorGrid, ...] = ()  # int8 with a version before: what became of each quantized tensor
     inference_precision: Literal["f32", "bf16"] = "f32"  # of what is not quantized, for runtimes that can be told
     not_reproducible: str = ""  # why two builds of the same may differ in their bytes; empty: they do not
 

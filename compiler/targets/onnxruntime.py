@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final, Literal
 import onnxruntime
 
 from compiler.capture import CapturedModel
+from compiler.grid import GridError, TensorGrid, outcome
 from compiler.targets import BuildOptions, Built
 from isthmus.errors import InputError
 from isthmus.tensors import Array
@@ -39,32 +40,47 @@ class OnnxRuntimeTarget:
         return _SETTINGS.get(precision, ("default",))
 
     def build(self, model: CapturedModel, folder: Path, options: BuildOptions) -> Built:
-        """Optimize the graph, or quantize it.
+        """Optimize the graph, or quantize it: on the grid of the version before where that suits it.
 
         Raises:
             InputError: int8 has no samples, or ONNX Runtime cannot load or quantize the model.
             UnsupportedModelError: There are no weights of the kind that the precision packs.
         """
         setting = options.setting or self.settings(options.precision)[0]
-        graph = _build(model, options, setting)
+        tensors: tuple[TensorGrid, ...] = ()
+        note = ""
+        if options.precision == "int8":
+            graph, tensors, note = _quantized(model, options, setting)
+        else:
+            graph = _build(model, options, setting)
         graph.producer_name, graph.producer_version = "isthmus", ""
         del graph.metadata_props[:]
+        _store_raw(graph)
         (folder / ENTRY).write_bytes(graph.SerializeToString(deterministic=True))
-        return Built(ENTRY)
+        grid: Literal["", "kept", "part", "new"] = outcome(tensors) if tensors else "new"
+        return Built(ENTRY, grid if options.precision == "int8" else "", note, tensors)
 
     def open(self, entry: Path, *, threads: int) -> OnnxRunner:
         """Load the model."""
         return OnnxRunner(entry, threads=threads)
 
 
+def _quantized(model: CapturedModel, options: BuildOptions, setting: str) -> tuple[Any, tuple[TensorGrid, ...], str]:
+    """Return the graph, what became of its tensors on the grid of the version before, and why that was not kept."""
+    from compiler.qdq import quantized
+
+    if options.samples is None:
+        raise InputError("int8 needs samples of typical inputs", hint="give data.quantization in the recipe")
+    try:
+        return *quantized(model, options.samples, setting, options.previous), ""
+    except GridError as error:
+        return *quantized(model, options.samples, setting), error.message
+
+
 def _build(model: CapturedModel, options: BuildOptions, setting: str) -> Any:
-    from compiler.qdq import optimized, quantized
+    from compiler.qdq import optimized
 
     levels = onnxruntime.GraphOptimizationLevel
-    if options.precision == "int8":
-        if options.samples is None:
-            raise InputError("int8 needs samples of typical inputs", hint="give data.quantization in the recipe")
-        return quantized(model, options.samples, setting)
     if options.precision in ("int8w", "int4w"):
         from compiler.onnx_weights import pack
 
@@ -75,6 +91,15 @@ def _build(model: CapturedModel, options: BuildOptions, setting: str) -> Any:
 
         halve(graph)
     return graph
+
+
+def _store_raw(model: Any) -> None:
+    """Store every constant as its bytes, whatever made it: files of two versions then have one layout."""
+    from onnx import numpy_helper
+
+    for tensor in model.graph.initializer:
+        if not tensor.HasField("raw_data"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
 
 
 class OnnxRunner:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 from compiler.capture import CapturedModel
+from compiler.grid import GridError, outcome
 from compiler.targets import BuildOptions, Built, UnsupportedModelError
 from isthmus.bundle import BFLOAT16, INT8, TensorSpec
 from isthmus.errors import InputError
@@ -143,13 +144,14 @@ class OpenVinoRunner:
 
 
 def _build_int8(graph: Any, model: CapturedModel, entry: Path, options: BuildOptions, setting: str) -> Built:
-    from compiler.grid import GridError, keep_grid
+    from compiler.openvino_grid import keep_grid
     from compiler.quantize import control, quantize, weighted_operators
 
     note = ""
     if options.previous is not None and setting == "default":
         try:
-            return Built(ENTRY, "kept", clipped=keep_grid(options.previous, graph, entry))
+            tensors = tuple(keep_grid(options.previous, graph, entry))
+            return Built(ENTRY, outcome(tensors), tensors=tensors)
         except GridError as error:
             note = str(error)
     if options.samples is None:

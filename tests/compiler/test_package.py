@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from compiler.package import check_folder, check_output, move_into_place, write_archive
+from compiler.package import check_folder, check_output, move_into_place, read_archive, write_archive
 from isthmus.errors import ConflictError, InputError
 
 
@@ -28,6 +28,33 @@ def test_the_archive_depends_on_names_and_bytes_only(tmp_path: Path) -> None:
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert tar.getnames() == ["manifest.json", "sub/data"]
+
+
+def test_an_archive_gives_the_folder_again(tmp_path: Path) -> None:
+    write_archive(folder_with(tmp_path / "a", "x"), tmp_path / "a.tar")
+
+    read_archive(tmp_path / "a.tar", tmp_path / "b")
+
+    assert (tmp_path / "b" / "sub" / "data").read_text() == "x"
+    assert sorted(path.name for path in (tmp_path / "b").rglob("*")) == ["data", "manifest.json", "sub"]
+
+
+@pytest.mark.parametrize("hostile", ["link", "above", "text"])
+def test_what_is_no_archive_of_plain_files_is_refused(tmp_path: Path, hostile: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        if hostile == "link":
+            entry = tarfile.TarInfo("link")
+            entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(entry)
+        tar.add(tmp_path / "file", "../file" if hostile == "above" else "file")
+    if hostile == "text":
+        (tmp_path / "a.tar").write_text("no archive")
+
+    with pytest.raises(InputError, match=r"nothing but files|neither the folder nor the archive"):
+        read_archive(tmp_path / "a.tar", tmp_path / "out" / "bundle")
+
+    assert not (tmp_path / "out" / "file").exists()
 
 
 def test_a_move_that_fails_leaves_the_old_bundle(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from compiler.capture import CapturedModel, capture
+from compiler.grid import PreviousGrid
 from compiler.targets import BuildOptions, UnsupportedModelError
 from compiler.targets.openvino import OpenVinoTarget
 from edge.runtimes import open_runtime
@@ -186,7 +187,7 @@ def test_a_gentler_setting_makes_a_grid_of_its_own(encoder: CapturedModel, tmp_p
         built = OpenVinoTarget().build(
             encoder,
             tmp_path / setting,
-            BuildOptions(precision="int8", setting=setting, samples=options.samples, previous=old),
+            BuildOptions(precision="int8", setting=setting, samples=options.samples, previous=PreviousGrid(old)),
         )
         assert built.grid == grid
 
