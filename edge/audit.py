@@ -32,6 +32,7 @@ from edge.uplink import Answer, Check, Failure
 from isthmus.bundle import VariantCalibration
 from isthmus.tensors import Array
 
+ALARM: Final = "audit-alarm"  # the reason in what is reported of one
 _AUDITS_PER_FALSE_ALARM: Final = 10_000
 _WINDOW: Final = 1000  # newest audits, for the interval
 _RATIOS: Final = (1.5, 2.0, 3.0, 5.0)  # alternatives, as multiples of the expected disagreement ...

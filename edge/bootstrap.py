@@ -9,7 +9,7 @@ from functools import partial
 import grpc
 
 from edge.agent import Agent, MetricsListener, describe_status
-from edge.audit import Audit
+from edge.audit import ALARM, Audit
 from edge.bench import read_choice
 from edge.breaker import Breaker
 from edge.conditions import Conditions
@@ -77,9 +77,10 @@ def build_agent(settings: EdgeSettings) -> Agent:
         unauthenticated=token.renew_soon,
     )
     models = ServedModels(names)
-    audit, shadow = _audit(settings, uplink, fleet), Shadow()
+    updaters: dict[str, Updater] = {}
+    audit, shadow = _audit(settings, uplink, updaters), Shadow()
     imports = _imports(settings, home, channel, token, desired, models)
-    updaters = _updaters(settings, home, enrolment, imports, models, fleet, audit, shadow)
+    updaters |= _updaters(settings, home, enrolment, imports, models, fleet, audit, shadow)
     spools = {
         name: Spool(home.spool(name), limit_bytes=settings.capture_mib << 20) for name in names if settings.capture
     }
@@ -133,12 +134,12 @@ def build_agent(settings: EdgeSettings) -> Agent:
     )
 
 
-def _audit(settings: EdgeSettings, uplink: Uplink, fleet: FleetLink) -> Audit | None:
+def _audit(settings: EdgeSettings, uplink: Uplink, updaters: Mapping[str, Updater]) -> Audit | None:
     if not settings.audit_share:
         return None
 
     def alarm(live: LiveModel, what: str) -> None:
-        fleet.report_alarm(live.manifest.name, live.manifest.version, live.variant.id, what)
+        updaters[live.manifest.name].warn(live.manifest.version, ALARM, what)
 
     return Audit(uplink, share=settings.audit_share, alarm=alarm)
 

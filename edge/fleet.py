@@ -22,7 +22,6 @@ from edge.trial import Evidence, Terms
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 
 REPORT_TIMEOUT_S: Final = 10.0
-AUDIT_ALARM: Final = "audit-alarm"  # the reason of such a report
 _REFUSALS: Final = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND})
 
 _STATES: Final = {
@@ -120,23 +119,6 @@ class FleetLink:
         )
         if outcome.evidence is not None:
             report.evidence.CopyFrom(_told(outcome.evidence))
-        self._put(report)
-
-    def report_alarm(self, model: str, version: int, variant: str, detail: str) -> None:
-        """Send, as soon as the cloud can be reached, that the serving version's answers have gone wrong."""
-        self._put(
-            fleet_pb2.ReportRequest(
-                model=model,
-                version=version,
-                state=fleet_pb2.UPDATE_STATE_ACTIVE,
-                serving_version=version,
-                reason=AUDIT_ALARM,
-                detail=detail[:1000],
-                variant=variant,
-            )
-        )
-
-    def _put(self, report: fleet_pb2.ReportRequest) -> None:
         self._outbox.put(report)
         self._to_report.set()
 

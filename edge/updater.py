@@ -216,10 +216,28 @@ class Updater:
             self.last = remembered(self._model, state.current, state.variant, state.last)
             self._report(self.last)
         elif state.current:
-            order = Order(version=state.current)
-            if state.last is not None and state.last.version == state.current:
-                order = Order(version=state.current, rollout=state.last.rollout, attempt=state.last.attempt)
-            self._report(Outcome(self._model, state.current, state.current, state.variant, order=order))
+            self._report(Outcome(self._model, state.current, state.current, state.variant, order=self._kept_order()))
+
+    def warn(self, version: int, reason: str, detail: str) -> None:
+        """Report what is wrong with the version that serves, on trial or for good; of another one nothing is said."""
+        state, trial = self._store.state, self.trial
+        if version != state.current:
+            return
+        if trial is None:
+            order, became, evidence = self._kept_order(), Became.ACTIVE, None
+        else:
+            order, became, evidence = trial.order, Became.SOAKING, Evidence(trial.seen, trial.before)
+        before = state.current if trial is None else state.previous
+        self._report(
+            Outcome(self._model, before, version, state.variant, became, reason, detail, order=order, evidence=evidence)
+        )
+
+    def _kept_order(self) -> Order:
+        """Return the order that brought the version that serves, as far as it is remembered."""
+        state = self._store.state
+        if state.last is not None and state.last.version == state.current:
+            return Order(version=state.current, rollout=state.last.rollout, attempt=state.last.attempt)
+        return Order(version=state.current)
 
     def gave_up(self, order: Order) -> Outcome | None:
         """Return what became of this version here when it failed, and the order is for no further attempt."""

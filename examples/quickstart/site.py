@@ -82,18 +82,19 @@ class Site:
     def publish(self, bundle: Path) -> Mapping[str, Any]:
         """Publish a bundle and have devices move to it."""
         published: Mapping[str, Any] = self.shell.run_json(
-            "model", "publish", bundle, *self._operator(), "--operator", self.folder / "site" / "operator"
+            "model", "publish", bundle, *self.operator(), "--operator", self.folder / "site" / "operator"
         )
         return published
 
     def enrol_device(self, *hosts: str) -> None:
         """Invite the device and enrol it with the one-time code; `hosts` are names under which others may call it."""
-        self._enrol(DEVICE, self.device, VARIANT, *hosts)
+        self.enrol(DEVICE, self.device, VARIANT, *hosts)
         with (self.device / "edge.toml").open("a") as settings:
             settings.write(_CAPTURE_SETTINGS)
 
-    def _enrol(self, name: str, home: Path, variant: str, *hosts: str) -> None:
-        invite = self.shell.run_json("device", "invite", name, *self._operator())
+    def enrol(self, name: str, home: Path, variant: str, *hosts: str) -> None:
+        """Invite a device and enrol it; it will run this variant."""
+        invite = self.shell.run_json("device", "invite", name, *self.operator())
         self.shell.run(
             *("edge", "enrol", "--cloud", self.cloud_address, "--code", invite["code"]),
             *("--trust", self.folder / "site" / "trust", "--home", home),
@@ -103,7 +104,7 @@ class Site:
 
     def start_agent(self) -> None:
         """Start the agent on the device and wait until it serves."""
-        self.agent = self._start("agent", self.device, self.agent_address)
+        self.agent = self.start("agent", self.device, self.agent_address)
         self.agent_address = str(self.agent.wait_ready()["address"])
         self._wait_until_ready(self.agent_address)
 
@@ -112,8 +113,8 @@ class Site:
         """Enrol a device that runs another variant, start its agent, and yield its address."""
         home = self.folder / "devices" / variant
         home.parent.mkdir(exist_ok=True)
-        self._enrol(f"kiosk-{variant}", home, variant)
-        agent = self._start(f"agent-{variant}", home, "127.0.0.1:0")
+        self.enrol(f"kiosk-{variant}", home, variant)
+        agent = self.start(f"agent-{variant}", home, "127.0.0.1:0")
         try:
             address = str(agent.wait_ready()["address"])
             self._wait_until_ready(address)
@@ -121,7 +122,8 @@ class Site:
         finally:
             agent.stop()
 
-    def _start(self, name: str, home: Path, listen: str) -> Server:
+    def start(self, name: str, home: Path, listen: str) -> Server:
+        """Start the agent on a device's folder."""
         return self.shell.start(
             *(name, "edge", "run", "--home", home, "--model", self.model),
             *("--listen", listen, "--config", home / "edge.toml"),
@@ -139,7 +141,7 @@ class Site:
 
     def cloud_status(self) -> Mapping[str, Any]:
         """Return what the cloud says about itself and about this connection."""
-        status: Mapping[str, Any] = self.shell.run_json("cloud", "status", *self._operator())
+        status: Mapping[str, Any] = self.shell.run_json("cloud", "status", *self.operator())
         return status
 
     def export_captures(self, out: Path, rows: int) -> None:
@@ -159,6 +161,7 @@ class Site:
             if server is not None:
                 server.stop()
 
-    def _operator(self) -> tuple[str | Path, ...]:
+    def operator(self) -> tuple[str | Path, ...]:
+        """Return the flags that an operator's command needs."""
         trust = self.folder / "site" / "trust"
         return ("--cloud", self.cloud_address, "--token-file", self.token, "--trust", trust)

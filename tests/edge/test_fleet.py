@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from edge.audit import ALARM
 from edge.fleet import Desired, FleetLink
 from edge.outcome import Outcome
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
@@ -67,7 +68,7 @@ def test_an_alarm_is_reported_as_what_it_is() -> None:
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             link = FleetLink(channel, token, ("triage",), Desired(("triage",)))
-            link.report_alarm("triage", 3, "openvino-int8", "30 % disagree")
+            link.report(Outcome("triage", 3, 3, "openvino-int8", reason=ALARM, detail="30 % disagree"))
             sending = asyncio.ensure_future(link.send_reports())
             async with asyncio.timeout(10):
                 await fleet.done.wait()
