@@ -151,6 +151,9 @@ class Agent:
                 updater.probation.take_back(order)
                 await _first_of(updater.probation.settled(), self.desired.change(model))
                 continue
+            if order.version == self.models.version(model) and order.rollout and order != settled:
+                self.fleet.report(updater.already(order))  # a rollout waits for every device's word
+                settled = order
             if order.version in (0, self.models.version(model)) or order == settled:
                 await self.desired.change(model)
                 continue

@@ -219,6 +219,11 @@ class Updater:
                 order = Order(version=state.current, rollout=state.last.rollout, attempt=state.last.attempt)
             self._report(Outcome(self._model, state.current, state.current, state.variant, order=order))
 
+    def already(self, order: Order) -> Outcome:
+        """Return what there is to say to an order for the version that serves, for good."""
+        state = self._store.state
+        return Outcome(self._model, state.current, state.current, state.variant, order=order)
+
     def gave_up(self, order: Order) -> Outcome | None:
         """Return what became of this version here when it failed, and the order is for no further attempt."""
         state = self._store.state

@@ -147,3 +147,20 @@ def test_the_cloud_takes_back_a_version_on_trial(tmp_path: Path) -> None:
                 await agent.serves(1)
 
     asyncio.run(scenario())
+
+
+def test_a_rollout_to_the_version_that_serves_already_gets_its_word(tmp_path: Path) -> None:
+    home = tmp_path / "device"
+
+    async def scenario() -> None:
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            cloud.publish(1)
+            cloud.release(1)
+            async with running(home) as agent:
+                await agent.serves(1)
+                cloud.release(1, rollout="r9", attempt=2)
+                await until(lambda: (last(cloud, 1).rollout, last(cloud, 1).attempt) == ("r9", 2))
+                assert last(cloud, 1).state == fleet_pb2.UPDATE_STATE_ACTIVE
+
+    asyncio.run(scenario())
