@@ -20,6 +20,7 @@ from isthmus.errors import NotFoundError, UnavailableError
 from tests.edge import bundles
 from tests.edge.test_soak import Device, spoil, with_device
 
+pytestmark = pytest.mark.slow
 MODEL_FILE = "variants/onnxruntime-fp32/model.onnx"
 TENTHS = range(1, 10)
 

@@ -393,6 +393,7 @@ def test_a_roll_back_does_not_wait_for_a_disk_that_takes_no_writes(tmp_path: Pat
     with_device(tmp_path, scenario)
 
 
+@pytest.mark.slow
 def test_what_a_shadow_run_finds_is_refused_before_it_serves(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
         await device.serve(1)
@@ -436,6 +437,7 @@ def test_a_good_version_passes_its_shadow_run(tmp_path: Path) -> None:
     with_device(tmp_path, scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "ceilings", "reason"),
     [
