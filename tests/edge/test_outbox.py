@@ -12,7 +12,7 @@ from isthmus.v1 import fleet_pb2
 ACTIVE, UPDATING = fleet_pb2.UPDATE_STATE_ACTIVE, fleet_pb2.UPDATE_STATE_UPDATING
 
 
-def report(version: int, state: fleet_pb2.UpdateState = ACTIVE, reason: str = "") -> fleet_pb2.ReportRequest:
+def report(version: int, state: fleet_pb2.UpdateState.ValueType = ACTIVE, reason: str = "") -> fleet_pb2.ReportRequest:
     return fleet_pb2.ReportRequest(model="triage", version=version, state=state, reason=reason)
 
 
