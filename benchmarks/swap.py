@@ -2,10 +2,10 @@
 
 `python -m benchmarks.swap [--quick] [--json FILE]`. Eight clients ask an agent's listener without pause. Slices of the
 load in which a version is brought, tested and swapped take turns with slices in which nothing happens; then 50 swaps
-follow each other. Both runtimes serve the same EfficientNet-Lite0. The ratio is that of the p99 of all slices with a swap
-to that of all slices without one; a slice alone has some 300 requests, so its own p99 is that of its three slowest (the
-median and range of these ratios are in the table, too). Growth is that of the resident memory from after the fifth swap
-to the end.
+follow each other. Both runtimes serve the same EfficientNet-Lite0. The ratio is that of the p99 of all slices with a
+swap to that of all slices without one: a slice alone has some 300 requests, so its own p99 is that of its three slowest
+(the median and range of the slices' ratios are in the table, too). Growth is that of the resident memory from after the
+fifth swap to the end.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Agent:
         }
         for model, updater in self.updaters.items():
             loops[f"update {model}"] = partial(self._keep_current, model, updater)
-            loops[f"trial {model}"] = updater.watch_trials
+            loops[f"trial {model}"] = updater.probation.watch
         if self.spools:
             loops["captures"] = self._keep_captures
         if self.deferred is not None:
@@ -147,10 +147,13 @@ class Agent:
         while True:
             await self.server.set_ready(ready=self.models.ready)
             order = self.desired.order(model)
-            if updater.trial is not None:
-                updater.take_back(order)
-                await _first_of(updater.settled(), self.desired.change(model))
+            if updater.probation.trial is not None:
+                updater.probation.take_back(order)
+                await _first_of(updater.probation.settled(), self.desired.change(model))
                 continue
+            if order.version == self.models.version(model) and order.rollout and order != settled:
+                self.fleet.report(updater.already(order))  # a rollout waits for every device's word
+                settled = order
             if order.version in (0, self.models.version(model)) or order == settled:
                 await self.desired.change(model)
                 continue
@@ -208,7 +211,7 @@ class Agent:
         for spool in self.spools.values():
             await spool.flush()
         for updater in self.updaters.values():
-            await updater.stop()
+            await updater.probation.stop()
         for name, _ in self.models:
             self.models.swap(name, None)
         if self.deferred is not None:
@@ -310,7 +313,7 @@ def describe_status(
 
 def _add_update(model: agent_pb2.ModelStatus, updater: Updater) -> None:
     model.step = updater.step.value
-    trial = updater.trial
+    trial = updater.probation.trial
     if trial is not None:
         seen, terms = trial.seen, trial.terms
         model.trial.CopyFrom(

@@ -161,8 +161,8 @@ class AgentCollector(Collector):
                 step.add_metric((model, name.value), float(name is updater.step))
             for (became, reason), count in updater.outcomes.items():
                 outcomes.add_metric((model, became.value, reason), count)
-            if updater.trial is not None:
-                trial.add_metric((model,), updater.trial.seen.seconds)
+            if updater.probation.trial is not None:
+                trial.add_metric((model,), updater.probation.trial.seen.seconds)
         yield from (step, outcomes, trial)
 
     def _versions(self) -> Iterator[Metric]:

@@ -45,7 +45,7 @@ class Outbox:
         self._reports: dict[tuple[str, int], fleet_pb2.ReportRequest] = {}
         for text in kept.unsent:
             try:
-                report = fleet_pb2.ReportRequest.FromString(base64.b64decode(text))
+                report = fleet_pb2.ReportRequest.FromString(base64.b64decode(text, validate=True))
             except (ValueError, DecodeError):
                 continue
             self._reports[report.model, report.version] = report

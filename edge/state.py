@@ -20,10 +20,13 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
+import structlog
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge.tally import Seen
 from edge.trial import Terms
+
+log = structlog.get_logger(__name__)
 
 
 class Step(StrEnum):
@@ -42,8 +45,8 @@ class Step(StrEnum):
     ROLL_BACK = "roll-back"
 
 
-MAY_FOLLOW: Final[dict[Step, frozenset[Step]]] = {
-    Step.IDLE: frozenset({Step.PLAN, Step.ROLL_BACK}),  # back: a version that was kept and then crashed in a row
+_MAY_FOLLOW: Final[dict[Step, frozenset[Step]]] = {
+    Step.IDLE: frozenset({Step.PLAN, Step.SOAK}),  # soak: a trial goes on, after a restart too
     Step.PLAN: frozenset({Step.FETCH, Step.VERIFY, Step.IDLE}),  # verify: the slot is there already
     Step.FETCH: frozenset({Step.VERIFY, Step.IDLE}),
     Step.VERIFY: frozenset({Step.APPLY, Step.SELF_TEST, Step.IDLE}),
@@ -128,3 +131,26 @@ class State(_Kept):
     def on_trial(self) -> bool:
         """Return whether the version that serves is on trial."""
         return self.progress is not None and self.progress.step in (Step.SOAK, Step.ROLL_BACK)
+
+
+class Course:
+    """The step that a model's update or trial is at; only a step that may follow can be entered.
+
+    Args:
+        model: Its name.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.step = Step.IDLE
+        self._model = model
+
+    def enter(self, step: Step, version: int) -> None:
+        """Begin a step with a version."""
+        if step not in _MAY_FOLLOW[self.step]:
+            raise RuntimeError(f"update of {self._model}: {step} cannot follow {self.step}")
+        self.step = step
+        log.info("update", model=self._model, version=version, step=step.value)
+
+    def end(self) -> None:
+        """Nothing is under way any more."""
+        self.step = Step.IDLE

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -30,11 +29,11 @@ from edge.conditions import Conditions, Meter, PostponedError, needed_bytes
 from edge.model import LiveModel, ServedModels
 from edge.outcome import MAY_PASS, NO_VERDICT, Outcome, remembered
 from edge.plan import FilePlan, plan_files
+from edge.probation import Probation
 from edge.shadow import Shadow
-from edge.soak import TICK_S, Soak, evidence_of
-from edge.state import MAY_FOLLOW, Became, Order, Progress, Step
+from edge.state import Became, Course, Order, Progress, Step
 from edge.store import SlotStore, check_slot, write_atomically
-from edge.trial import Evidence, Reason, Verdict
+from edge.trial import Evidence, Reason
 from isthmus.bundle import MANIFEST, FileEntry, Manifest, Variant, parse_manifest
 from isthmus.errors import (
     BundleError,
@@ -45,9 +44,7 @@ from isthmus.errors import (
     VerificationError,
 )
 
-PROVEN_S: Final = 60.0  # a version that lived for so long does not kill its process at once
 _SHADOW_S: Final = 600.0  # longest wait for requests to try a version with
-_ROOM: Final = 8  # times the files of a version that must be free for it to stay open beside another
 
 log = structlog.get_logger(__name__)
 
@@ -123,7 +120,6 @@ class Updater:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep,
     ) -> None:
-        self.step = Step.IDLE
         self.last: Outcome | None = None
         self.outcomes: Counter[tuple[Became, str]] = Counter()  # final ones, with their reasons
         self._model = model
@@ -135,32 +131,34 @@ class Updater:
         self._open_slot = open_slot
         self._report = report
         self._conditions = conditions
-        self._audit = audit
         self._shadow = shadow or Shadow()
-        self._clock = clock
-        self._pause = pause
         self._files: list[FileResult] = []
         self._variant = ""
         self._meter = Meter(fetcher, conditions.settings)
-        self._opened = clock()  # when the version that serves was
-        self._before: LiveModel | None = None  # the version before it, open, while it is on trial
-        self._new = asyncio.Event()  # a version has begun to serve
-        self._over = asyncio.Event()  # no version is on trial
-        self._soak: Soak | None = None
-        self._taken_back = False
+        self._course = Course(model)
+        self.probation = Probation(
+            model,
+            store,
+            models,
+            course=self._course,
+            open_slot=self._open,
+            outcome=self._outcome,
+            conclude=self._conclude,
+            audit=audit,
+            clock=clock,
+            pause=pause,
+        )
+
+    @property
+    def step(self) -> Step:
+        """Return where the update is."""
+        return self._course.step
 
     @property
     def order(self) -> Order | None:
         """Return what an earlier run of the agent was bringing."""
         progress = self._store.state.progress
         return None if progress is None or progress.step is Step.ROLL_BACK else progress.order
-
-    @property
-    def trial(self) -> Progress | None:
-        """Return the trial of the version that serves, with all that was seen; None when it is on none."""
-        if not self._store.state.on_trial:
-            return None
-        return self._store.state.progress if self._soak is None else self._soak.checkpoint
 
     async def start(self) -> None:
         """Serve the installed version, or the one before it when that one is broken; none is no error.
@@ -182,7 +180,7 @@ class Updater:
                 with _disk("fall back"):
                     await asyncio.to_thread(self._store.fall_back, error.reason)
                 continue
-            self._serve(live)
+            self.probation.serve(live)
             log.info("serving", model=self._model, version=version, variant=variant)
             break
         self._tell_start()
@@ -239,6 +237,11 @@ class Updater:
             return Order(version=state.current, rollout=state.last.rollout, attempt=state.last.attempt)
         return Order(version=state.current)
 
+    def already(self, order: Order) -> Outcome:
+        """Return what there is to say to an order for the version that serves, for good."""
+        state = self._store.state
+        return Outcome(self._model, state.current, state.current, state.variant, order=order)
+
     def gave_up(self, order: Order) -> Outcome | None:
         """Return what became of this version here when it failed, and the order is for no further attempt."""
         state = self._store.state
@@ -268,7 +271,7 @@ class Updater:
                 await asyncio.to_thread(self._store.drop_partial, order.version)
             raise
         finally:
-            self.step = Step.IDLE
+            self._course.end()
 
     async def _updated(self, order: Order, from_version: int) -> Outcome:
         try:
@@ -348,140 +351,15 @@ class Updater:
         progress = await self._enter(Step.ACTIVATE, progress)
         trial = None
         if terms.soak_s > 0 and serving is not None and from_version != order.version:
-            before = evidence_of(serving, self._audit, self._clock() - self._opened)
+            before = self.probation.evidence_before(serving)
             trial = progress.model_copy(update={"step": Step.SOAK, "terms": terms, "before": before})
         became = Became.ACTIVE if trial is None else Became.SOAKING
         last = self._outcome(from_version, became, order=order).to_last()
-        self._taken_back = False
         live.begin_service()
         await asyncio.to_thread(self._store.activate, order.version, live.variant.id, trial, last)
-        before_live = self._serve(live)
-        if before_live is not None:
-            if trial is not None and _memory_allows(self._store.slot(from_version)):
-                self._before = before_live
-            else:
-                before_live.retire()
-        self._step_to(Step.COMMIT if trial is None else Step.SOAK, order.version)
+        self.probation.begin(live, on_trial=trial is not None, before=from_version)
+        self._course.enter(Step.COMMIT if trial is None else Step.SOAK, order.version)
         return became
-
-    def _serve(self, live: LiveModel) -> LiveModel | None:
-        self._opened = self._clock()
-        before = self._models.exchange(self._model, live)
-        self._new.set()
-        return before
-
-    async def watch_trials(self) -> None:
-        """Judge versions on trial, and note of others that they live; until cancelled."""
-        while True:
-            await self._new.wait()
-            self._new.clear()
-            live, progress = self._models.live(self._model), self._store.state.progress
-            if live is not None and progress is not None and progress.step is Step.SOAK:
-                await self._try_out(live, progress)
-            elif not self._store.state.proven:
-                version = self._store.state.current
-                if await self._lives():
-                    await self._persist(partial(self._store.prove, version))
-
-    async def _lives(self) -> bool:
-        """Wait until the version that serves has lived for a while; return False as soon as another one serves."""
-        waits = [asyncio.ensure_future(self._new.wait()), asyncio.ensure_future(self._pause(PROVEN_S))]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        return not self._new.is_set()
-
-    async def settled(self) -> None:
-        """Wait until no version is on trial."""
-        while self._store.state.on_trial:
-            self._over.clear()
-            await self._over.wait()
-
-    def take_back(self, order: Order) -> bool:
-        """End the trial when the order is for the version before the one on trial; return whether it is."""
-        if not self._store.state.on_trial or order.version != self._store.state.previous:
-            return False
-        self._taken_back = True
-        return True
-
-    async def stop(self) -> None:
-        """Note an orderly end, with what a trial has seen until now."""
-        before, self._before = self._before, None
-        if before is not None:
-            before.retire()
-        try:
-            if self._soak is not None and self.step is not Step.ROLL_BACK:
-                await asyncio.to_thread(self._store.enter, self._soak.checkpoint)
-            await asyncio.to_thread(self._store.end_run)
-        except OSError as error:
-            log.warning("cannot note the end", model=self._model, error=str(error))
-
-    async def _try_out(self, live: LiveModel, progress: Progress) -> None:
-        self._soak = soak = Soak(live, progress, self._audit, clock=self._clock)
-
-        async def keep(checkpoint: Progress) -> None:
-            await self._persist(lambda: self._store.enter(checkpoint))
-
-        verdict, evidence = await soak.run(keep, self._pause, lambda: self._taken_back)
-        self._step_to(Step.COMMIT if verdict.keep else Step.ROLL_BACK, progress.order.version)
-        if verdict.keep:
-            await self._commit(progress.order, evidence)
-        else:
-            await self._roll_back(progress.order, verdict, evidence)
-        self._soak = None
-        self.step = Step.IDLE
-        self._over.set()
-
-    async def _commit(self, order: Order, evidence: Evidence, reason: str = "", detail: str = "") -> None:
-        outcome = self._outcome(self._store.state.previous, Became.ACTIVE, reason, detail, evidence, order=order)
-        await self._persist(lambda: self._store.commit(outcome.to_last()))
-        await self._persist(lambda: self._store.prove(order.version))
-        before, self._before = self._before, None
-        if before is not None:
-            before.retire()
-        self._conclude(outcome)
-
-    async def _roll_back(self, order: Order, verdict: Verdict, evidence: Evidence) -> None:
-        state = self._store.state
-        reason, detail = verdict.broken or Reason.TAKEN_BACK, verdict.detail
-        log.warning("rolling back", model=self._model, version=order.version, reason=reason, detail=detail)
-        going = {"step": Step.ROLL_BACK, "seen": evidence.now, "reason": reason, "detail": detail}
-        if state.progress is not None:
-            failing = state.progress.model_copy(update=going)
-            try:  # the swap below must not wait for a disk that takes no writes
-                await asyncio.to_thread(self._store.enter, failing)
-            except OSError as error:
-                log.warning("cannot note the roll back", model=self._model, error=str(error))
-        before, self._before = self._before, None
-        while before is None:
-            try:
-                slot, variant = self._store.slot(state.previous), state.previous_variant or state.variant
-                before = await asyncio.to_thread(self._open, slot, variant)
-            except UnavailableError as error:
-                log.warning("cannot open the version before", model=self._model, error=error.message)
-                await self._pause(TICK_S)
-            except IsthmusError as error:  # what serves is better than nothing
-                await self._commit(order, evidence, "no-way-back", f"{detail}; the version before: {error.message}")
-                return
-        failed = self._serve(before)
-        outcome = self._outcome(state.previous, Became.ROLLED_BACK, reason, detail, evidence, order=order)
-        await self._persist(lambda: self._store.roll_back(outcome.to_last()))
-        if failed is not None:
-            failed.retire()
-        self._conclude(outcome)
-
-    async def _persist(self, write: Callable[[], None]) -> None:
-        """Write to the disk, again and again until it takes it: memory has decided already."""
-        while True:
-            try:
-                await asyncio.to_thread(write)
-            except OSError as error:
-                log.warning("the disk takes no writes", model=self._model, error=str(error))
-                await self._pause(TICK_S)
-            else:
-                return
 
     def _open(self, slot: Path, variant: str) -> LiveModel:
         try:
@@ -495,16 +373,10 @@ class Updater:
 
     async def _enter(self, step: Step, progress: Progress) -> Progress:
         """Begin a step, once the disk has it; return the progress with it."""
-        self._step_to(step, progress.order.version)
+        self._course.enter(step, progress.order.version)
         entered = progress.model_copy(update={"step": step})
         await asyncio.to_thread(self._store.enter, entered)
         return entered
-
-    def _step_to(self, step: Step, version: int) -> None:
-        if self._soak is None and step not in MAY_FOLLOW[self.step]:
-            raise RuntimeError(f"update of {self._model}: {step} cannot follow {self.step}")
-        self.step = step
-        log.info("update", model=self._model, version=version, step=step.value)
 
     async def _plan(self, version: int) -> _Plan:
         newest = self._store.state.newest
@@ -610,14 +482,3 @@ def _disk(what: str) -> Iterator[None]:
     except OSError as error:
         reason = "no-space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "disk"
         raise UnavailableError(f"{what}: {error}", reason=reason) from error
-
-
-def _memory_allows(slot: Path) -> bool:
-    """Return whether a second model may stay open: the machine has several times its files to spare."""
-    files = sum(path.stat().st_size for path in slot.rglob("*") if path.is_file())
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return False
-    free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
-    return free > _ROOM * files

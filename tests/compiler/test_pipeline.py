@@ -23,7 +23,7 @@ from compiler.pipeline import GuardError, Outcome, compile_bundle
 from compiler.report import Report
 from compiler.targets import TARGETS, load_target
 from edge.model import open_model
-from isthmus.bundle import BFLOAT16, open_bundle, parse_calibration
+from isthmus.bundle import BFLOAT16, Ceilings, open_bundle, parse_calibration
 from isthmus.digests import sha256_file
 from isthmus.errors import ConflictError, InputError, VerificationError
 from tests.compiler import models
@@ -66,6 +66,15 @@ def test_the_bundle_opens_and_describes_itself(pair: Pair) -> None:
     assert manifest.provenance.recipe == sha256_file(pair.folder / "recipe.toml")
     assert manifest.provenance.tools["openvino"]
     assert pair.first.manifest == manifest
+
+
+def test_ceilings_of_the_recipe_are_in_the_manifest(tmp_path: Path) -> None:
+    fill_workspace(tmp_path)
+    lines = 'target = "onnxruntime"\nmax_latency_ms = 12.5\nmax_memory_mb = 64'
+    compile_bundle(write_recipe(tmp_path, variants=f"[[variants]]\n{lines}\n"), tmp_path / "v1")
+
+    (variant,) = open_bundle(tmp_path / "v1").variants
+    assert variant.ceilings == Ceilings(latency_ms=12.5, memory_bytes=64_000_000)
 
 
 def test_a_second_build_finds_nothing_to_do(pair: Pair) -> None:

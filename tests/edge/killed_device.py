@@ -29,7 +29,7 @@ import numpy as np
 import structlog
 
 from edge.model import ServedModels
-from edge.state import Order, State, Step
+from edge.state import Course, Order, State, Step
 from edge.store import SlotStore, check_slot
 from edge.tally import Tally
 from edge.trial import Terms
@@ -74,8 +74,8 @@ async def device(home: Path, registry: Registry, tell: Callable[[str], None]) ->
     version = await right(models)
     check_slot(home / "slots" / str(version), "onnxruntime-fp32")
     tell(f"serves {version}")
-    trials = asyncio.ensure_future(updater.watch_trials())
-    await updater.settled()
+    trials = asyncio.ensure_future(updater.probation.watch())
+    await updater.probation.settled()
     for wanted in VERSIONS:
         order = Order(version=wanted, terms=TERMS, attempt=1)
         if models.version(MODEL) >= wanted or updater.gave_up(order) is not None:
@@ -84,7 +84,7 @@ async def device(home: Path, registry: Registry, tell: Callable[[str], None]) ->
             await updater.update(order)
         except UnavailableError as error:
             tell(f"error {error.message}")
-        await updater.settled()
+        await updater.probation.settled()
         await right(models)
     tell("done")
     await trials
@@ -157,7 +157,7 @@ def new_home(folder: Path, registry: Registry) -> Path:
         updater: Updater = make_updater(folder, registry, models)
         await updater.update(Order(version=1))
         SlotStore(folder).prove(1)
-        await updater.stop()
+        await updater.probation.stop()
         models.swap(MODEL, None)
 
     elsewhere(lambda: asyncio.run(install()))
@@ -235,21 +235,21 @@ def at_steps(folder: Path, registry: Registry, template: Path) -> dict[str, Any]
 
 def kill_at(step: Step, moment: str) -> None:
     """Kill this process when it is about to enter a step, or when the disk has just got to know of it."""
-    step_to, write = Updater._step_to, SlotStore._write_state
+    enter, write = Course.enter, SlotStore._write_state
 
-    def killing_step_to(self: Updater, to: Step, version: int) -> None:
+    def killing_enter(self: Course, to: Step, version: int) -> None:
         if moment == "before" and to is step:
             os.kill(os.getpid(), signal.SIGKILL)
-        step_to(self, to, version)
-        killing_step_to.entered = to  # type: ignore[attr-defined]
+        enter(self, to, version)
+        killing_enter.entered = to  # type: ignore[attr-defined]
 
     def killing_write(self: SlotStore, state: State) -> None:
         write(self, state)
-        at = state.progress.step if state.progress is not None else getattr(killing_step_to, "entered", None)
+        at = state.progress.step if state.progress is not None else getattr(killing_enter, "entered", None)
         if moment == "after" and at is step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Updater._step_to = killing_step_to  # type: ignore[assignment, method-assign]
+    Course.enter = killing_enter  # type: ignore[assignment, method-assign]
     SlotStore._write_state = killing_write  # type: ignore[method-assign]
 
 

@@ -34,7 +34,7 @@ def test_devices_from_anywhere_converge_by_the_cheapest_path(tmp_path: Path) -> 
             with pytest.raises(UnavailableError):
                 await device.updater.update(Order(version=NEWEST - 1))
             del registry.fail["delta"]
-            await device.updater.stop()
+            await device.updater.probation.stop()
             device.models.swap("triage", None)
             device.time.seconds += NINETY_DAYS_S
             device.boot()
@@ -42,7 +42,7 @@ def test_devices_from_anywhere_converge_by_the_cheapest_path(tmp_path: Path) -> 
         outcome = await device.updater.update(Order(version=NEWEST))
         assert await device.right(NEWEST)
         assert (device.state.current, device.state.newest) == (NEWEST, NEWEST)
-        await device.updater.stop()
+        await device.updater.probation.stop()
         device.models.swap("triage", None)
         return outcome
 

@@ -20,6 +20,7 @@ from isthmus.errors import NotFoundError, UnavailableError
 from tests.edge import bundles
 from tests.edge.test_soak import Device, spoil, with_device
 
+pytestmark = pytest.mark.slow
 MODEL_FILE = "variants/onnxruntime-fp32/model.onnx"
 TENTHS = range(1, 10)
 
@@ -31,7 +32,7 @@ async def refused(device: Device, version: int, reason: str) -> None:
     assert device.reports[-1] is outcome
     assert await device.right(1)
     assert sorted(path.name for path in (device.folder / "slots").iterdir()) == ["1"]
-    await device.updater.stop()
+    await device.updater.probation.stop()
     device.boot()
     await device.updater.start()
     assert await device.right(1)
@@ -299,6 +300,6 @@ def test_a_read_only_disk_does_not_keep_a_device_from_serving(tmp_path: Path, mo
             with pytest.raises(UnavailableError):
                 await device.updater.update(Order(version=2))
             assert await device.right(1)
-            await device.updater.stop()
+            await device.updater.probation.stop()
 
     with_device(tmp_path, scenario)

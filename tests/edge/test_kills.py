@@ -16,7 +16,7 @@ KILLS = 200
 
 def kill(folder: Path, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.edge.killed_device", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found

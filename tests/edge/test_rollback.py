@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,13 @@ def unsent(home: Path) -> list[str]:
     return kept
 
 
+def scrape(home: Path) -> str:
+    address = json.loads((home / "ready.json").read_bytes())["metrics"]
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+        text: str = response.read().decode()
+        return text
+
+
 @pytest.mark.parametrize(("fault", "reason"), [("wrong", "trial-agreement"), ("nan", "trial-errors")])
 def test_a_signed_but_bad_version_goes_back_and_says_why(tmp_path: Path, fault: str, reason: str) -> None:
     home = tmp_path / "device"
@@ -42,7 +50,9 @@ def test_a_signed_but_bad_version_goes_back_and_says_why(tmp_path: Path, fault: 
             cloud.publish(1)
             cloud.publish(2, fault=fault)
             cloud.release(1)
-            async with running(home, audit_share=1.0, variant="onnxruntime-fp32") as agent:
+            async with running(
+                home, audit_share=1.0, variant="onnxruntime-fp32", metrics_listen="127.0.0.1:0"
+            ) as agent:
                 await agent.serves(1)
                 cloud.release(2, rollout="r7", attempt=1, trial=TRIAL)
                 await until(lambda: last(cloud, 2).state == SOAKING)
@@ -60,6 +70,11 @@ def test_a_signed_but_bad_version_goes_back_and_says_why(tmp_path: Path, fault: 
                 assert (await agent.infer(bundles.SURE))["isthmus.edge_version"] == 1
                 status = (await agent.status())["models"][0]
                 assert (status["last_update"]["outcome"], status["last_update"]["reason"]) == ("rolled-back", reason)
+
+                metrics = await asyncio.to_thread(scrape, home)
+                labels = f'model="triage",outcome="rolled-back",reason="{reason}"'
+                assert f"isthmus_update_outcomes_total{{{labels}}} 1.0" in metrics
+                assert 'isthmus_update_step{model="triage",step="idle"} 1.0' in metrics
 
                 cloud.release(2, rollout="r7", attempt=2, trial=TRIAL)  # told so, it is tried again
                 await until(lambda: last(cloud, 2).state == SOAKING and last(cloud, 2).attempt == 2)
@@ -145,5 +160,22 @@ def test_the_cloud_takes_back_a_version_on_trial(tmp_path: Path) -> None:
                 await until(lambda: last(cloud, 2).reason == "taken-back")
             async with running(home) as agent:
                 await agent.serves(1)
+
+    asyncio.run(scenario())
+
+
+def test_a_rollout_to_the_version_that_serves_already_gets_its_word(tmp_path: Path) -> None:
+    home = tmp_path / "device"
+
+    async def scenario() -> None:
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            cloud.publish(1)
+            cloud.release(1)
+            async with running(home) as agent:
+                await agent.serves(1)
+                cloud.release(1, rollout="r9", attempt=2)
+                await until(lambda: (last(cloud, 1).rollout, last(cloud, 1).attempt) == ("r9", 2))
+                assert last(cloud, 1).state == fleet_pb2.UPDATE_STATE_ACTIVE
 
     asyncio.run(scenario())

@@ -103,9 +103,9 @@ class Device:
         return self.updater.last
 
     async def until_settled(self) -> None:
-        trials = asyncio.ensure_future(self.updater.watch_trials())
+        trials = asyncio.ensure_future(self.updater.probation.watch())
         async with asyncio.timeout(60):
-            await self.updater.settled()
+            await self.updater.probation.settled()
         trials.cancel()
 
     async def right(self, version: int) -> bool:
@@ -126,7 +126,7 @@ def with_device(tmp_path: Path, scenario: Callable[[Device], Awaitable[None]], *
         try:
             await scenario(device)
         finally:
-            await device.updater.stop()
+            await device.updater.probation.stop()
             device.models.swap(MODEL, None)
 
     asyncio.run(run())
@@ -197,7 +197,7 @@ def test_a_trial_goes_on_after_a_crash_with_what_was_left_of_it(tmp_path: Path) 
         await device.serve(1)
         device.requests = 1
         await device.updater.update(Order(version=2, terms=TERMS.model_copy(update={"soak_s": 100.0})))
-        trials = asyncio.ensure_future(device.updater.watch_trials())
+        trials = asyncio.ensure_future(device.updater.probation.watch())
         until = device.time.seconds + 40
         while device.time.seconds < until:
             await asyncio.sleep(0)
@@ -208,7 +208,7 @@ def test_a_trial_goes_on_after_a_crash_with_what_was_left_of_it(tmp_path: Path) 
         await device.updater.start()
         assert device.reports[-1].became is Became.SOAKING
         again = device.time.seconds
-        trial = device.updater.trial
+        trial = device.updater.probation.trial
         assert trial is not None
         assert 25 <= trial.seen.seconds <= 40
         assert 25 <= trial.seen.requests <= 40
@@ -269,13 +269,13 @@ def test_orderly_stops_are_no_crashes_and_a_version_that_lives_is_proven(tmp_pat
         await device.serve(1)
         await device.updater.update(Order(version=2))
         for _ in range(5):
-            await device.updater.stop()
+            await device.updater.probation.stop()
             device.models.swap(MODEL, None)
             device.boot()
             await device.updater.start()
         assert await device.right(2)
         assert not device.state.proven
-        trials = asyncio.ensure_future(device.updater.watch_trials())
+        trials = asyncio.ensure_future(device.updater.probation.watch())
         async with asyncio.timeout(60):
             while not device.state.proven:
                 await asyncio.sleep(0)
@@ -341,8 +341,8 @@ def test_the_cloud_takes_a_version_back_while_it_is_on_trial(tmp_path: Path) -> 
     async def scenario(device: Device) -> None:
         await device.serve(1)
         await device.updater.update(Order(version=2, terms=TERMS))
-        assert not device.updater.take_back(Order(version=3))
-        assert device.updater.take_back(Order(version=1))
+        assert not device.updater.probation.take_back(Order(version=3))
+        assert device.updater.probation.take_back(Order(version=1))
         await device.until_settled()
         assert device.updater.last is not None
         assert (device.updater.last.became, device.updater.last.reason) == (Became.ROLLED_BACK, "taken-back")
@@ -354,7 +354,7 @@ def test_the_cloud_takes_a_version_back_while_it_is_on_trial(tmp_path: Path) -> 
 def test_without_memory_for_two_the_version_before_is_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge.updater._memory_allows", lambda slot: False)
+    monkeypatch.setattr("edge.probation._memory_allows", lambda slot: False)
 
     async def scenario(device: Device) -> None:
         await device.serve(1)
@@ -393,6 +393,7 @@ def test_a_roll_back_does_not_wait_for_a_disk_that_takes_no_writes(tmp_path: Pat
     with_device(tmp_path, scenario)
 
 
+@pytest.mark.slow
 def test_what_a_shadow_run_finds_is_refused_before_it_serves(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
         await device.serve(1)
@@ -436,6 +437,7 @@ def test_a_good_version_passes_its_shadow_run(tmp_path: Path) -> None:
     with_device(tmp_path, scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "ceilings", "reason"),
     [
