@@ -20,7 +20,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from isthmus.digests import check_file, check_sha256, sha256_bytes
-from isthmus.errors import DigestMismatchError, InputError, NotFoundError
+from isthmus.errors import ConfigError, DigestMismatchError, InputError, NotFoundError
 from security.keyfiles import sync_folder
 
 CHUNK: Final = 256 << 10  # bytes of one message of a stream
@@ -31,14 +31,20 @@ class Folder:
 
     Args:
         url: A path, or an address such as s3://bucket/folder.
+
+    Raises:
+        ConfigError: fsspec knows no such kind of address, or what it needs for this kind is not installed.
     """
 
     def __init__(self, url: str) -> None:
         self._fs: Any
-        self._fs, self._root = fsspec.url_to_fs(url)
+        try:
+            self._fs, self._root = fsspec.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"cannot open {url}: {error}", hint="s3:// needs pip install s3fs") from error
         self._incoming = f"{self._root}/incoming"
         self._fs.makedirs(self._incoming, exist_ok=True)
-        for left_over in self._fs.ls(self._incoming, detail=False):
+        for left_over in self._fs.find(self._incoming):  # a bucket has no folders: nothing to list is no error
             self._fs.rm(left_over)
 
     def has(self, name: str) -> bool:

@@ -87,7 +87,8 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         repository = CloudRepository(settings.home)
         database = Database(settings.database) if settings.database else open_database(state / "isthmus.db")
         stack.callback(database.close)
-        blobs, deltas, catalog = Blobs(str(state / "blobs")), Deltas(str(state / "deltas")), Catalog()
+        place = settings.blobs.rstrip("/") or str(state)
+        blobs, deltas, catalog = Blobs(f"{place}/blobs"), Deltas(f"{place}/deltas"), Catalog()
 
         triton, client = _triton(settings, state, stack)
         pool = HeavyPool(

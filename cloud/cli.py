@@ -19,6 +19,9 @@ ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings
 def serve(
     home: Annotated[Path | None, typer.Option(help="The workspace's cloud folder.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = None,
+    blobs: Annotated[
+        str | None, typer.Option(help="Folder or fsspec address, such as s3://bucket/folder, for bundles.")
+    ] = None,
     triton: Annotated[str | None, typer.Option(help="HOST:PORT of a running Triton instead of a child.")] = None,
     database: Annotated[str | None, typer.Option(help="postgresql://USER@HOST/NAME instead of SQLite.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Gets address and process ids once serving.")] = None,
@@ -30,7 +33,9 @@ def serve(
     from cloud.bootstrap import serve_until_signal
     from cloud.config import CloudSettings
 
-    flags = {"home": home, "listen": listen, "triton": triton, "ready_file": ready_file, "database": database}
+    flags = {"home": home, "listen": listen, "blobs": blobs, "triton": triton, "ready_file": ready_file} | {
+        "database": database
+    }
     asyncio.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
 
 

@@ -17,6 +17,9 @@ class CloudSettings(Settings):
 
     home: Path = Field(default=Path("cloud"), description="The workspace's cloud folder, made by `isthmus keys init`")
     listen: str = Field(default="127.0.0.1:8443", description="HOST:PORT of the TLS listener; port 0 takes a free one")
+    blobs: str = Field(
+        default="", description="Folder or fsspec address, such as s3://bucket/folder, for bundles; empty: in `home`"
+    )
     triton: str = Field(default="", description="HOST:PORT of a running Triton; empty starts one as a child")
     triton_ca: Path | None = Field(
         default=None, description="CA of an external Triton; without it the link is plain text"

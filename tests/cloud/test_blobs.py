@@ -8,7 +8,7 @@ import pytest
 
 from cloud.blobs import CHUNK, Blobs, Deltas
 from isthmus.digests import sha256_bytes
-from isthmus.errors import DigestMismatchError, InputError, NotFoundError
+from isthmus.errors import ConfigError, DigestMismatchError, InputError, NotFoundError
 
 DATA = bytes(range(256)) * (CHUNK // 256) + b"and a little more"
 DIGEST = sha256_bytes(DATA)
@@ -97,3 +97,24 @@ def test_a_damaged_blob_is_known_and_mended_by_the_next_upload(tmp_path: Path) -
         upload.write(DATA)
     assert blobs.intact(DIGEST)
     assert not blobs.intact("0" * 64)
+
+
+def test_blobs_in_a_place_that_is_no_folder_of_this_machine(tmp_path: Path) -> None:
+    blobs, deltas = Blobs("memory://isthmus/blobs"), Deltas("memory://isthmus/deltas")
+    assert blobs.store(DATA) == DIGEST
+    assert blobs.read_all(DIGEST) == DATA
+    assert blobs.intact(DIGEST)
+    with pytest.raises(DigestMismatchError), blobs.upload("0" * 64, 5) as upload:
+        upload.write(b"wrong")
+    assert not blobs.has("0" * 64)
+    with blobs.as_path(DIGEST) as path:
+        assert path.read_bytes() == DATA
+    (tmp_path / "delta").write_bytes(b"delta")
+    deltas.store(DIGEST, "0" * 64, tmp_path / "delta")
+    assert b"".join(deltas.read(DIGEST, "0" * 64, 2)) == b"lta"
+
+
+@pytest.mark.parametrize("url", ["nothing://bucket/folder", "s4://bucket"])
+def test_addresses_of_no_known_kind_are_refused(url: str) -> None:
+    with pytest.raises(ConfigError):
+        Blobs(url)

@@ -527,6 +527,24 @@ def test_the_heavy_model_is_loaded_before_the_version_is_visible(
     assert seen == [(True, [])]
 
 
+def test_bundles_are_kept_where_the_setting_says(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+
+    async def run() -> None:
+        async with serving(workspace, blobs=str(tmp_path / "elsewhere")) as cloud:
+
+            def work() -> None:
+                with workspace.client(cloud, ("*",)) as client:
+                    client.publish(make_bundle(tmp_path / "v1", 1), workspace.operator)
+
+            await asyncio.to_thread(work)
+
+    asyncio.run(run())
+    manifest = (tmp_path / "v1" / "manifest.json").read_bytes()
+    assert Blobs(str(tmp_path / "elsewhere" / "blobs")).has(sha256_bytes(manifest))
+    assert not (workspace.home / "state" / "blobs").exists()
+
+
 def test_deltas_come_from_what_devices_run_and_an_open_rollout_keeps_releases_back(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "workspace")
     trust = channel_credentials(workspace.trust / "ca.pem")
