@@ -8,7 +8,7 @@ Forms of an update, all of them made by the code that `isthmus compile` runs:
     int8-openvino         OpenVINO, INT8 on the grid of the version before
     int8-openvino-anew    OpenVINO, INT8 with scales of its own
 
-Everything is made on first use (about ten minutes, and 2 GB) and kept.
+Everything is made on first use (about six minutes, and 2 GB) and kept: remove the folder after changes to the compiler.
 """
 
 from __future__ import annotations
