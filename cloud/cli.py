@@ -33,9 +33,8 @@ def serve(
     from cloud.bootstrap import serve_until_signal
     from cloud.config import CloudSettings
 
-    flags = {"home": home, "listen": listen, "blobs": blobs, "triton": triton, "ready_file": ready_file} | {
-        "database": database
-    }
+    flags = {"home": home, "listen": listen, "blobs": blobs, "triton": triton, "database": database}
+    flags |= {"ready_file": ready_file}
     asyncio.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
 
 

@@ -218,7 +218,7 @@ class Updater:
 
     def warn(self, version: int, reason: str, detail: str) -> None:
         """Report what is wrong with the version that serves, on trial or for good; of another one nothing is said."""
-        state, trial = self._store.state, self.trial
+        state, trial = self._store.state, self.probation.trial
         if version != state.current:
             return
         if trial is None:

@@ -148,7 +148,7 @@ def test_a_bad_second_version_stops_in_its_first_stage_and_goes_back(
     assert status["stage"] == 1
     for name in fleet.addresses:
         history = json.dumps(fleet.command("device", "show", name))
-        assert ("rolled-back" in history) == (name in took)
+        assert ("rolled_back" in history) == (name in took)
         last = fleet.status(name)["models"][0]["last_update"]
         # Its own trial found out, or the rollout took it back because of what it reported.
         assert (last.get("reason") in ("trial-agreement", "taken-back")) == (name in took), last
