@@ -9,8 +9,8 @@ import pytest
 import zstandard
 from typer.testing import CliRunner
 
-from isthmus.cli import app
 from isthmus.delta import apply_folder_delta, make_folder_delta
+from isthmus.delta.cli import app
 from isthmus.delta.folder import MAGIC
 from isthmus.errors import DeltaError, InputError
 
@@ -91,7 +91,7 @@ def test_the_commands_take_folders(tmp_path: Path, folders: tuple[Path, Path]) -
     old, new = folders
     delta, out = tmp_path / "delta", tmp_path / "out"
     for arguments in (["make", old, new, delta], ["inspect", delta], ["apply", old, delta, out]):
-        result = CliRunner().invoke(app, ["delta", *map(str, arguments), "--json"])
+        result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
         assert result.exit_code == 0, result.output
         assert {row["path"] for row in json.loads(result.stdout)} >= {"a/kept", "b/added"}
     assert read(out) == read(new)
