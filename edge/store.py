@@ -131,11 +131,8 @@ class SlotStore:
         self._write(newest=max(self.state.current, self.state.newest), progress=None, last=last)
 
     def roll_back(self, last: Last) -> None:
-        """Give up the version that serves: the previous one, if any, becomes current."""
+        """Give up the version that serves: the previous one becomes current."""
         state = self.state
-        if not state.previous:  # nothing else is here: it may be brought again, a power cut may look like a crash
-            self._go_back(last)
-            return
         self._go_back(last, **_failed(state, state.current, last.reason, last.attempt))
 
     def _go_back(self, last: Last, **changes: object) -> None:

@@ -196,7 +196,7 @@ class Updater:
         reason = detail = ""
         if progress is not None and progress.step is Step.ROLL_BACK:
             reason, detail = progress.reason, progress.detail
-        elif crashes >= most:
+        elif crashes >= most and state.previous:  # power cuts look like crashes: the only version is not given up
             reason, detail = Reason.CRASHES, f"the agent died {crashes} times in a row with it"
         if reason:
             evidence = None if progress is None else Evidence(progress.seen, progress.before)

@@ -264,6 +264,18 @@ def test_a_version_kept_at_once_is_given_up_too_when_it_kills_the_process(tmp_pa
     with_device(tmp_path, scenario)
 
 
+def test_the_only_version_is_not_given_up_however_often_the_power_fails(tmp_path: Path) -> None:
+    async def scenario(device: Device) -> None:
+        await device.serve(1)
+        for _ in range(5):
+            device.models.swap(MODEL, None)
+            device.boot()
+            await device.updater.start()
+            assert await device.right(1)
+
+    with_device(tmp_path, scenario)
+
+
 def test_orderly_stops_are_no_crashes_and_a_version_that_lives_is_proven(tmp_path: Path) -> None:
     async def scenario(device: Device) -> None:
         await device.serve(1)
