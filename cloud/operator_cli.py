@@ -118,14 +118,15 @@ def withdraw(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign that no device may install a version any more; it cannot be released again."""
+    """Sign that no device may install a version any more; its open rollout stops, and it is never released again."""
     model, number = parse_version(version)
     flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file}
     with connect(flags, config) as (client, settings):
         record = client.withdraw(model, number, reason, _operator(settings), keys=key or ())
     show_record("withdrawn", record, as_json=as_json)
-    if record["released"]:
-        note(f"{version} is still the released version: release another one (isthmus model release)")
+    if record["released"] or record["rollouts"]:
+        by = "the release" if record["released"] else f"rollout {record['rollouts'][0]}"
+        note(f"{by} still tells devices {version}: release another one (isthmus model release)")
 
 
 @model_app.command()

@@ -32,10 +32,12 @@ def client_of(workspace: Workspace, address: str) -> CloudClient:
     return CloudClient(Address(address, workspace.trust, workspace.token_file()), timeout_s=20.0)
 
 
-def publish(workspace: Workspace, address: str, folder: Path, version: int, *, release: bool) -> None:
+def publish(
+    workspace: Workspace, address: str, folder: Path, version: int, *, release: bool, floor: int | None = None
+) -> None:
     bundle = make_bundle(folder / f"bundle-{version}", version, light=b"light model %d" % version)
     with client_of(workspace, address) as client:
-        client.publish(bundle, workspace.operator, release=release)
+        client.publish(bundle, workspace.operator, release=release, rollback_floor=floor)
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
@@ -168,7 +170,7 @@ def test_the_operators_commands_of_a_rollout(tmp_path: Path, command: Command) -
             return json.loads(command(*arguments, "--json", **environment).stdout)
 
         publish(workspace, ready["address"], tmp_path, 1, release=True)
-        publish(workspace, ready["address"], tmp_path, 2, release=False)
+        publish(workspace, ready["address"], tmp_path, 2, release=False, floor=0)
         device = LightDevice("camera-1", tmp_path, "triage", soak=lambda _s: 0.0)
         with client_of(workspace, ready["address"]) as client:
             code = str(client.invite("camera-1")["code"])
