@@ -295,6 +295,7 @@ def pin(
     trust: TrustOption = None,
     token_file: TokenOption = None,
     config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Hold DEVICE at one version of a model, whatever is released or rolled out."""
     model, number = (version.partition("@")[0], 0) if release else parse_version(version)
@@ -303,6 +304,9 @@ def pin(
             client.unpin(device, model)
         else:
             client.pin(device, model, number)
+    if as_json:
+        show_record("pin", {"device": device, "model": model, "pinned": number or None}, as_json=True)
+        return
     note(f"{device} follows releases of {model}" if release else f"{device} is held at {model}@{number}")
 
 
@@ -314,10 +318,14 @@ def retry(
     trust: TrustOption = None,
     token_file: TokenOption = None,
     config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Have DEVICE try again the version of MODEL that failed on it."""
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
         attempt = client.retry(device, model)
+    if as_json:
+        show_record("retry", {"device": device, "model": model, "attempt": attempt}, as_json=True)
+        return
     note(f"{device} tries {model} again (attempt {attempt})")
 
 

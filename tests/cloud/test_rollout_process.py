@@ -216,8 +216,13 @@ def test_the_operators_commands_of_a_rollout(tmp_path: Path, command: Command) -
 
         assert "is held at triage@1" in run("device", "pin", "camera-1", "triage@1")
         asyncio.run(be_online(lambda: device.serving == 1))
+        held = shown("device", "pin", "camera-1", "triage@1")
+        assert held == {"device": "camera-1", "model": "triage", "pinned": 1}
+        assert shown("device", "pin", "camera-1", "triage", "--release")["pinned"] is None
         assert "follows releases" in run("device", "pin", "camera-1", "triage", "--release")
         assert "attempt 1" in run("device", "retry", "camera-1", "triage")
+        again = shown("device", "retry", "camera-1", "triage")
+        assert again == {"device": "camera-1", "model": "triage", "attempt": 2}
         told = shown("device", "show", "camera-1")
         assert told["models"][0]["told"] == "2 by triage-2-1"
         assert {"pinned", "unpinned", "retry", "labelled", "active"} <= {event["what"] for event in told["history"]}
