@@ -56,16 +56,19 @@ class Site:
         device = await self.enrol(name)
         async with device.online():
             assert (await device.follow(version)).active
-            await self.knows(name, version)
+            await self.until_shown(name, version, "active")
         return device
 
-    async def knows(self, name: str, version: int) -> None:
-        """Wait until the cloud knows what a device runs."""
+    async def until_shown(self, name: str, version: int, state: str) -> dict[str, Any]:
+        """Wait until `isthmus device show` tells that a version is in a state on a device; return what it tells."""
+        shown: dict[str, Any] = {}
 
         async def is_known() -> bool:
-            return bool((await self.ask("device", name))["models"][0]["serving"] == version)
+            shown.update((await self.ask("device", name))["models"][0])
+            return bool((shown["version"], shown["state"]) == (version, state))
 
-        await eventually(is_known, f"the cloud knows that {name} runs {version}")
+        await eventually(is_known, f"the cloud knows that version {version} is {state} on {name}")
+        return shown
 
 
 def test_devices_from_anywhere_converge_by_the_cheapest_path(tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ async def converged(site: Site, name: str, device: CloudDevice) -> Outcome:
         version, logits = await device.answer(SURE)
         assert version == TARGET
         assert np.allclose(logits, right_logits(TARGET, SURE), atol=1e-4)
-        await site.knows(name, TARGET)
+        assert (await site.until_shown(name, TARGET, "active"))["serving"] == TARGET
     return outcome
 
 
