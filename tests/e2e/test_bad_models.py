@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,13 +19,14 @@ from tests.edge.test_faults import golden_nan
 pytestmark = pytest.mark.slow
 
 VARIANT = "onnxruntime-fp32"
+Build = Callable[[Path, int], object]
 
 
-def made_with(**changes: Any) -> Callable[[Path, int], None]:
-    return lambda folder, version: bundles.build_bundle(folder, version, **changes) and None
+def made_with(**changes: Any) -> Build:
+    return lambda folder, version: bundles.build_bundle(folder, version, **changes)
 
 
-def shows_its_fault(fault: str) -> Callable[[Path, int], None]:
+def shows_its_fault(fault: str) -> Build:
     return lambda folder, version: made_with(fault=fault, golden=golden_nan(version))(folder, version)
 
 
@@ -59,7 +59,7 @@ def test_the_reason_of_each_bad_model_is_shown_by_the_cloud(tmp_path: Path) -> N
         async with serving(workspace, delta_bases=0, used_bases=0) as cloud:
             site = Site(tmp_path, workspace, cloud)
 
-            async def publish(version: int, build: Callable[[Path, int], Any]) -> None:
+            async def publish(version: int, build: Build) -> None:
                 build(tmp_path / str(version), version)
                 await site.ask("publish", servable(tmp_path / str(version)), workspace.operator)
 
