@@ -118,7 +118,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         fleet = FleetService(database, conductor, issuer, authority, token_ttl_s=settings.token_ttl_s)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.refresh), server
+            RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow), server
         )
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
 

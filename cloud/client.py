@@ -21,12 +21,21 @@ import grpc
 from cloud.fleet_rows import device_record, device_rows, moment
 from isthmus.address import split_address
 from isthmus.bundle import MANIFEST, Manifest, open_bundle, parse_manifest
-from isthmus.errors import ConfigError, DigestMismatchError, InputError, IsthmusError, NotFoundError, UnavailableError
+from isthmus.errors import (
+    ConfigError,
+    ConflictError,
+    DigestMismatchError,
+    InputError,
+    IsthmusError,
+    NotFoundError,
+    UnavailableError,
+)
 from isthmus.oip import service_pb2, service_pb2_grpc
 from isthmus.status import from_rpc
 from isthmus.stick import Index, StickWriter, blob_name, delta_name, metadata_name
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc
 from security.keyfiles import read_file
+from security.metadata import manifest_path
 from security.repository import OperatorRepository
 from security.tls import channel_credentials
 
@@ -167,7 +176,7 @@ class CloudClient:
     def withdraw(
         self, model: str, version: int, reason: str, operator: Path, *, keys: Sequence[Path] = ()
     ) -> dict[str, Any]:
-        """Sign that no device may install a version any more, and tell the cloud.
+        """Sign that no device may install a version any more, and tell the cloud, which stops an open rollout of it.
 
         Args:
             model: The model.
@@ -189,7 +198,18 @@ class CloudClient:
         released = any(
             row["released"] for row in self.list_versions() if (row["model"], row["version"]) == (model, version)
         )
-        return {"model": model, "version": version, "withdrawn": reason.strip(), "released": released}
+        telling = [
+            row.id
+            for row in self.rollouts(model)
+            if row.version == version and row.state == fleet_pb2.ROLLOUT_STATE_COMPLETED
+        ]
+        return {
+            "model": model,
+            "version": version,
+            "withdrawn": reason.strip(),
+            "released": released,
+            "rollouts": telling,
+        }
 
     def export(
         self,
@@ -213,13 +233,20 @@ class CloudClient:
 
         Raises:
             NotFoundError: There is no such version or variant.
-            ConflictError: There is something at `output`.
+            ConflictError: The version was withdrawn, or there is something at `output`.
             DigestMismatchError: The cloud sent other bytes than it should.
         """
         told = progress or Progress()
         metadata = self._all_metadata()
         targets = _targets_of(metadata)
         digest, manifest = self._manifest(targets, model, version)
+        custom = targets[manifest_path(model, version)].get("custom")
+        if reason := (custom or {}).get("withdrawn"):
+            raise ConflictError(
+                f"{model}@{version} was withdrawn: {reason}",
+                hint="no device would install it; isthmus model list shows the others",
+                reason="withdrawn",
+            )
         known = [variant.id for variant in manifest.variants]
         if unknown := [name for name in variants if name not in known]:
             raise NotFoundError(f"{model}@{version} has no variant {unknown[0]!r}", hint=f"it has {', '.join(known)}")
@@ -270,7 +297,7 @@ class CloudClient:
             number += 1
 
     def _manifest(self, targets: Mapping[str, Any], model: str, version: int) -> tuple[str, Manifest]:
-        entry = targets.get(f"{model}/{version}/manifest.json")
+        entry = targets.get(manifest_path(model, version))
         if entry is None:
             raise NotFoundError(f"{model} has no version {version}", hint="isthmus model list shows what there is")
         digest = str(entry["hashes"]["sha256"])

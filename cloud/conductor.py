@@ -36,7 +36,7 @@ from cloud.records import (
 )
 from cloud.roster import Device, Layer, Roster, Told
 from isthmus.bundle import Variant
-from isthmus.errors import ConflictError, IdentityError, InputError, NotFoundError
+from isthmus.errors import ConflictError, IdentityError, InputError, IsthmusError, NotFoundError
 from security.custom import Terms
 
 POLL_S: Final = 1.0
@@ -475,10 +475,16 @@ class Conductor:
         log.info("rollout changed", rollout=layer.plan.id, change=kind, reason=reason, by=by)
         return self.roster.rollouts[layer.plan.id]
 
+    async def follow(self) -> None:
+        """Take in what changed, in the database or in signed metadata, and decide on it at once."""
+        await self.refresh()
+        await self.decide_all()
+
     async def decide_all(self) -> None:
         """Take the next step of every open rollout."""
         for layer in self.roster.open_rollouts():
-            decision = self.decide(layer)
+            terms = await asyncio.to_thread(self._terms, layer.plan)
+            decision = self.decide(layer, terms.withdrawn)
             if decision.action is rules.Action.WAIT:
                 continue
             progress = rules.advance(layer.progress, decision, self._clock())
@@ -495,9 +501,16 @@ class Conductor:
                     detail=decision.detail,
                 )
 
-    def decide(self, layer: Layer) -> rules.Decision:
+    def decide(self, layer: Layer, withdrawn: str = "") -> rules.Decision:
         """Return what is to be done with a rollout now."""
-        return rules.decide(layer.plan, layer.progress, self.roster.candidates(layer.plan), self._clock())
+        return rules.decide(layer.plan, layer.progress, self.roster.candidates(layer.plan), self._clock(), withdrawn)
+
+    def _terms(self, plan: rules.Plan) -> Terms:
+        try:
+            return self._releases.terms(plan.model, plan.version)
+        except (IsthmusError, OSError) as error:  # gates must not stand still because a disk does
+            log.warning("terms are not known", rollout=plan.id, error=str(error))
+            return Terms()
 
     async def _store(self, layer: Layer, progress: rules.Progress, kind: str, reason: str, detail: str) -> bool:
         """Write a rollout's new progress; return False when it is not the one any more that was decided on."""

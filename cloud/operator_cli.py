@@ -118,14 +118,15 @@ def withdraw(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign that no device may install a version any more; it cannot be released again."""
+    """Sign that no device may install a version any more; its open rollout stops, and it is never released again."""
     model, number = parse_version(version)
     flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file}
     with connect(flags, config) as (client, settings):
         record = client.withdraw(model, number, reason, _operator(settings), keys=key or ())
     show_record("withdrawn", record, as_json=as_json)
-    if record["released"]:
-        note(f"{version} is still the released version: release another one (isthmus model release)")
+    if record["released"] or record["rollouts"]:
+        by = "the release" if record["released"] else f"rollout {record['rollouts'][0]}"
+        note(f"{by} still tells devices {version}: release another one (isthmus model release)")
 
 
 @model_app.command()
@@ -294,6 +295,7 @@ def pin(
     trust: TrustOption = None,
     token_file: TokenOption = None,
     config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Hold DEVICE at one version of a model, whatever is released or rolled out."""
     model, number = (version.partition("@")[0], 0) if release else parse_version(version)
@@ -302,6 +304,9 @@ def pin(
             client.unpin(device, model)
         else:
             client.pin(device, model, number)
+    if as_json:
+        show_record("pin", {"device": device, "model": model, "pinned": number or None}, as_json=True)
+        return
     note(f"{device} follows releases of {model}" if release else f"{device} is held at {model}@{number}")
 
 
@@ -313,10 +318,14 @@ def retry(
     trust: TrustOption = None,
     token_file: TokenOption = None,
     config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Have DEVICE try again the version of MODEL that failed on it."""
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
         attempt = client.retry(device, model)
+    if as_json:
+        show_record("retry", {"device": device, "model": model, "attempt": attempt}, as_json=True)
+        return
     note(f"{device} tries {model} again (attempt {attempt})")
 
 

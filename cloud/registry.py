@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 
 class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
-    """Signed metadata, content-addressed blobs, and deltas between them; `changed` hears of each publish."""
+    """Signed metadata, content-addressed blobs, and deltas between them; `changed` hears of what operators change."""
 
     def __init__(
         self,
@@ -167,6 +167,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         if not 0 < len(files) == len(request.files) <= MAX_SUBMITTED:
             raise InputError(f"files: expected 1 to {MAX_SUBMITTED} files, each once, got {len(request.files)}")
         await self._publisher.submit(files)
+        await self._changed()
         return registry_pb2.SubmitMetadataResponse()
 
     async def ListVersions(self, request: Any, context: Any) -> Any:  # noqa: N802

@@ -317,7 +317,7 @@ def advance(progress: Progress, decision: Decision, now: float) -> Progress:
             return progress
 
 
-def decide(plan: Plan, progress: Progress, devices: Sequence[Candidate], now: float) -> Decision:
+def decide(plan: Plan, progress: Progress, devices: Sequence[Candidate], now: float, withdrawn: str = "") -> Decision:
     """Return what is to be done with a rollout now.
 
     Args:
@@ -325,11 +325,14 @@ def decide(plan: Plan, progress: Progress, devices: Sequence[Candidate], now: fl
         progress: How far it is.
         devices: All devices that it is for, in or out of the present cohort.
         now: Unix seconds.
+        withdrawn: Why operators took the version back, if they did: no stage, and no pause, outlasts that.
     """
     cohort = [device for device in devices if position(plan.id, device.id) < progress.threshold]
     tally = count(plan, progress, cohort, now)
     if not progress.state.is_open:
         return Decision(Action.WAIT, progress.state.name.lower(), "it is over", tally)
+    if withdrawn:
+        return Decision(Action.ABORT, "withdrawn", withdrawn, tally)
     before = progress.thresholds[-2] if progress.stage else 0
     newcomers = [device for device in cohort if position(plan.id, device.id) >= before]
     fresh = count(plan, progress, newcomers, now)

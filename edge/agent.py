@@ -28,6 +28,7 @@ from edge.deferred.assembly import Deferred
 from edge.fleet import Desired, FleetLink
 from edge.identity import AccessToken
 from edge.model import ServedModels
+from edge.offline import Imports
 from edge.server import AgentServer
 from edge.spool import Spool
 from edge.state import Order
@@ -76,6 +77,7 @@ class Agent:
     deferred: Deferred | None = None
     metrics: MetricsListener | None = None
     audit: Audit | None = None
+    imports: Imports | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set.
@@ -167,6 +169,8 @@ class Agent:
                 outcome = await updater.update(order)
             except UnavailableError as error:
                 log.info("update postponed", model=model, version=order.version, error=error.message)
+                if self.imports is not None:
+                    self.imports.postponed(model, order, error)
                 wait_s = error.retry_s if isinstance(error, PostponedError) else None
                 await _first_of(_wait(backoff, wait_s), self.desired.change(model))
                 continue

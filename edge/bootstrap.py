@@ -130,6 +130,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         ready_file=settings.ready_file,
         deferred=deferred,
         audit=audit,
+        imports=imports,
         metrics=_metrics(settings, enrolment.device_id, models, uplink, spools, cache, audit, updaters),
     )
 

@@ -9,6 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -191,15 +192,22 @@ class SignedManifests:
         root: The root metadata that this device was given when it was enrolled.
         fetcher: The registry.
         loop: The event loop that the fetcher's channel belongs to.
+        clock: The time, for what has expired.
     """
 
     def __init__(
-        self, metadata_dir: Path, root: bytes, fetcher: RegistryFetcher, loop: asyncio.AbstractEventLoop
+        self,
+        metadata_dir: Path,
+        root: bytes,
+        fetcher: RegistryFetcher,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         def fetch(name: str) -> Iterator[bytes]:
             yield asyncio.run_coroutine_threadsafe(fetcher.metadata(name), loop).result()
 
-        self._trusted = TrustedManifests(metadata_dir, root, fetch)
+        self._trusted = TrustedManifests(metadata_dir, root, fetch, clock=clock)
         self._one_at_a_time = threading.Lock()
 
     def target(self, model: str, version: int) -> SignedTarget:

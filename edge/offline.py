@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any, Final
 
 from edge.fetcher import RegistryFetcher, SignedManifests
 from edge.fleet import Desired
@@ -21,7 +22,8 @@ from isthmus.errors import ConflictError, DigestMismatchError, IsthmusError, Not
 from isthmus.stick import Stick, blob_name, delta_name, metadata_name
 from security.trust import SignedTarget, TrustedManifests
 
-_TARGETS = "targets/"
+_TARGETS: Final = "targets/"
+_STALL_S: Final = 5.0  # a registry that brings nothing for so long does not make up for what a stick lacks
 
 
 class StickFetcher:
@@ -92,7 +94,8 @@ class Imports:
     """Lets a running agent install what was carried to it: while a stick is plugged in, it comes before the registry.
 
     It stands between an updater and its registry. Metadata of a model that is being imported comes from the stick, and
-    so do files that it has: their digests are signed, wherever they come from.
+    so do files that it has: their digests are signed, wherever they come from. What it lacks may come from the
+    registry, if that answers: whoever stands there with a stick is told within seconds that it does not.
 
     Args:
         metadata_dir: Where verified metadata is kept.
@@ -126,14 +129,36 @@ class Imports:
     async def blob(self, sha256: str, path: Path, *, length: int) -> int:
         """Bring a blob, from a stick or the registry."""
         stick = self._with(blob_name(sha256))
-        source = self._fetcher if stick is None else StickFetcher(stick)
-        return await source.blob(sha256, path, length=length)
+        if stick is not None:
+            return await StickFetcher(stick).blob(sha256, path, length=length)
+        return await self._from_registry(self._fetcher.blob(sha256, path, length=length), path)
 
     async def delta(self, from_sha256: str, to_sha256: str, path: Path, *, limit: int) -> int:
         """Bring a delta, from a stick or the registry; a stick that has the whole file needs no network for a delta."""
         stick = self._with(delta_name(from_sha256, to_sha256)) or self._with(blob_name(to_sha256))
-        source = self._fetcher if stick is None else StickFetcher(stick)
-        return await source.delta(from_sha256, to_sha256, path, limit=limit)
+        if stick is not None:
+            return await StickFetcher(stick).delta(from_sha256, to_sha256, path, limit=limit)
+        return await self._from_registry(self._fetcher.delta(from_sha256, to_sha256, path, limit=limit), path)
+
+    async def _from_registry(self, work: Coroutine[Any, Any, int], path: Path) -> int:
+        """Let the registry bring a file; while somebody waits for an import, only as long as it brings something."""
+        if not self._plugged:
+            return await work
+        task, size = asyncio.ensure_future(work), -1
+        try:
+            while not task.done():
+                before, size = size, await asyncio.to_thread(_size, path)
+                if size == before:
+                    raise UnavailableError(
+                        f"the stick lacks {path.name.removesuffix('.part').partition('.delta-')[0]}, "
+                        f"and the registry brings nothing of it",
+                        reason="stick-incomplete",
+                    )
+                await asyncio.wait((task,), timeout=_STALL_S)
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.wait((task,))
 
     async def install(self, path: Path, *, accept_stale: bool) -> Outcome:
         """Have the agent install a stick's version; return what became of it.
@@ -158,8 +183,12 @@ class Imports:
             try:
                 before = self._desired.order(model)
                 # Whoever carries a version here tells the device to try it, even if it failed before.
-                self._desired.set(model, Order(version=version, attempt=before.attempt + 1))
-                return await self._waiting[model]
+                order = Order(version=version, attempt=before.attempt + 1)
+                self._desired.set(model, order)
+                outcome = await self._waiting[model]
+                if outcome.became is Became.UPDATING and self._desired.order(model) == order:
+                    self._desired.set(model, before)  # it came to nothing: nobody wants that version any more
+                return outcome
             finally:
                 del self._plugged[model], self._waiting[model]
 
@@ -172,8 +201,25 @@ class Imports:
         if outcome.to_version == self._plugged[outcome.model][0].index.version:
             waiting.set_result(outcome)
 
+    def postponed(self, model: str, order: Order, error: UnavailableError) -> None:
+        """Note that an update cannot go on now: whoever carried the version here is told so, and may come again."""
+        self.hear(
+            Outcome(
+                model,
+                self._models.version(model),
+                order.version,
+                became=Became.UPDATING,
+                reason=error.reason,
+                detail=error.message,
+            )
+        )
+
     def _with(self, name: str) -> Stick | None:
         return next((stick for stick, _ in self._plugged.values() if stick.has(name)), None)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _readable(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -65,12 +65,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RoleKeys:
-    """Who signs for a role."""
+    """Who signs for a role; `expires_at` is that of what they signed last, where that is known here."""
 
     role: str
     keyids: tuple[str, ...]
     threshold: int
     paths: tuple[str, ...] = ()
+    expires_at: datetime | None = None
 
 
 def new_key_pair(path: Path) -> Path:
@@ -165,8 +166,13 @@ class Ceremony:
     def roles(self) -> list[RoleKeys]:
         """Return who signs for what now, publishers included."""
         root = newest_root(self._tuf).signed
-        rows = [RoleKeys(name, tuple(root.roles[name].keyids), root.roles[name].threshold) for name in ROLES]
-        delegations = parse(read_file(self.targets), Targets).signed.delegations if self.targets.exists() else None
+        targets = parse(read_file(self.targets), Targets).signed if self.targets.exists() else None
+        expiries = {Root.type: root.expires} | ({} if targets is None else {Targets.type: targets.expires})
+        rows = [
+            RoleKeys(name, tuple(root.roles[name].keyids), root.roles[name].threshold, expires_at=expiries.get(name))
+            for name in ROLES
+        ]
+        delegations = None if targets is None else targets.delegations
         publishers = (delegations.roles or {}).values() if delegations is not None else ()
         return rows + [
             RoleKeys(role.name, tuple(role.keyids), role.threshold, tuple(role.paths or ())) for role in publishers

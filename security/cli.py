@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -23,6 +24,8 @@ _PORT: Final = 8443
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 # How long before its end a file is worth a warning; what the cloud renews by itself is not.
 _SOON_DAYS: Final = {"update root": 90, "update targets": 60, "cloud's TLS identity": 30, "certifies devices": 90}
+_SOON_PUBLISHER_DAYS: Final = 60
+_PUBLISHED: Final = "update publisher-"
 
 RoleArgument = Annotated[str, typer.Argument(metavar="ROLE", help="root, targets, snapshot or timestamp.")]
 DirOption = Annotated[Path, typer.Option("--dir", help="The workspace's operator folder.", metavar="DIR")]
@@ -79,31 +82,49 @@ def show(
     from security.workspace import describe_workspace
 
     now = datetime.now(UTC)
-    rows = [_row(entry, now) for entry in describe_workspace(root)]
+    entries = describe_workspace(root)
+    rows = [_row(entry, now) for entry in entries]
+    operator = root if (root / "tuf").is_dir() else root / "operator"
+    roles = _roles(operator, entries) if (operator / "tuf").is_dir() else []
+    told = warnings(root, now)
     if as_json:
-        show_table(f"Workspace {root}", rows, as_json=True)
+        show_record(f"Workspace {root}", {"files": rows, "roles": roles, "warnings": told}, as_json=True)
     else:  # what fits a narrow terminal: the file's suffix says the kind, the day is enough
         show_table(f"Workspace {root}", [{**_without(row, "kind"), "expires": _day(row)} for row in rows])
-    operator = root if (root / "tuf").is_dir() else root / "operator"
-    if (operator / "tuf").is_dir() and not as_json:
-        _show_roles(operator)
-    for text in warnings(root, now):
+        if roles:
+            show_table("Who signs", [_role_row(role) for role in roles])
+    for text in told:
         note(text)
 
 
-def _show_roles(operator: Path) -> None:
+def _roles(operator: Path, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return who signs for what, with the expiry of what was signed last: what the cloud serves, or what is here."""
     from security.ceremony import Ceremony
 
-    rows = [
-        {
-            "role": row.role,
-            "must sign": f"{row.threshold} of {len(row.keyids)}",
-            "key ids": ", ".join(keyid[:12] for keyid in row.keyids),
-            "models": ", ".join(path.removesuffix("/*/manifest.json") for path in row.paths) or None,
-        }
-        for row in Ceremony(operator).roles()
-    ]
-    show_table("Who signs", rows)
+    served = {entry.role: entry.expires_at for entry in entries if entry.kind == "metadata"}
+    roles = []
+    for row in Ceremony(operator).roles():
+        until = served.get(f"update {row.role}", row.expires_at)
+        roles.append(
+            {
+                "role": row.role,
+                "threshold": row.threshold,
+                "keyids": list(row.keyids),
+                "models": [path.removesuffix("/*/manifest.json") for path in row.paths],
+                "expires": None if until is None else until.isoformat(),
+            }
+        )
+    return roles
+
+
+def _role_row(role: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "role": role["role"],
+        "must sign": f"{role['threshold']} of {len(role['keyids'])}",
+        "key ids": ", ".join(keyid[:12] for keyid in role["keyids"]),
+        "models": ", ".join(role["models"]) or None,
+        "expires": _day(role),
+    }
 
 
 @keys_app.command("new")
@@ -265,7 +286,7 @@ def warnings(root: Path, now: datetime) -> list[str]:
         left = (entry.expires_at - now).days
         if left < 0:
             texts.append(f"expired: {entry.file}")
-        elif left < _SOON_DAYS.get(entry.role, -1):
+        elif left < _SOON_DAYS.get(entry.role, _SOON_PUBLISHER_DAYS if entry.role.startswith(_PUBLISHED) else -1):
             texts.append(f"expires in {left} days: {entry.file}")
     return texts
 

@@ -119,7 +119,7 @@ class TrustedManifests:
         except tuf_errors.RepositoryError as error:  # the root that came with enrolment, or that is kept here
             raise TrustError(f"the device's root metadata is not one: {error}", reason="malformed-metadata") from error
         except tuf_errors.DownloadHTTPError as error:
-            raise UnavailableError(f"{path}: the registry lacks a file", reason="metadata-missing") from error
+            raise UnavailableError(f"{path}: there is no {fetcher.last_name}", reason="metadata-missing") from error
         except tuf_errors.DownloadError as error:
             raise UnavailableError(f"{path}: the download failed: {error}") from error
         except OSError as error:

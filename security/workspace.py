@@ -30,7 +30,7 @@ from security.keyfiles import (
     save_private_key,
     sync_folder,
 )
-from security.metadata import expiry_of
+from security.metadata import PUBLISHER, expiry_of
 from security.repository import create_repository
 from security.tokens import TokenIssuer, create_token_issuer
 
@@ -213,9 +213,10 @@ def _describe_tokens(root: Path) -> list[Entry]:
 
 def _describe_metadata(root: Path) -> list[Entry]:
     folder = root / "cloud" / "tuf"
+    publishers = sorted({path.stem.partition(".")[2] for path in folder.glob(f"*.{PUBLISHER}*.json")})
     newest = [
         max(found, key=lambda path: int(path.name.split(".")[0]))
-        for role in ("root", "targets", "snapshot")
+        for role in ("root", "targets", *publishers, "snapshot")
         if (found := list(folder.glob(f"*.{role}.json")))
     ]
     current = [path for path in (folder / "timestamp.json", root / "trust" / "root.json") if path.exists()]

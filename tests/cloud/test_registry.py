@@ -408,6 +408,70 @@ def test_a_withdrawn_version_is_not_released(stage: Stage, tmp_path: Path) -> No
         stage.ask(lambda client: client.withdraw("withdrawn", 9, "why", stage.workspace.operator))
 
 
+def test_an_open_rollout_of_a_withdrawn_version_stops_and_its_devices_are_told_the_one_before(
+    stage: Stage, tmp_path: Path
+) -> None:
+    trust = channel_credentials(stage.workspace.trust / "ca.pem")
+    devices = {name: LightDevice(name, tmp_path, "leaky", soak=lambda _seconds: 0.0) for name in ("one", "two")}
+    share = [fleet_pb2.RolloutStage(count=1, soak_s=3600), fleet_pb2.RolloutStage(share=1.0, soak_s=3600)]
+    ask = fleet_pb2.StartRolloutRequest(model="leaky", version=2, stages=share)
+
+    def serving_versions(*wanted: int) -> Callable[[], Any]:
+        async def holds() -> bool:
+            return sorted(device.serving for device in devices.values()) == [*wanted]
+
+        return holds
+
+    async def enrol(codes: dict[str, str]) -> list[asyncio.Task[None]]:
+        async with stage.workspace.channel(stage.cloud) as channel:
+            for name, code in codes.items():
+                await devices[name].enrol(channel, code)
+        running = [asyncio.create_task(d.run(lambda: stage.cloud.address, trust)) for d in devices.values()]
+        await eventually(serving_versions(1, 1), "both run version 1")
+        return running
+
+    for version in (1, 2):
+        bundle = make_bundle(tmp_path / f"v{version}", version, model="leaky", light=weights(version))
+        stage.publish(bundle, release=version == 1)
+    codes = {name: str(stage.ask(methodcaller("invite", name))["code"]) for name in devices}
+    running = stage.runner.run(enrol(codes))
+    assert not stage.ask(methodcaller("start_rollout", ask)).warnings  # the signed floor lets them go back
+    stage.runner.run(eventually(serving_versions(1, 2), "the first stage runs version 2"))
+    stage.ask(lambda client: client.withdraw("leaky", 2, "it leaks", stage.workspace.operator))
+    rollout = stage.ask(methodcaller("rollout", "leaky")).rollout  # at once, not at the next look
+    assert (rollout.state, rollout.reason, rollout.stage) == (fleet_pb2.ROLLOUT_STATE_ABORTED, "withdrawn", 0)
+    assert "it leaks" in rollout.detail
+    stage.runner.run(eventually(serving_versions(1, 1), "it is back"))
+    assert sorted(device.served for device in devices.values()) == [[1], [1, 2, 1]]
+    with pytest.raises(InputError) as refused:
+        stage.ask(methodcaller("start_rollout", ask))
+    assert refused.value.reason == "withdrawn"
+    for task in running:
+        task.cancel()
+    stage.runner.run(_gathered(running))
+
+
+def test_the_start_of_a_rollout_says_what_the_signed_floor_forbids(stage: Stage, tmp_path: Path) -> None:
+    """The warning is that of the metadata that devices will read, whatever the database may say."""
+    for version in (1, 2):
+        stage.publish(make_bundle(tmp_path / f"v{version}", version, model="floored", light=weights(version)))
+    bundles = {version: make_bundle(tmp_path / f"v{version}", version, model="floored") for version in (3, 4, 5)}
+    for version, floor in ((3, 0), (4, 3), (5, 1)):
+        publish = methodcaller(
+            "publish", bundles[version], stage.workspace.operator, release=False, rollback_floor=floor
+        )
+        stage.ask(publish)
+        ask = fleet_pb2.StartRolloutRequest(
+            model="floored", version=version, stages=[fleet_pb2.RolloutStage(share=1.0)], dry_run=True
+        )
+        warnings = list(stage.ask(methodcaller("start_rollout", ask)).warnings)
+        told = {3: ": its signed metadata permit no way back", 4: ": its signed metadata permit no way back below 3"}
+        expected = (
+            [f"devices that take floored@{version} cannot be sent back to 2{told[version]}"] if version < 5 else []
+        )
+        assert warnings == expected
+
+
 def test_a_publisher_publishes_with_a_key_of_its_own(stage: Stage, tmp_path: Path) -> None:
     public = new_publisher(tmp_path / "alice", "alice", (stage.workspace.trust / "root.json").read_bytes())
     # The operator's copy of the targets metadata is that of the last publish, whichever test did it.
@@ -449,6 +513,10 @@ def test_a_version_is_exported_with_deltas_and_everything_signed(stage: Stage, t
     for version, variants in ((9, ()), (2, ("gpu",))):
         with pytest.raises(NotFoundError):
             stage.ask(methodcaller("export", "travels", version, tmp_path / "none", variants=variants))
+    stage.ask(lambda client: client.withdraw("travels", 2, "it leaks", stage.workspace.operator))
+    with pytest.raises(ConflictError, match="it leaks") as refused:
+        stage.ask(methodcaller("export", "travels", 2, tmp_path / "none"))
+    assert refused.value.reason == "withdrawn"
     assert not (tmp_path / "none").exists()
     assert not list(tmp_path.glob(".*.new"))
 
@@ -584,6 +652,10 @@ def test_deltas_come_from_what_devices_run_and_an_open_rollout_keeps_releases_ba
         stage.ask(lambda client: client.change_rollout("abort", "triage"))
         stage.ask(methodcaller("release", "triage", 2))
         runner.run(running.__aexit__(None, None, None))
+
+
+async def _gathered(tasks: list[asyncio.Task[None]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _serves(device: LightDevice, version: int) -> bool:

@@ -180,6 +180,16 @@ def test_a_harm_too_small_for_each_device_is_found_in_all_of_them() -> None:
     assert (decision.action, decision.reason) == (Action.ABORT, "gate-error-rate")
 
 
+@pytest.mark.parametrize("state", [State.ACTIVE, State.PAUSED])
+def test_a_version_that_is_taken_back_stops_its_rollout(state: State) -> None:
+    devices = in_order(silent(10))
+    progress = replace(rules.begin(PLAN, devices, 0.0), state=state)
+    decision = rules.decide(PLAN, progress, devices, 1.0, "it leaks")
+    assert (decision.action, decision.reason, decision.detail) == (Action.ABORT, "withdrawn", "it leaks")
+    over = replace(progress, state=State.COMPLETED)
+    assert rules.decide(PLAN, over, devices, 1.0, "it leaks").action is Action.WAIT
+
+
 def test_trying_again_forgets_the_failure_and_another_report_does_not_hide_it() -> None:
     plan = replace(PLAN, stages=(Stage(count=1, soak_s=0), Stage(share=1.0, soak_s=0)))
     device = replace(bad(Candidate("device-1", online=True)), heard=Heard(1, DeviceState.ACTIVE, 1))
@@ -222,7 +232,7 @@ _EVENTS = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(["good", "bad", "soaking", "leave", "join", "retry"]), st.integers(0, 30)),
         st.tuples(st.sampled_from(["wait"]), st.sampled_from([1, 600, 50_000, 90_000])),
-        st.tuples(st.sampled_from(["pause", "resume", "abort", "new"]), st.just(0)),
+        st.tuples(st.sampled_from(["pause", "resume", "abort", "new", "withdraw"]), st.just(0)),
     ),
     max_size=60,
 )
@@ -246,7 +256,7 @@ def test_invariants_hold_in_every_order_of_events(  # noqa: C901 - a machine wit
     devices = {name: Candidate(name, online=True) for name in names(size)}
     now = 1000.0
     progress = rules.begin(plan, list(devices.values()), now)
-    was_aborted = False
+    was_aborted, withdrawn = False, ""
     for kind, value in events:
         name = names(size)[value % size]
         device = devices[name]
@@ -266,13 +276,18 @@ def test_invariants_hold_in_every_order_of_events(  # noqa: C901 - a machine wit
                 devices[f"new-{len(devices)}"] = Candidate(f"new-{len(devices)}", online=True)
             case "wait":
                 now += value
+            case "withdraw":
+                withdrawn = "it leaks"
             case "pause" | "resume" | "abort" if progress.state.is_open:
                 state_of = {"pause": State.PAUSED, "resume": State.ACTIVE, "abort": State.ABORTED}
                 progress = replace(progress, state=state_of[kind])
         before = progress
-        decision = rules.decide(plan, progress, list(devices.values()), now)
+        decision = rules.decide(plan, progress, list(devices.values()), now, withdrawn)
         # A restart, or a replica, that knows the same decides the same, in whatever order it lists the devices.
-        assert rules.decide(plan, Progress(*_remembered(progress)), list(reversed(devices.values())), now) == decision
+        again = rules.decide(plan, Progress(*_remembered(progress)), list(reversed(devices.values())), now, withdrawn)
+        assert again == decision
+        if withdrawn and before.state.is_open:
+            assert (decision.action, decision.reason, decision.detail) == (Action.ABORT, "withdrawn", withdrawn)
         progress = rules.advance(progress, decision, now)
 
         assert progress.stage - before.stage in (0, 1)

@@ -32,10 +32,12 @@ def client_of(workspace: Workspace, address: str) -> CloudClient:
     return CloudClient(Address(address, workspace.trust, workspace.token_file()), timeout_s=20.0)
 
 
-def publish(workspace: Workspace, address: str, folder: Path, version: int, *, release: bool) -> None:
+def publish(
+    workspace: Workspace, address: str, folder: Path, version: int, *, release: bool, floor: int | None = None
+) -> None:
     bundle = make_bundle(folder / f"bundle-{version}", version, light=b"light model %d" % version)
     with client_of(workspace, address) as client:
-        client.publish(bundle, workspace.operator, release=release)
+        client.publish(bundle, workspace.operator, release=release, rollback_floor=floor)
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
@@ -168,7 +170,7 @@ def test_the_operators_commands_of_a_rollout(tmp_path: Path, command: Command) -
             return json.loads(command(*arguments, "--json", **environment).stdout)
 
         publish(workspace, ready["address"], tmp_path, 1, release=True)
-        publish(workspace, ready["address"], tmp_path, 2, release=False)
+        publish(workspace, ready["address"], tmp_path, 2, release=False, floor=0)
         device = LightDevice("camera-1", tmp_path, "triage", soak=lambda _s: 0.0)
         with client_of(workspace, ready["address"]) as client:
             code = str(client.invite("camera-1")["code"])
@@ -214,8 +216,13 @@ def test_the_operators_commands_of_a_rollout(tmp_path: Path, command: Command) -
 
         assert "is held at triage@1" in run("device", "pin", "camera-1", "triage@1")
         asyncio.run(be_online(lambda: device.serving == 1))
+        held = shown("device", "pin", "camera-1", "triage@1")
+        assert held == {"device": "camera-1", "model": "triage", "pinned": 1}
+        assert shown("device", "pin", "camera-1", "triage", "--release")["pinned"] is None
         assert "follows releases" in run("device", "pin", "camera-1", "triage", "--release")
         assert "attempt 1" in run("device", "retry", "camera-1", "triage")
+        again = shown("device", "retry", "camera-1", "triage")
+        assert again == {"device": "camera-1", "model": "triage", "attempt": 2}
         told = shown("device", "show", "camera-1")
         assert told["models"][0]["told"] == "2 by triage-2-1"
         assert {"pinned", "unpinned", "retry", "labelled", "active"} <= {event["what"] for event in told["history"]}

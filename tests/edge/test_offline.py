@@ -18,6 +18,7 @@ from edge.identity import DeviceHome, enrol
 from edge.outcome import Outcome
 from edge.status_client import find_agent, import_version
 from edge.store import SlotStore
+from isthmus.bundle import parse_manifest
 from isthmus.digests import sha256_bytes
 from isthmus.errors import BundleError, ConfigError, ConflictError, NotFoundError
 from isthmus.stick import INDEX, Index, Stick, StickWriter, blob_name, metadata_name
@@ -212,6 +213,41 @@ def test_a_running_agent_without_a_network_installs_what_it_is_handed(site: Site
             assert (told["installed"], told["reason"]) == (False, "rollback")
             with pytest.raises(ConfigError):
                 await asyncio.to_thread(hand, site.folder / "nothing")
+            assert (await agent.infer(bundles.SURE))["isthmus.edge_version"] == 2
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lost", "reason"), [("model.onnx", "stick-incomplete"), ("metadata", "metadata-missing")], ids=["file", "metadata"]
+)
+def test_whoever_carried_half_a_stick_is_told_at_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch, lost: str, reason: str
+) -> None:
+    """The cloud cannot be reached, so nothing makes up for what the stick lacks; the next stick is whole."""
+    monkeypatch.setattr("edge.offline._STALL_S", 0.2)
+    site.cloud.publish(1)
+    first = site.write(1, "first")
+    site.cloud.publish(2)
+    half, whole = site.write(2, "half"), site.write(2, "whole")
+    manifest = parse_manifest((site.cloud.workspace / "bundles" / "2" / "manifest.json").read_bytes())
+    model = manifest.files["variants/onnxruntime-fp32/model.onnx"].sha256
+    (half / (blob_name(model) if lost == "model.onnx" else metadata_name("timestamp.json"))).unlink()
+
+    async def scenario() -> None:
+        async with running(site.home, variant="onnxruntime-fp32") as agent:
+
+            def hand(path: Path) -> dict[str, Any]:
+                return import_version(find_agent(agent.address), path, accept_stale=False)
+
+            assert (await asyncio.to_thread(hand, first))["installed"]
+            async with asyncio.timeout(60):  # an import may take an hour
+                told = await asyncio.to_thread(hand, half)
+            assert (told["installed"], told["reason"]) == (False, reason)
+            assert ("model.onnx" if lost == "model.onnx" else "timestamp.json") in told["detail"]
+            assert (await agent.infer(bundles.SURE))["isthmus.edge_version"] == 1
+            assert (await asyncio.to_thread(hand, whole))["installed"]
             assert (await agent.infer(bundles.SURE))["isthmus.edge_version"] == 2
 
     asyncio.run(scenario())

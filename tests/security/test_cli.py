@@ -1,6 +1,7 @@
 """`isthmus keys` and `isthmus token`, as a person or a script uses them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -79,7 +80,13 @@ def test_inspect_refuses_bytes_that_are_no_text() -> None:
 
 
 def test_show_lists_keys_without_secrets(workspace: Path) -> None:
-    rows = json.loads(_succeed(keys_app, "show", workspace, "--json").stdout)
+    record = json.loads(_succeed(keys_app, "show", workspace, "--json").stdout)
+    rows = record["files"]
+    assert [(role["role"], role["threshold"], len(role["keyids"])) for role in record["roles"]] == [
+        ("root", 1, 1), ("targets", 1, 1), ("snapshot", 1, 1), ("timestamp", 1, 1),
+    ]  # fmt: skip
+    assert all(len(role["keyids"][0]) == 64 and role["expires"] > "20" for role in record["roles"])
+    assert record["warnings"] == []
     by_file = {row["file"]: row for row in rows}
     assert by_file["cloud/server.pem"]["days_left"] == 396
     assert by_file["operator/root.key"]["algorithm"] == "Ed25519"
@@ -91,7 +98,7 @@ def test_show_lists_keys_without_secrets(workspace: Path) -> None:
         if not line.startswith("-----")
     ]
     assert secrets
-    assert not any(secret in table or secret in json.dumps(rows) for secret in secrets)
+    assert not any(secret in table or secret in json.dumps(record) for secret in secrets)
 
 
 def test_a_minted_token_is_valid_and_inspected_without_its_signature(workspace: Path, issuer: TokenIssuer) -> None:
@@ -206,6 +213,13 @@ def test_the_ceremony_by_hand(tmp_path: Path) -> None:
     shown = _succeed(keys_app, "show", tmp_path / "w").stdout
     assert "publisher-alice" in shown
     assert "2 of 3" in shown
+    shutil.copytree(operator, tmp_path / "offline" / "operator")  # a machine without the cloud's folder
+    told = json.loads(_succeed(keys_app, "show", tmp_path / "offline", "--json").stdout)["roles"]
+    assert {"alice"} == {role["role"].removeprefix("publisher-") for role in told if role["models"] == ["line-*"]}
+    expiries = {role["role"]: role["expires"] for role in told}
+    assert expiries["root"]
+    assert expiries["targets"]
+    assert expiries["timestamp"] is None
     _succeed(keys_app, "undelegate", "alice", "--dir", operator)
     assert "publisher-alice" not in _succeed(keys_app, "show", tmp_path / "w").stdout
 
