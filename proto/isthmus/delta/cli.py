@@ -33,6 +33,7 @@ def make(
 
     if old.is_dir() != new.is_dir():
         raise InputError("expected two files or two folders")
+    _check_place(out)
     with _bar("make") as advance:
         if old.is_dir():
             _show_entries(out, make_folder_delta(old, new, out, advance), as_json=as_json)
@@ -60,6 +61,7 @@ def apply(
 
     if old.is_dir() != is_folder_delta(delta):
         raise InputError("expected a file and its delta, or a folder and its delta")
+    _check_place(out)
     with _bar("apply") as advance:
         if old.is_dir():
             _show_entries(out, apply_folder_delta(old, delta, out, advance), as_json=as_json)
@@ -103,6 +105,12 @@ def _show_entries(path: Path, entries: list[Entry], *, as_json: bool) -> None:
         for entry in entries
     ]
     show_table(f"{path}", rows, as_json=as_json)
+
+
+def _check_place(out: Path) -> None:
+    """Refuse what cannot be written before any work, and any bar, is begun."""
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: its folder is not there", hint="expected a path in a folder that exists")
 
 
 @contextmanager
