@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,7 @@ def finish(run: Run) -> None:
     draw_timeline(run.folder, run.folder / "timeline.png")
     run.console.print(result_table(report))
     for name in ("report.json", "policy.png", "timeline.png"):
-        run.console.print(f"  {(run.folder / name).relative_to(Path.cwd())}", highlight=False)
+        run.console.print(f"  {os.path.relpath(run.folder / name)}", highlight=False)
 
 
 def result_table(report: dict[str, Any]) -> Table:
