@@ -34,6 +34,7 @@ def test_growth_errors_and_miscounts_are_seen() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # trains the model first where nobody has yet
 def test_half_a_minute_under_load_loses_nothing(tmp_path: Path) -> None:
     assert soak.main(["--quick", "--json", str(tmp_path / "soak.json")]) == 0
     told = json.loads((tmp_path / "soak.json").read_text())
