@@ -28,12 +28,14 @@ from typing import Any
 import numpy as np
 import structlog
 
+from edge import assembly
 from edge.model import ServedModels
 from edge.state import Course, Order, State, Step
 from edge.store import SlotStore, check_slot
 from edge.tally import Tally
 from edge.trial import Terms
 from edge.updater import Updater
+from isthmus.delta import apply_delta
 from isthmus.errors import UnavailableError
 from tests.edge import bundles
 from tests.edge.manual_time import ManualTime
@@ -88,6 +90,11 @@ async def device(home: Path, registry: Registry, tell: Callable[[str], None]) ->
         await right(models)
     tell("done")
     await trials
+
+
+async def apply_here(old: Path, delta: Path, out: Path, *, sha256: str, length: int) -> None:
+    """Apply a delta without a process of its own, whose start would take most of each life."""
+    await asyncio.to_thread(apply_delta, old, delta, out, sha256=sha256, length=length)
 
 
 class Forked:
@@ -254,6 +261,7 @@ def kill_at(step: Step, moment: str) -> None:
 
 
 def main(folder: Path, what: str, *numbers: str) -> None:
+    assembly.apply_apart = apply_here  # type: ignore[attr-defined]
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     elsewhere(lambda: Registry(folder / "registry", (1, *VERSIONS)))
     registry = Registry(folder / "registry", ())
