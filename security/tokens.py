@@ -69,18 +69,27 @@ __all__ = [
 TYPE: Final = "at+jwt"  # RFC 9068 section 2.1
 MAX_TTL: Final = timedelta(days=30)
 ALL_MODELS: Final = "*"
+DEFAULT_TENANT: Final = "default"  # of tokens that name none, and of a cloud that serves one tenant only
 _FROM_FILE: Final = "a token in a file is read from standard input: isthmus token inspect - < FILE"
+_THUMBPRINT_LENGTH: Final = 43  # 32 bytes as base64url without padding
 _REQUIRED: Final = ("iss", "aud", "sub", "exp", "nbf", "iat", "jti", "scope", "models")
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a verified access token says."""
+    """What a verified access token says.
+
+    `tenant` is whose models and devices the caller sees; `token_id` the token's `jti`; `thumbprint` the SHA-256
+    (base64url, no padding) of the certificate that the token is bound to (RFC 8705 section 3.1), "" when to none.
+    """
 
     subject: str
     scopes: frozenset[str]
     models: frozenset[str]
     expires_at: datetime
+    tenant: str = DEFAULT_TENANT
+    token_id: str = ""
+    thumbprint: str = ""
 
     def may_use(self, model: str) -> bool:
         """Return whether the token allows this model."""
@@ -141,13 +150,24 @@ class TokenVerifier:
             required=_REQUIRED,
         )
         check_times(claims, now_s)
-        text_claim(claims, "jti")
         return Claims(
             subject=text_claim(claims, "sub"),
             scopes=frozenset(text_claim(claims, "scope", longest=1024).split()),
             models=_model_names(claims["models"]),
             expires_at=instant(whole_seconds(claims, "exp")),
+            tenant=text_claim(claims, "tenant") if "tenant" in claims else DEFAULT_TENANT,
+            token_id=text_claim(claims, "jti"),
+            thumbprint=_thumbprint(claims.get("cnf")),
         )
+
+
+def _thumbprint(confirmation: Any) -> str:
+    if confirmation is None:
+        return ""
+    value = confirmation.get("x5t#S256") if isinstance(confirmation, dict) and len(confirmation) == 1 else None
+    if not isinstance(value, str) or len(value) != _THUMBPRINT_LENGTH:
+        raise refuse("the token's cnf must hold an x5t#S256 and nothing else", "malformed-token")
+    return value
 
 
 def _model_names(value: Any) -> frozenset[str]:
@@ -199,6 +219,8 @@ class TokenIssuer:
         models: Sequence[str] = (ALL_MODELS,),
         ttl: timedelta,
         now: datetime | None = None,
+        tenant: str = DEFAULT_TENANT,
+        thumbprint: str = "",
     ) -> tuple[str, datetime]:
         """Return a token with the role's scopes, and when it expires.
 
@@ -208,6 +230,8 @@ class TokenIssuer:
             models: The models that it allows; "*" for all.
             ttl: How long it is valid, at most 30 days.
             now: The time; the wall clock's when None.
+            tenant: Whose models and devices the bearer sees.
+            thumbprint: SHA-256 (base64url) of the certificate that the token shall be bound to; "" for none.
 
         Raises:
             InputError: The role is unknown, the subject unusable, or the time to live out of range.
@@ -239,7 +263,10 @@ class TokenIssuer:
             "jti": uuid.uuid4().hex,
             "scope": " ".join(sorted(SCOPES_OF_ROLE[role])),
             "models": sorted(set(models)),
+            "tenant": tenant,
         }
+        if thumbprint:
+            claims["cnf"] = {"x5t#S256": thumbprint}
         token = jwt.encode(claims, self._key, algorithm=ALGORITHM, headers={"kid": self.kid, "typ": TYPE})
         return token, instant(expires)
 
