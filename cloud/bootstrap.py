@@ -35,6 +35,7 @@ from cloud.gateway import Gateway
 from cloud.heavy import HeavyPool
 from cloud.publish import Publisher
 from cloud.registry import RegistryService
+from cloud.revocations import Revocations
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
 from cloud.supervisor import TritonServer
@@ -44,6 +45,7 @@ from isthmus.errors import ConfigError, ConflictError, IsthmusError, Unavailable
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
 from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc
+from security.binding import Guard
 from security.enrolment import IssuingCa
 from security.interceptors import AuthInterceptor
 from security.repository import CloudRepository
@@ -111,11 +113,18 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
         )
-        server, address = _server(settings, issuer)
+        guard = Guard()
+        revocations = Revocations(database, guard)
+        await revocations.refresh()
+        server, address, device_port = _server(settings, issuer, guard)
         server.add_generic_rpc_handlers(
             [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
         )
-        fleet = FleetService(database, conductor, issuer, authority, token_ttl_s=settings.token_ttl_s)
+        fleet = FleetService(
+            database, conductor, issuer, authority,
+            revocations=revocations, device_address=settings.device_address or f":{device_port}",
+            unbound_tokens=settings.unbound_tokens, token_ttl_s=settings.token_ttl_s,
+        )  # fmt: skip
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow), server
@@ -129,6 +138,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await publisher.restore()
         await conductor.refresh()
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
+        await stack.enter_async_context(_background(revocations.run(), name="revocations"))
         await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
         await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
         servicer = await _listen(server, settings.drain_s, stack)
@@ -205,11 +215,10 @@ async def _start_triton(
     await triton.start(on_started)
 
 
-def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Server, str]:
-    """Return a server that is bound to its address, and that address."""
-    check_free(settings.listen, "listen")
+def _server(settings: CloudSettings, issuer: TokenIssuer, guard: Guard) -> tuple[grpc.aio.Server, str, int]:
+    """Return a server that is bound to its addresses, the one for everybody, and the port for devices."""
     server = grpc.aio.server(
-        interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())),
+        interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier(), guard=guard)),
         options=(
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -218,18 +227,26 @@ def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Serv
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ),
     )
-    credentials = server_credentials(settings.home / "server.key", settings.home / "server.pem")
+    key, chain = settings.home / "server.key", settings.home / "server.pem"
+    port = _bind(server, "listen", settings.listen, server_credentials(key, chain))
+    with_certificate = server_credentials(key, chain, settings.home / "issuing-ca.pem")
+    device_port = _bind(server, "device_listen", settings.device_listener, with_certificate)
+    return server, f"{settings.listen.rpartition(':')[0]}:{port}", device_port
+
+
+def _bind(server: grpc.aio.Server, setting: str, address: str, credentials: grpc.ServerCredentials) -> int:
+    check_free(address, setting)
     try:
-        port = server.add_secure_port(settings.listen, credentials)
+        port = server.add_secure_port(address, credentials)
     except RuntimeError:
         port = 0
     if port == 0:
         raise ConfigError(
-            f"listen: cannot listen on {settings.listen}",
-            hint="another program may have the port, or the address is not this machine's; --listen takes another one",
+            f"{setting}: cannot listen on {address}",
+            hint=f"another program may have it, or it is not this machine's; {setting} takes another address",
             reason="address-in-use",
         )
-    return server, f"{settings.listen.rpartition(':')[0]}:{port}"
+    return port
 
 
 async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack) -> health.aio.HealthServicer:

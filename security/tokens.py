@@ -120,6 +120,15 @@ class TokenVerifier:
         self._remembered = remembered
         self._verified: OrderedDict[str, tuple[float, Claims]] = OrderedDict()
 
+    def use_keys(self, jwks: bytes) -> None:
+        """Verify with these keys from now on; what was verified with one that is gone is forgotten.
+
+        Raises:
+            ConfigError: The key set cannot be used; the one before is kept.
+        """
+        self._keys = KeySet(jwks)
+        self._verified.clear()
+
     def verify(self, token: str) -> Claims:
         """Return the claims of a valid token.
 
