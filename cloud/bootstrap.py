@@ -66,6 +66,7 @@ class Cloud:
     """A running cloud."""
 
     address: str
+    device_address: str  # where devices call, with their certificates
     pool: HeavyPool
     triton: TritonServer | None  # None where an external one is used
     _stack: AsyncExitStack
@@ -116,13 +117,13 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         guard = Guard()
         revocations = Revocations(database, guard)
         await revocations.refresh()
-        server, address, device_port = _server(settings, issuer, guard)
+        server, address, device_address = _server(settings, issuer, guard)
         server.add_generic_rpc_handlers(
             [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
         )
         fleet = FleetService(
             database, conductor, issuer, authority,
-            revocations=revocations, device_address=settings.device_address or f":{device_port}",
+            revocations=revocations, device_address=settings.device_address or f":{device_address.rpartition(':')[2]}",
             unbound_tokens=settings.unbound_tokens, token_ttl_s=settings.token_ttl_s,
         )  # fmt: skip
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
@@ -131,7 +132,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         )
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
 
-        ready_file = _ReadyFile(settings.ready_file, address, triton)
+        ready_file = _ReadyFile(settings.ready_file, address, device_address, triton)
         ready_file.check()
         stack.callback(ready_file.remove)
         await _start_triton(triton, client, pool, ready_file)
@@ -145,8 +146,8 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(_report_health(servicer, pool), name="health"))
         stack.callback(conductor.close)
         ready_file.write()
-        log.info("cloud serves", address=address, models=catalog.models)
-        return Cloud(address, pool, triton, stack.pop_all())
+        log.info("cloud serves", address=address, device_address=device_address, models=catalog.models)
+        return Cloud(address, device_address, pool, triton, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -215,8 +216,8 @@ async def _start_triton(
     await triton.start(on_started)
 
 
-def _server(settings: CloudSettings, issuer: TokenIssuer, guard: Guard) -> tuple[grpc.aio.Server, str, int]:
-    """Return a server that is bound to its addresses, the one for everybody, and the port for devices."""
+def _server(settings: CloudSettings, issuer: TokenIssuer, guard: Guard) -> tuple[grpc.aio.Server, str, str]:
+    """Return a server that is bound to its two addresses, and these: for everybody, and for devices."""
     server = grpc.aio.server(
         interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier(), guard=guard)),
         options=(
@@ -228,13 +229,12 @@ def _server(settings: CloudSettings, issuer: TokenIssuer, guard: Guard) -> tuple
         ),
     )
     key, chain = settings.home / "server.key", settings.home / "server.pem"
-    port = _bind(server, "listen", settings.listen, server_credentials(key, chain))
-    with_certificate = server_credentials(key, chain, settings.home / "issuing-ca.pem")
-    device_port = _bind(server, "device_listen", settings.device_listener, with_certificate)
-    return server, f"{settings.listen.rpartition(':')[0]}:{port}", device_port
+    address = _bind(server, "listen", settings.listen, server_credentials(key, chain))
+    asking = server_credentials(key, chain, settings.home / "issuing-ca.pem")
+    return server, address, _bind(server, "device_listen", settings.device_listener, asking)
 
 
-def _bind(server: grpc.aio.Server, setting: str, address: str, credentials: grpc.ServerCredentials) -> int:
+def _bind(server: grpc.aio.Server, setting: str, address: str, credentials: grpc.ServerCredentials) -> str:
     check_free(address, setting)
     try:
         port = server.add_secure_port(address, credentials)
@@ -246,7 +246,7 @@ def _bind(server: grpc.aio.Server, setting: str, address: str, credentials: grpc
             hint=f"another program may have it, or it is not this machine's; {setting} takes another address",
             reason="address-in-use",
         )
-    return port
+    return f"{address.rpartition(':')[0]}:{port}"
 
 
 async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack) -> health.aio.HealthServicer:
@@ -304,8 +304,8 @@ async def _keep_fresh(repository: CloudRepository) -> None:
 class _ReadyFile:
     """Tells scripts where the cloud listens; exists while it serves."""
 
-    def __init__(self, path: Path | None, address: str, triton: TritonServer | None) -> None:
-        self._path, self._address, self._triton = path, address, triton
+    def __init__(self, path: Path | None, address: str, device_address: str, triton: TritonServer | None) -> None:
+        self._path, self._address, self._device_address, self._triton = path, address, device_address, triton
         self._written = False
 
     def check(self) -> None:
@@ -323,7 +323,12 @@ class _ReadyFile:
         """Write the file, whole or not at all."""
         if self._path is None:
             return
-        record = {"address": self._address, "pid": os.getpid(), "triton_pid": self._triton.pid if self._triton else 0}
+        record = {
+            "address": self._address,
+            "device_address": self._device_address,
+            "pid": os.getpid(),
+            "triton_pid": self._triton.pid if self._triton else 0,
+        }
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(record) + "\n")
         temporary.replace(self._path)

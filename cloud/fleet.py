@@ -31,7 +31,7 @@ from cloud.revocations import Revocations
 from cloud.rollout import matches
 from cloud.roster import Device, Told
 from isthmus.errors import IdentityError, InputError
-from isthmus.status import TIME_KEY
+from isthmus.status import ADDRESS_KEY, TIME_KEY
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.binding import Guard, peer_of
 from security.enrolment import IssuingCa, check_device_id
@@ -131,7 +131,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             IdentityError: The assertion is not one of a known device, or was used before, or the connection has no
                 certificate, or another device's.
         """
-        await self._tell_time(context)
+        await self._orient(context)
         peer = peer_of(context)
         if peer is None and not self._unbound_tokens:
             raise IdentityError(
@@ -151,7 +151,6 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             access_token=token,
             expires_at=timestamp(expires_at.timestamp()),
             jwks_json=self._issuer.jwks,
-            device_address=self._device_address,
         )
 
     async def RenewCertificate(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -161,11 +160,11 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             IdentityError: The assertion is not one of a known device, or was used before; the key is another one.
             InputError: The certificate request is not acceptable.
         """
-        await self._tell_time(context)
+        await self._orient(context)
         device_id = await asyncio.to_thread(self._identities.accept, request.assertion, peer_of(context))
         chain = await asyncio.to_thread(self._identities.renew, device_id, request.csr_pem)
         log.info("device certificate renewed", device=device_id)
-        return fleet_pb2.RenewCertificateResponse(certificate_chain_pem=chain, device_address=self._device_address)
+        return fleet_pb2.RenewCertificateResponse(certificate_chain_pem=chain)
 
     async def RevokeDevice(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Refuse a device or a key from now on.
@@ -186,9 +185,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             device_id=done.device_id, key_sha256=done.key_sha256, revoked_at=timestamp(done.revoked_at)
         )
 
-    async def _tell_time(self, context: Any) -> None:
-        """Say what time it is here, to a device whose clock is wrong and whose assertion will be refused."""
-        await context.send_initial_metadata(((TIME_KEY, str(round(self._clock() * 1000))),))
+    async def _orient(self, context: Any) -> None:
+        """Tell a device what it needs when it will be refused: the time here, and the address that it should call."""
+        metadata = ((TIME_KEY, str(round(self._clock() * 1000))), (ADDRESS_KEY, self._device_address))
+        await context.send_initial_metadata(metadata)
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Stream the version that each model should be at: now, and on every change.

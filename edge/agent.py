@@ -120,6 +120,7 @@ class Agent:
             "connection": lambda: watch_connection(self.channel, self._connected),
             "token": self.token.keep,
             "certificate": self.certificate.keep,
+            "cloud's address": self.certificate.follow,
             "watch": self.fleet.watch,
             "reports": self.fleet.send_reports,
         }

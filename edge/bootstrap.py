@@ -69,7 +69,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
     connect = partial(home.connect, message_bytes=settings.message_mib << 20)
     channel = RenewableChannel(connect())
     verifier = TokenVerifier(home.jwks.read_bytes(), enrolment.token_issuer, enrolment.token_audience)
-    token = AccessToken(home, enrolment, channel, new_keys=verifier.use_keys)
+    token = AccessToken(home, enrolment, channel, new_keys=verifier.use_keys, moved=lambda: channel.replace(connect()))
     uplink = _uplink(settings, channel, token)
     desired = Desired(names)
     fleet = FleetLink(

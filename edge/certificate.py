@@ -1,8 +1,9 @@
-"""Keeps the device's certificate current, and the connection that shows it.
+"""Keeps the device's certificate current, and the connection that shows it where the cloud asks for it.
 
 The certificate lives for 90 days and is renewed when a third of that is left, for the same key, on the strength of an
 assertion: so a device that was offline for longer than that comes back by itself. The new connection has a token of
-its own before anybody uses it; no call is lost. A cloud that is away is asked again, with growing pauses.
+its own before anybody uses it; no call is lost. A cloud that is away is asked again, with growing pauses, and when it
+stays away, at the address of enrolment: the one for devices may have moved.
 """
 
 from __future__ import annotations
@@ -80,6 +81,23 @@ class CertificateKeeper:
                 continue
             self._backoff.reset()
 
+    async def follow(self) -> None:
+        """Find the cloud again when it is not where it was, until cancelled."""
+        backoff = Backoff(first_s=2.0, longest_s=300.0)
+        while True:
+            await self._until_lost(backoff)
+            try:
+                await self._token.ask_where()
+            except (grpc.aio.AioRpcError, IsthmusError) as error:
+                log.info("the cloud is away", error=described(error))
+            await backoff.pause()
+
+    async def _until_lost(self, backoff: Backoff) -> None:
+        while (state := self._channel.get_state()) is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            if state is grpc.ChannelConnectivity.READY:
+                backoff.reset()
+            await self._channel.wait_for_state_change(state)
+
     async def renew(self) -> None:
         """Get a new certificate, and change over to a connection that shows it.
 
@@ -97,7 +115,5 @@ class CertificateKeeper:
         log.info("certificate renewed", until=load_certificate(self._home.certificate).not_valid_after_utc.isoformat())
 
     def _is_due(self) -> bool:
-        if not self._home.enrolment().device_address:  # of a release that had no certificates on connections
-            return True
         now = datetime.fromtimestamp(self._clock(), UTC)
         return now >= self.due_at() - timedelta(seconds=1)

@@ -26,7 +26,7 @@ from edge.store import write_atomically
 from edge.uplink import open_channel
 from isthmus.address import split_address
 from isthmus.errors import ConfigError, ConflictError, IdentityError, IsthmusError, UnavailableError
-from isthmus.status import TIME_KEY, from_rpc
+from isthmus.status import ADDRESS_KEY, TIME_KEY, from_rpc
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.assertions import make_assertion
 from security.authority import load_certificate
@@ -219,9 +219,8 @@ async def renew_certificate(home: DeviceHome, token: AccessToken) -> None:
     async with open_channel(enrolment.cloud, home.ca) as channel:
         stub = fleet_pb2_grpc.FleetServiceStub(channel)
         request = fleet_pb2.RenewCertificateRequest(assertion=token.assertion(), csr_pem=csr)
-        response = await token.told_time(stub.RenewCertificate(request, timeout=ENROL_TIMEOUT_S))
+        response = await token.oriented(stub.RenewCertificate(request, timeout=ENROL_TIMEOUT_S))
     write_atomically(home.certificate, response.certificate_chain_pem)
-    token.note_address(response.device_address)
 
 
 async def _exchange(home: DeviceHome, cloud: str, code: str, csr: bytes) -> fleet_pb2.EnrolResponse:
@@ -246,6 +245,7 @@ class AccessToken:
         channel: To the cloud.
         clock: Seconds since the epoch.
         new_keys: Called with the cloud's public token keys when they have changed.
+        moved: Called when the cloud's address for devices is another one, which enrolment.json has then.
     """
 
     def __init__(
@@ -256,13 +256,14 @@ class AccessToken:
         *,
         clock: Callable[[], float] = time.time,
         new_keys: Callable[[bytes], None] = lambda _jwks: None,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         self._home = home
         self._enrolment = enrolment
         self._stub: Any = fleet_pb2_grpc.FleetServiceStub(channel)
         self._local_clock = clock
         self._ahead_s = 0.0  # of our clock, the cloud's
-        self._new_keys = new_keys
+        self._new_keys, self._moved = new_keys, moved
         self._token = ""
         self._expires_at = self._obtained_at = 0.0
         self._first = asyncio.Event()
@@ -322,45 +323,57 @@ class AccessToken:
         now = datetime.fromtimestamp(self._clock(), UTC)
         return make_assertion(self._home.key, self._enrolment.device_id, self._enrolment.token_audience, now)
 
-    async def told_time(self, call: Any) -> Any:
-        """Return what a call returns, and learn from it, or from its refusal, what time it is for the cloud.
+    async def ask_where(self) -> None:
+        """Ask at the address of enrolment where devices are to call; the answer may be a refusal that says so.
+
+        Raises:
+            AioRpcError: The cloud cannot be reached.
+        """
+        async with open_channel(self._enrolment.cloud, self._home.ca) as channel:
+            try:
+                await self._ask(fleet_pb2_grpc.FleetServiceStub(channel))
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                    raise
+
+    async def oriented(self, call: Any) -> Any:
+        """Return what a call returns; learn from it, or from its refusal, the cloud's time and address for devices.
 
         Raises:
             AioRpcError: As the call.
         """
         try:
             response = await call
-            self._note_time(await call.initial_metadata())
+            self._orient(await call.initial_metadata())
         except grpc.aio.AioRpcError as error:
-            self._note_time(error.initial_metadata())
+            self._orient(error.initial_metadata())
             raise
         return response
-
-    def note_address(self, device_address: str) -> None:
-        """Keep where the cloud asks for certificates; it is used from the next connection on."""
-        address = _complete(device_address, self._enrolment.cloud)
-        if address and address != self._enrolment.device_address:
-            self._enrolment = self._enrolment.model_copy(update={"device_address": address})
-            self._home.keep_enrolment(self._enrolment)
 
     def _clock(self) -> float:
         return self._local_clock() + self._ahead_s
 
-    def _note_time(self, metadata: Any) -> None:
-        told = dict(metadata or ()).get(TIME_KEY, "")
-        if isinstance(told, str) and told.isascii() and told.isdecimal():
-            ahead_s = int(told) / 1000 - self._local_clock()
+    def _orient(self, metadata: Any) -> None:
+        told = dict(metadata or ())
+        time_ms, address = told.get(TIME_KEY, ""), told.get(ADDRESS_KEY, "")
+        if time_ms.isascii() and time_ms.isdecimal():
+            ahead_s = int(time_ms) / 1000 - self._local_clock()
             self._ahead_s = ahead_s if abs(ahead_s) > _SKEW_S else 0.0
+        address = _complete(address, self._enrolment.cloud)
+        if address and address != self._enrolment.device_address:
+            log.info("the cloud's address for devices", address=address)
+            self._enrolment = self._enrolment.model_copy(update={"device_address": address})
+            self._home.keep_enrolment(self._enrolment)
+            self._moved()
 
     async def _ask(self, stub: Any) -> Any:
         request = fleet_pb2.IssueTokenRequest(assertion=self.assertion())
-        return await self.told_time(stub.IssueToken(request, timeout=TOKEN_TIMEOUT_S))
+        return await self.oriented(stub.IssueToken(request, timeout=TOKEN_TIMEOUT_S))
 
     def _take(self, response: Any) -> None:
         self._token, self._obtained_at = response.access_token, self._clock()
         self._expires_at = response.expires_at.ToMicroseconds() / 1e6
         self._first.set()
-        self.note_address(response.device_address)
         if response.jwks_json and response.jwks_json != self._home.jwks.read_bytes():
             write_atomically(self._home.jwks, response.jwks_json)
             self._new_keys(response.jwks_json)

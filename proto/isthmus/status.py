@@ -44,7 +44,10 @@ _KIND_OF: Final = {  # for codes that say enough; a peer that sends no class is 
     grpc.StatusCode.FAILED_PRECONDITION: errors.TrustError,
 }
 KIND_KEY: Final = "isthmus-error"  # the `reason` of the class in isthmus.errors
-TIME_KEY: Final = "isthmus-time"  # initial metadata: what the time is for the server, Unix milliseconds
+# Initial metadata of answers to devices: what the time is for the server, Unix milliseconds, and where it asks for
+# certificates.
+TIME_KEY: Final = "isthmus-time"
+ADDRESS_KEY: Final = "isthmus-device-address"
 REASON_KEY: Final = "isthmus-reason"
 HINT_KEY: Final = "isthmus-hint"
 TOO_LATE: Final = "deadline-exceeded"  # the reason of an UnavailableError for which time ran out

@@ -30,7 +30,10 @@ def upgrade() -> None:
     devices = sa.table("devices", sa.column("id"), sa.column("public_key_pem"), sa.column("key_sha256"))
     connection = op.get_bind()
     for device_id, pem in connection.execute(sa.select(devices.c.id, devices.c.public_key_pem)).all():
-        spki = load_pem_public_key(pem).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        try:
+            spki = load_pem_public_key(pem).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        except ValueError:  # damaged: the device cannot prove who it is, before and after
+            continue
         digest = hashlib.sha256(spki).hexdigest()
         connection.execute(sa.update(devices).where(devices.c.id == device_id).values(key_sha256=digest))
     op.execute("UPDATE schema SET version = 3")

@@ -219,12 +219,10 @@ class IssueTokenResponse(_message.Message):
     ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     JWKS_JSON_FIELD_NUMBER: _builtins.int
-    DEVICE_ADDRESS_FIELD_NUMBER: _builtins.int
     access_token: _builtins.str
     """Bound to the certificate of the connection (RFC 8705)."""
     jwks_json: _builtins.bytes
-    """As in EnrolResponse: public keys rotate, and the address may move."""
-    device_address: _builtins.str
+    """As in EnrolResponse: public keys rotate. (The address may move; it is in the initial metadata of every answer.)"""
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -233,11 +231,10 @@ class IssueTokenResponse(_message.Message):
         access_token: _builtins.str = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         jwks_json: _builtins.bytes = ...,
-        device_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "device_address", b"device_address", "expires_at", b"expires_at", "jwks_json", b"jwks_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "expires_at", b"expires_at", "jwks_json", b"jwks_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -272,18 +269,15 @@ class RenewCertificateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CERTIFICATE_CHAIN_PEM_FIELD_NUMBER: _builtins.int
-    DEVICE_ADDRESS_FIELD_NUMBER: _builtins.int
     certificate_chain_pem: _builtins.bytes
-    device_address: _builtins.str
     def __init__(
         self,
         *,
         certificate_chain_pem: _builtins.bytes = ...,
-        device_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_chain_pem", b"certificate_chain_pem", "device_address", b"device_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_chain_pem", b"certificate_chain_pem"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
