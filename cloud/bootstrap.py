@@ -50,12 +50,13 @@ from security.enrolment import IssuingCa
 from security.interceptors import AuthInterceptor
 from security.repository import CloudRepository
 from security.tls import server_credentials
-from security.tokens import TokenIssuer
+from security.tokens import TokenIssuer, TokenVerifier
 
 _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", "tuf/1.root.json")
 _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
+_FOLLOW_S: Final = 1.0  # how often the files of token keys are looked at
 _SERVICES: Final = (SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService", "isthmus.v1.RolloutService")
 
 log = structlog.get_logger(__name__)
@@ -114,10 +115,10 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
         )
-        guard = Guard()
+        guard, verifier = Guard(), issuer.verifier()
         revocations = Revocations(database, guard)
         await revocations.refresh()
-        server, address, device_address = _server(settings, issuer, guard)
+        server, address, device_address = _server(settings, AuthInterceptor(verifier, guard=guard))
         server.add_generic_rpc_handlers(
             [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
         )
@@ -140,6 +141,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await conductor.refresh()
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
         await stack.enter_async_context(_background(revocations.run(), name="revocations"))
+        await stack.enter_async_context(_background(_follow_keys(issuer, verifier), name="token-keys"))
         await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
         await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
         servicer = await _listen(server, settings.drain_s, stack)
@@ -216,10 +218,10 @@ async def _start_triton(
     await triton.start(on_started)
 
 
-def _server(settings: CloudSettings, issuer: TokenIssuer, guard: Guard) -> tuple[grpc.aio.Server, str, str]:
+def _server(settings: CloudSettings, access: AuthInterceptor) -> tuple[grpc.aio.Server, str, str]:
     """Return a server that is bound to its two addresses, and these: for everybody, and for devices."""
     server = grpc.aio.server(
-        interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier(), guard=guard)),
+        interceptors=(StatusInterceptor(), access),
         options=(
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -299,6 +301,17 @@ async def _keep_fresh(repository: CloudRepository) -> None:
             await asyncio.sleep(_REFRESH_AGAIN_S)
         else:
             await asyncio.sleep(_REFRESH_S)
+
+
+async def _follow_keys(issuer: TokenIssuer, verifier: TokenVerifier) -> None:
+    """Take up token keys that were rotated, and let go those whose time is over."""
+    published = issuer.jwks
+    while True:
+        await asyncio.sleep(_FOLLOW_S)
+        issuer.refresh()
+        if (jwks := issuer.jwks) != published:  # in one step with the line above: nothing is signed that is not known
+            verifier.use_keys(jwks)
+            published = jwks
 
 
 class _ReadyFile:

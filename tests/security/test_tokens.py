@@ -118,7 +118,7 @@ def test_keys_rotate_with_overlap(tmp_path: Path, clock: Clock) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"role": "admin"},
+        {"role": "root"},
         {"subject": ""},
         {"subject": "a\nb"},
         {"subject": "a" * 129},
