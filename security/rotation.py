@@ -54,25 +54,25 @@ class Schedule:
         """
         try:
             settings = json.loads(read_file(path))
-            texts = {name: settings[name] for name in ("issuer", "audience", "algorithm", "kid")}
-            keys = tuple(_term(entry) for entry in settings.get("keys", [{"kid": texts["kid"]}]))
+            texts = {name: settings[name] for name in ("issuer", "audience", "algorithm")}
+            # Files of the release before rotation name one key.
+            keys = tuple(_term(entry) for entry in settings.get("keys") or [{"kid": settings["kid"]}])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{path}: expected issuer, audience, algorithm, kid and keys") from error
+            raise ConfigError(f"{path}: expected issuer, audience, algorithm and keys") from error
         if not all(isinstance(value, str) for value in texts.values()):
-            raise ConfigError(f"{path}: expected issuer, audience, algorithm and kid to be text")
+            raise ConfigError(f"{path}: expected issuer, audience and algorithm to be text")
         if texts["algorithm"] not in ALGORITHMS:
             raise ConfigError(f"{path}: tokens are signed with {' or '.join(ALGORITHMS)}")
         if not 0 < len(keys) <= _MAX_KEYS:
             raise ConfigError(f"{path}: expected 1 to {_MAX_KEYS} keys")
         return cls(texts["issuer"], texts["audience"], texts["algorithm"], keys)
 
-    def write(self, path: Path, now_s: float) -> None:
+    def write(self, path: Path) -> None:
         """Write issuer.json, whole or not at all."""
         settings = {
             "issuer": self.issuer,
             "audience": self.audience,
             "algorithm": self.algorithm,
-            "kid": self.signing(now_s).kid,
             "keys": [asdict(term) for term in self.keys],
         }
         replace_file(path, json.dumps(settings, indent=2).encode() + b"\n", mode=PRIVATE_MODE)
@@ -97,7 +97,7 @@ def _term(entry: Mapping[str, Any]) -> KeyTerm:
     return term
 
 
-def create_token_keys(folder: Path, *, issuer: str, audience: str, algorithm: str, now: datetime) -> None:
+def create_token_keys(folder: Path, *, issuer: str, audience: str, algorithm: str) -> None:
     """Create a new issuer with its first key.
 
     Raises:
@@ -107,7 +107,7 @@ def create_token_keys(folder: Path, *, issuer: str, audience: str, algorithm: st
     if (folder / "issuer.json").exists():
         raise ConflictError(f"{folder} holds a token issuer already", hint="isthmus keys rotate-tokens makes a new key")
     kid = _add_key(folder, algorithm, [])
-    Schedule(issuer, audience, algorithm, (KeyTerm(kid),)).write(folder / "issuer.json", now.timestamp())
+    Schedule(issuer, audience, algorithm, (KeyTerm(kid),)).write(folder / "issuer.json")
 
 
 def rotate_token_keys(folder: Path, now: datetime, *, lead: timedelta = LEAD, stolen: bool = False) -> Schedule:
@@ -141,7 +141,7 @@ def rotate_token_keys(folder: Path, now: datetime, *, lead: timedelta = LEAD, st
         )
     kid = _add_key(folder, before.algorithm, [term.kid for term in kept])
     after = Schedule(before.issuer, before.audience, before.algorithm, (*kept, KeyTerm(kid, signs_from)))
-    after.write(path, now_s)
+    after.write(path)
     signers = {kid, after.signing(now_s).kid}
     for file in folder.glob("*.key"):  # what only verifies needs no private key any more
         if file.stem not in signers:

@@ -359,4 +359,4 @@ def create_token_issuer(folder: Path, *, issuer: str, audience: str, algorithm: 
     Raises:
         ConflictError: The folder holds an issuer already.
     """
-    create_token_keys(folder, issuer=issuer, audience=audience, algorithm=algorithm, now=datetime.now(UTC))
+    create_token_keys(folder, issuer=issuer, audience=audience, algorithm=algorithm)
