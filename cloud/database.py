@@ -35,7 +35,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from isthmus.errors import ConfigError, MissingExtraError
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 _WRITE_LOCK: Final = 0x69737468  # of PostgreSQL's advisory locks: any number that nobody else takes
 _DATABASE_HINT: Final = "--database takes sqlite:///FILE or postgresql://USER@HOST/NAME"
 _ROW_ID: Final = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by INTEGER only
@@ -88,6 +88,7 @@ class Device(Base):
     __tablename__ = "devices"
     id: Mapped[str] = mapped_column(primary_key=True)
     public_key_pem: Mapped[bytes]
+    key_sha256: Mapped[str] = mapped_column(default="", index=True)  # of the SubjectPublicKeyInfo, hexadecimal
     enrolled_at: Mapped[float]
     last_seen_at: Mapped[float]
     facts: Mapped[bytes] = mapped_column(default=b"")  # DeviceFacts, as the device sent them
@@ -126,6 +127,20 @@ class Invite(Base):
     device_id: Mapped[str]
     expires_at: Mapped[float]
     used_at: Mapped[float | None]
+
+
+class Revocation(Base):
+    """A device, by its name, or a key, by its digest, that is refused until it is lifted; a key never is."""
+
+    __tablename__ = "revocations"
+    kind: Mapped[str] = mapped_column(primary_key=True)  # "device" or "key"
+    value: Mapped[str] = mapped_column(primary_key=True)
+    device_id: Mapped[str] = mapped_column(index=True)
+    reason: Mapped[str]
+    revoked_at: Mapped[float]
+    revoked_by: Mapped[str]
+    lifted_at: Mapped[float | None]
+    revision: Mapped[int] = mapped_column(BigInteger, index=True)
 
 
 class Report(Base):

@@ -58,6 +58,7 @@ class Device:
     id: str
     enrolled_at: float
     last_seen_at: float
+    key_sha256: str = ""
     facts_bytes: bytes = b""
     facts: Any = None
     labels: dict[str, str] = field(default_factory=dict)
@@ -186,6 +187,7 @@ class Roster:
         for row in changes.devices:
             device = self.devices.setdefault(row.id, Device(row.id, row.enrolled_at, row.last_seen_at))
             device.enrolled_at, device.last_seen_at = row.enrolled_at, max(device.last_seen_at, row.last_seen_at)
+            device.key_sha256 = row.key_sha256
             new_labels = labels.get(row.id, {})
             if device.facts_bytes != row.facts or device.labels != new_labels:
                 device.facts_bytes, device.labels = row.facts, new_labels

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from isthmus.errors import ConfigError, InputError
-from security.keyfiles import load_ec_key, read_file, replace_file, save_private_key
+from security.keyfiles import load_ec_key, read_file, replace_file, replace_private_key, save_private_key
 
 CA_LIFETIME: Final = timedelta(days=3650)
 ISSUING_CA_LIFETIME: Final = timedelta(days=730)
@@ -136,6 +136,37 @@ def issue_server_certificate(ca: Authority, folder: Path, hosts: Sequence[str], 
     certificate = sign_leaf(ca, key.public_key(), hosts[0], names, SERVER, now, SERVER_LIFETIME)
     _save(folder, "server", key, [certificate])
     return certificate
+
+
+def replace_server_certificate(ca: Authority, folder: Path, hosts: Sequence[str], now: datetime) -> x509.Certificate:
+    """Give the cloud a new key and certificate in place of those in `folder`; a running cloud takes them up.
+
+    Args:
+        ca: The authority that signs.
+        folder: Gets server.key and server.pem.
+        hosts: As before; empty for the hosts of the certificate that is there.
+        now: The time.
+
+    Raises:
+        ConfigError: No hosts are given and there is no certificate to read them from.
+        InputError: One is neither a DNS name nor an IP address.
+    """
+    names = host_names(hosts) if hosts else _hosts_of(load_certificate(folder / "server.pem"))
+    if not names:
+        raise InputError("a server certificate needs at least one host", hint="--host NAME names one")
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = sign_leaf(ca, key.public_key(), str(names[0].value), names, SERVER, now, SERVER_LIFETIME)
+    # A cloud that looks between the two finds a pair that does not fit, and goes on with the one that it has.
+    replace_private_key(folder / "server.key", key)
+    replace_file(folder / "server.pem", chain_pem([certificate]))
+    return certificate
+
+
+def _hosts_of(certificate: x509.Certificate) -> list[x509.GeneralName]:
+    try:
+        return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound:
+        return []
 
 
 def sign_leaf(

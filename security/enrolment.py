@@ -85,6 +85,15 @@ def make_csr(key: ec.EllipticCurvePrivateKey, device_id: str, hosts: Sequence[st
     return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
+def hosts_of(certificate: x509.Certificate) -> list[str]:
+    """Return the hosts that a device's certificate is for."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]
+
+
 def public_key_of(pem: bytes) -> bytes:
     """Return the public key, PEM, of a certificate (the first of a chain) or a signing request.
 

@@ -18,6 +18,7 @@ import structlog
 
 from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
 from isthmus.status import status_of, trailing_metadata, wrap_handler
+from security.binding import Guard
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
 from security.tokens import Claims, TokenVerifier
 
@@ -46,11 +47,19 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     Args:
         verifier: Verifies the tokens.
         method_scopes: What each method asks for, by its full path.
+        guard: Knows who is revoked, and which tokens are good on which connection.
     """
 
-    def __init__(self, verifier: TokenVerifier, method_scopes: Mapping[str, str] = METHOD_SCOPES) -> None:
+    def __init__(
+        self,
+        verifier: TokenVerifier,
+        method_scopes: Mapping[str, str] = METHOD_SCOPES,
+        *,
+        guard: Guard | None = None,
+    ) -> None:
         self._verifier = verifier
         self._method_scopes = method_scopes
+        self._guard = guard or Guard()
 
     async def intercept_service(
         self,
@@ -67,7 +76,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         except (IdentityError, PermissionDeniedError) as error:
             log.info("call refused", method=method, reason=error.reason)
             return _refusal(error)
-        return handler if claims is None else _with_claims(handler, claims)
+        return handler if claims is None else _with_claims(self._guard.wrap(handler, claims), claims)
 
     def _admit(self, method: str, metadata: Any) -> Claims | None:
         needed = self._method_scopes.get(method)
@@ -76,6 +85,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         if needed == PUBLIC:
             return None
         claims = self._verifier.verify(_bearer_token(metadata))
+        self._guard.admit(claims)
         if needed != AUTHENTICATED and needed not in claims.scopes:
             raise PermissionDeniedError(
                 f"this method needs the scope {needed}",

@@ -15,18 +15,20 @@ REGISTRY_READ: Final = "registry:read"
 REGISTRY_PUBLISH: Final = "registry:publish"
 FLEET_ADMIN: Final = "fleet:admin"
 DEVICE: Final = "device"
+ACCESS_ADMIN: Final = "access:admin"
 
 # Not scopes: what a method may ask for instead of one.
 PUBLIC: Final = "public"  # no token; the request carries its own proof, or there is nothing to protect
 AUTHENTICATED: Final = "authenticated"  # any valid token
 
-SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, DEVICE})
+SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, DEVICE, ACCESS_ADMIN})
 
 SCOPES_OF_ROLE: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
         "device": frozenset({INFER, REGISTRY_READ, DEVICE}),
         "client": frozenset({INFER}),
         "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN}),
+        "admin": SCOPES,
     }
 )
 
@@ -35,6 +37,8 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "Invite": FLEET_ADMIN,
         "Enrol": PUBLIC,
         "IssueToken": PUBLIC,
+        "RenewCertificate": PUBLIC,
+        "RevokeDevice": ACCESS_ADMIN,
         "Watch": DEVICE,
         "Report": DEVICE,
         "ListDevices": FLEET_ADMIN,

@@ -141,7 +141,7 @@ class Fleet:
 
     def connect(self, *names: str) -> None:
         """Let devices come online."""
-        trust = channel_credentials(self.workspace.trust / "ca.pem")
+        trust = self.workspace.trust / "ca.pem"
         for name in names or tuple(self.devices):
             self.tasks[name] = asyncio.create_task(self.devices[name].run(lambda: self.address, trust))
 
@@ -187,7 +187,9 @@ async def fleet_on(
     conductor = Conductor(database, roster, registry.releases(), clock=clock, poll_s=0.05)
     await conductor.refresh()
     server = grpc.aio.server(interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())))
-    service = FleetService(database, conductor, issuer, IssuingCa.load(workspace.home), clock=clock)
+    service = FleetService(
+        database, conductor, issuer, IssuingCa.load(workspace.home), unbound_tokens=True, clock=clock
+    )
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
     fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
     credentials = server_credentials(workspace.home / "server.key", workspace.home / "server.pem")
