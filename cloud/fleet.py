@@ -16,13 +16,13 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
-from sqlalchemy import CursorResult, delete, select, update
+from sqlalchemy import CursorResult, delete, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -30,12 +30,13 @@ from cloud import database as db
 from cloud.catalog import unknown_model
 from cloud.conductor import Conductor
 from cloud.rollout import matches
-from cloud.roster import Device, Told
+from cloud.roster import Device, Roster, Told
 from isthmus.digests import sha256_bytes
 from isthmus.errors import IdentityError, InputError
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.enrolment import IssuingCa, check_device_id, public_key_of
 from security.interceptors import current_claims
+from security.tenancy import DEFAULT_TENANT, check_new_name
 from security.tls import negotiated
 from security.tokens import TokenIssuer, read_assertion_subject, verify_assertion
 
@@ -63,6 +64,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         issuer: Mints access tokens.
         authority: Signs device certificates.
         token_ttl_s: Life of the access tokens.
+        tenants: Returns the names of the cloud's tenants.
         clock: Returns Unix seconds.
     """
 
@@ -74,32 +76,42 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         authority: IssuingCa,
         *,
         token_ttl_s: int = 900,
+        tenants: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database, self._conductor = database, conductor
         self._issuer, self._authority = issuer, authority
-        self._token_ttl_s, self._clock = token_ttl_s, clock
+        self._token_ttl_s, self._tenants, self._clock = token_ttl_s, tenants, clock
 
     async def Invite(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Make a one-time code.
+        """Make a one-time code; the device will belong to the caller's tenant.
 
         Raises:
             InputError: The name or the time to live is not valid.
         """
         del context
-        device_id = check_device_id(request.device_id)
+        device_id, claims = check_device_id(request.device_id), current_claims()
+        await self._check_name(device_id, claims.tenant)
         ttl_s = request.ttl_s or DEFAULT_INVITE_S
         if ttl_s > MAX_INVITE_S:
             raise InputError(f"ttl_s: expected at most {MAX_INVITE_S} seconds, got {ttl_s}")
         code, expires_at = secrets.token_urlsafe(24), self._clock() + ttl_s
-        await asyncio.to_thread(self._add_invite, code, device_id, expires_at)
-        log.info("device invited", device=device_id, by=current_claims().subject)
+        await asyncio.to_thread(self._add_invite, code, device_id, claims.tenant, expires_at)
+        log.info("device invited", device=device_id, tenant=claims.tenant, by=claims.subject)
         return fleet_pb2.InviteResponse(code=code, expires_at=timestamp(expires_at))
 
-    def _add_invite(self, code: str, device_id: str, expires_at: float) -> None:
+    async def _check_name(self, device_id: str, tenant: str) -> None:
+        await self._conductor.refresh()
+        device = self._conductor.roster.devices.get(device_id)
+        if device is None or tenant != DEFAULT_TENANT:
+            check_new_name(tenant, device_id, self._tenants())
+        if device is not None and device.tenant != tenant:
+            raise InputError(f"no device can be called {device_id!r}", reason="name-of-another")
+
+    def _add_invite(self, code: str, device_id: str, tenant: str, expires_at: float) -> None:
         with self._database.write() as session:
             session.execute(delete(db.Invite).where(db.Invite.expires_at < self._clock()))
-            session.add(db.Invite(code_sha256=_hash(code), device_id=device_id, expires_at=expires_at))
+            session.add(db.Invite(code_sha256=_hash(code), device_id=device_id, tenant=tenant, expires_at=expires_at))
 
     async def Enrol(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Exchange a code for an identity.
@@ -109,31 +121,39 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             InputError: The certificate request is not acceptable; the code stays valid.
         """
         del context
-        device_id, chain = await asyncio.to_thread(self._enrol, request.code, request.csr_pem)
+        device_id, tenant, chain = await asyncio.to_thread(self._enrol, request.code, request.csr_pem)
         await self._conductor.refresh()
-        log.info("device enrolled", device=device_id)
+        log.info("device enrolled", device=device_id, tenant=tenant)
         return fleet_pb2.EnrolResponse(
             device_id=device_id,
             certificate_chain_pem=chain,
             jwks_json=self._issuer.jwks,
             token_issuer=self._issuer.issuer,
             token_audience=self._issuer.audience,
+            tenant=tenant,
         )
 
-    def _enrol(self, code: str, csr_pem: bytes) -> tuple[str, bytes]:
+    def _enrol(self, code: str, csr_pem: bytes) -> tuple[str, str, bytes]:
         now = self._clock()
         with self._database.write() as session:
-            device_id = _take_invite(session, code, now)
+            device_id, tenant = _take_invite(session, code, now)
             # A refused request raises here and undoes the line above: the code is not spent on a typing error.
             chain = self._authority.sign(csr_pem, device_id, datetime.fromtimestamp(now, UTC))
             key = public_key_of(csr_pem)
             revision = db.next_revision(session)
             session.merge(
-                db.Device(id=device_id, public_key_pem=key, enrolled_at=now, last_seen_at=now, revision=revision)
+                db.Device(
+                    id=device_id,
+                    public_key_pem=key,
+                    enrolled_at=now,
+                    last_seen_at=now,
+                    revision=revision,
+                    tenant=tenant,
+                )
             )
             # It may begin anew with its reports, too: a device whose disk was replaced counts from 1.
             session.execute(update(db.Report).where(db.Report.device_id == device_id).values(number=0))
-        return device_id, chain
+        return device_id, tenant, chain
 
     async def IssueToken(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Exchange a signed assertion for an access token.
@@ -142,11 +162,13 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             IdentityError: The assertion is not one of a known device, or was used before.
         """
         del context
-        device_id = await asyncio.to_thread(self._accept_assertion, request.assertion)
-        token, expires_at = self._issuer.mint(device_id, "device", ttl=timedelta(seconds=self._token_ttl_s))
+        device_id, tenant = await asyncio.to_thread(self._accept_assertion, request.assertion)
+        ttl = timedelta(seconds=self._token_ttl_s)
+        token, expires_at = self._issuer.mint(device_id, "device", ttl=ttl, tenant=tenant)
         return fleet_pb2.IssueTokenResponse(access_token=token, expires_at=timestamp(expires_at.timestamp()))
 
-    def _accept_assertion(self, assertion: str) -> str:
+    def _accept_assertion(self, assertion: str) -> tuple[str, str]:
+        """Return the device that an assertion is of, and its tenant."""
         now = self._clock()
         device_id = read_assertion_subject(assertion)
         with self._database.read() as session:
@@ -164,7 +186,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         except IntegrityError as error:
             log.warning("assertion used twice", device=device_id)
             raise IdentityError("the assertion was used before", reason="replayed-assertion") from error
-        return device_id
+        return device_id, device.tenant
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Stream the version that each model should be at: now, and on every change.
@@ -181,7 +203,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         models = sorted({m for m in request.models if claims.may_use(m) and len(m) <= _MAX_NAME and m.isprintable()})
         until = claims.expires_at.timestamp()
         facts = request.facts.SerializeToString(deterministic=True)
-        async with contextlib.aclosing(self._conductor.watch(claims.subject, models, facts)) as changes:
+        async with contextlib.aclosing(self._conductor.watch(claims.subject, models, facts, claims.tenant)) as changes:
             while (left_s := until - self._clock()) > 0:
                 try:
                     model, told = await asyncio.wait_for(anext(changes), left_s)
@@ -198,10 +220,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """
         del context
         claims = current_claims()
-        if not claims.may_use(request.model) or request.model not in self._conductor.roster.released:
+        if not self._conductor.roster.may_see(claims, request.model):
             raise InputError(f"there is no model {request.model[:80]!r} to report on")
         report = _checked_report(request)
-        await self._conductor.report(claims.subject, report)
+        await self._conductor.report(claims.subject, report, claims.tenant)
         state = fleet_pb2.UpdateState.Name(report.state)
         log.info("device reports", device=claims.subject, model=report.model, version=report.version, state=state)
         return fleet_pb2.ReportResponse()
@@ -210,8 +232,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """List the devices with their last reports."""
         del context
         await self._conductor.refresh()
-        roster, selector = self._conductor.roster, dict(request.selector)
-        devices = [device for name, device in sorted(roster.devices.items()) if matches(selector, device.labels)]
+        roster, selector, tenant = self._conductor.roster, dict(request.selector), current_claims().tenant
+        devices = [
+            device
+            for _, device in sorted(roster.devices.items())
+            if device.tenant == tenant and matches(selector, device.labels)
+        ]
         return fleet_pb2.ListDevicesResponse(devices=[self._device_message(device) for device in devices])
 
     async def GetDevice(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -222,8 +248,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """
         del context
         await self._conductor.refresh()
-        device = self._conductor.roster.device(request.device_id)
+        claims = current_claims()
+        device = self._conductor.roster.device(request.device_id, claims.tenant)
         events = await self._conductor.events(device_id=device.id, limit=_EVENTS)
+        events = [event for event in events if not event.model or claims.may_use(event.model)]
         return fleet_pb2.GetDeviceResponse(device=self._device_message(device), events=map(event_message, events))
 
     async def SetLabels(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -235,7 +263,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """
         del context
         labels = check_labels(request.set)
-        device = self._conductor.roster.device(request.device_id)
+        device = self._conductor.roster.device(request.device_id, current_claims().tenant)
         if len({*device.labels, *labels} - set(request.remove)) > _MAX_LABELS:
             raise InputError(f"expected at most {_MAX_LABELS} labels of a device")
         await self._conductor.set_labels(
@@ -250,7 +278,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device or version.
         """
         del context
-        check_may_use(request.model)
+        self._check_pair(request)
         version = min(request.version, _MAX_NUMBER)  # no version is larger
         await self._conductor.pin(request.device_id, request.model, version, current_claims().subject)
         return fleet_pb2.PinResponse()
@@ -262,7 +290,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device.
         """
         del context
-        check_may_use(request.model)
+        self._check_pair(request)
         await self._conductor.pin(request.device_id, request.model, None, current_claims().subject)
         return fleet_pb2.UnpinResponse()
 
@@ -273,17 +301,31 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device, or it does not run the model.
         """
         del context
-        check_may_use(request.model)
+        self._check_pair(request)
         attempt = await self._conductor.retry(request.device_id, request.model, current_claims().subject)
         return fleet_pb2.RetryDeviceResponse(attempt=attempt)
 
+    def _check_pair(self, request: Any) -> None:
+        """Check that device and model are there for the caller.
+
+        Raises:
+            NotFoundError: One is not.
+        """
+        self._conductor.roster.device(request.device_id, current_claims().tenant)
+        check_may_see(self._conductor.roster, request.model)
+
     def _device_message(self, device: Device) -> Any:
-        roster = self._conductor.roster
+        """Return a device as the caller may see it: with the models that it may use."""
+        roster, claims = self._conductor.roster, current_claims()
         return fleet_pb2.Device(
             device_id=device.id,
             enrolled_at=timestamp(device.enrolled_at),
             last_seen_at=timestamp(device.last_seen_at),
-            reports=[_report_message(e.report) for _, e in sorted(device.models.items()) if e.report is not None],
+            reports=[
+                _report_message(entry.report)
+                for model, entry in sorted(device.models.items())
+                if entry.report is not None and claims.may_use(model)
+            ],
             facts=device.facts,
             labels=device.labels,
             online=roster.is_online(device),
@@ -292,6 +334,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                     model=model, version=told.version, why=told.why, rollout=told.rollout, attempt=told.attempt
                 )
                 for model in sorted(device.models)
+                if claims.may_use(model)
                 for told in (roster.told(device, model),)
             ],
         )
@@ -301,21 +344,29 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         del request
         claims, (version, group) = current_claims(), negotiated(context)
         return fleet_pb2.WhoAmIResponse(
-            subject=claims.subject, scopes=sorted(claims.scopes), tls_version=version, tls_group=group
-        )
+            subject=claims.subject, scopes=sorted(claims.scopes), tls_version=version, tls_group=group,
+            tenant=claims.tenant,
+        )  # fmt: skip
 
 
-def _take_invite(session: Session, code: str, now: float) -> str:
-    """Mark an invitation as used and return its device; the database lets one caller through."""
+def _take_invite(session: Session, code: str, now: float) -> tuple[str, str]:
+    """Mark an invitation as used and return its device and tenant; the database lets one caller through."""
     is_open = (db.Invite.code_sha256 == _hash(code), db.Invite.used_at.is_(None), db.Invite.expires_at > now)
     result = session.execute(update(db.Invite).where(*is_open).values(used_at=now))
-    if not isinstance(result, CursorResult) or result.rowcount != 1:
+    invite = session.get(db.Invite, _hash(code))
+    known = session.get(db.Device, invite.device_id) if invite is not None else None
+    if (
+        not isinstance(result, CursorResult)
+        or result.rowcount != 1
+        or invite is None
+        or (known is not None and known.tenant != invite.tenant)  # two tenants were quick with one name
+    ):
         raise IdentityError(
             "the enrolment code is wrong, used or expired",
             hint="ask the operator for a new one: isthmus device invite DEVICE",
             reason="wrong-code",
         )
-    return session.scalars(select(db.Invite.device_id).where(db.Invite.code_sha256 == _hash(code))).one()
+    return invite.device_id, invite.tenant
 
 
 def _printable(text: str) -> str:
@@ -354,13 +405,13 @@ def _checked_report(request: Any) -> Any:
     return report
 
 
-def check_may_use(model: str) -> None:
-    """Check that the caller's token is good for a model.
+def check_may_see(roster: Roster, model: str) -> None:
+    """Check that there is such a model for the caller.
 
     Raises:
-        NotFoundError: It is not; that looks as if there were no such model.
+        NotFoundError: There is none; of one that is hidden, exactly the same is said.
     """
-    if not current_claims().may_use(model):
+    if not roster.may_see(current_claims(), model):
         raise unknown_model(model)
 
 

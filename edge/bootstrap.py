@@ -291,7 +291,7 @@ def _protection(
     if is_local(settings.listen):
         return None, ()
     verifier = TokenVerifier(home.jwks.read_bytes(), enrolment.token_issuer, enrolment.token_audience)
-    return server_credentials(home.key, home.certificate), (AuthInterceptor(verifier),)
+    return server_credentials(home.key, home.certificate), (AuthInterceptor(verifier, tenant=enrolment.tenant),)
 
 
 def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink) -> Deferred | None:

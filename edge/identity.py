@@ -30,6 +30,7 @@ from isthmus.status import from_rpc
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.assertions import make_assertion
 from security.enrolment import make_csr, new_device_key
+from security.tenancy import DEFAULT_TENANT
 
 ENROL_TIMEOUT_S: Final = 30.0
 TOKEN_TIMEOUT_S: Final = 10.0
@@ -53,6 +54,7 @@ class Enrolment(BaseModel):
     cloud: str  # HOST:PORT
     token_issuer: str
     token_audience: str
+    tenant: str = DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,7 @@ async def enrol(home: DeviceHome, *, cloud: str, code: str, trust: Path, hosts: 
         cloud=cloud,
         token_issuer=response.token_issuer,
         token_audience=response.token_audience,
+        tenant=response.tenant or DEFAULT_TENANT,
     )
     write_atomically(home.path / "enrolment.json", enrolment.model_dump_json(indent=2).encode() + b"\n")
     return enrolment

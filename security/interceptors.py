@@ -20,14 +20,13 @@ from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
 from isthmus.status import status_of, trailing_metadata, wrap_handler
 from security.authenticator import Authenticator
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
-from security.tenancy import check_tenant
+from security.tenancy import TENANT_HEADER, check_tenant
 from security.tokens import Claims, TokenVerifier
 
 log = structlog.get_logger(__name__)
 
 _HEADER: Final = "authorization"
 _SCHEME: Final = "bearer "
-TENANT_HEADER: Final = "isthmus-tenant"  # the tenant that an admin of the cloud acts in
 _claims: ContextVar[Claims] = ContextVar("isthmus_claims")
 
 

@@ -14,6 +14,7 @@ from typing import Final
 from isthmus.errors import InputError
 
 DEFAULT_TENANT: Final = "default"  # of tokens that name none, and of a cloud that serves one tenant only
+TENANT_HEADER: Final = "isthmus-tenant"  # metadata: the tenant that an admin of the cloud acts in
 _TENANT: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
 
 

@@ -118,7 +118,9 @@ def test_keys_rotate_with_overlap(tmp_path: Path, clock: Clock) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"role": "admin"},
+        {"role": "root"},
+        {"tenant": "Acme"},
+        {"tenant": ".."},
         {"subject": ""},
         {"subject": "a\nb"},
         {"subject": "a" * 129},
