@@ -32,6 +32,7 @@ from security.assertions import make_assertion
 from security.authority import load_certificate
 from security.enrolment import hosts_of, make_csr, new_device_key
 from security.keyfiles import load_ec_key
+from security.tenancy import DEFAULT_TENANT
 
 ENROL_TIMEOUT_S: Final = 30.0
 TOKEN_TIMEOUT_S: Final = 10.0
@@ -57,6 +58,7 @@ class Enrolment(BaseModel):
     token_issuer: str
     token_audience: str
     device_address: str = ""  # HOST:PORT where the cloud asks for the certificate; "" as long as it is not known
+    tenant: str = DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,7 @@ async def enrol(home: DeviceHome, *, cloud: str, code: str, trust: Path, hosts: 
         token_issuer=response.token_issuer,
         token_audience=response.token_audience,
         device_address=_complete(response.device_address, cloud),
+        tenant=response.tenant or DEFAULT_TENANT,
     )
     home.keep_enrolment(enrolment)
     return enrolment
