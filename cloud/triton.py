@@ -25,6 +25,10 @@ from security.tls import channel_credentials
 CONFIG: Final = "config.pbtxt"
 CONTROL_S: Final = 5.0  # deadline of calls that neither infer nor load
 _DEAD_STUB: Final = "is not healthy"
+_UNSENT: Final = ("failed to connect to all addresses", "connections to all backends failing")  # what gRPC says
+_BUSY: Final = "Exceeds maximum queue size"
+_NOT_TAKEN: Final = ("stopped accepting new inference requests", "has no available versions", "Server not ready")
+LOST: Final = "triton-unavailable"  # the reason of errors of the connection, not of an answer
 _OPTIONS: Final = (
     # A restarted Triton is found again within half a second, not after gRPC's default back-off of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -42,6 +46,10 @@ class DeadStubError(UnavailableError):
     """The process that runs a model is gone; Triton does not restart it, an unload and a load do."""
 
     reason = "heavy-failed"
+
+
+class NotAcceptedError(UnavailableError):
+    """Triton has not taken the request: it did not run, and may be tried elsewhere."""
 
 
 class TritonClient:
@@ -67,7 +75,8 @@ class TritonClient:
         Raises:
             InputError: Triton refused the tensors.
             DeadStubError: The model's process is dead.
-            UnavailableError: Triton is down, the model is not loaded, its queue is full, or time ran out.
+            NotAcceptedError: It has not run: Triton is down, the model is not loaded, or its queue is full.
+            UnavailableError: The connection broke while it may have run, or time ran out.
             IsthmusError: The model itself failed on this request.
         """
         try:
@@ -186,9 +195,16 @@ def _inference_error(error: grpc.aio.AioRpcError) -> IsthmusError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError("the heavy model did not answer in time", reason=TOO_LATE)
     if code is grpc.StatusCode.NOT_FOUND:
-        return UnavailableError("the heavy model is not loaded now", reason="heavy-not-loaded")
+        return NotAcceptedError("the heavy model is not loaded now", reason="heavy-not-loaded")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        if _BUSY in detail:
+            return NotAcceptedError("the heavy model's queue is full", reason="heavy-busy")
+        if any(words in detail for words in _NOT_TAKEN):
+            return NotAcceptedError("the heavy model is not loaded now", reason="heavy-not-loaded")
+        if any(words in detail for words in _UNSENT):
+            return NotAcceptedError("the heavy model is not available now", reason=LOST)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return UnavailableError("the heavy model is not available now", reason="triton-unavailable")
+        return UnavailableError("the heavy model is not available now", reason=LOST)
     return IsthmusError("the heavy model failed on this request", reason="heavy-failed")
 
 

@@ -14,19 +14,20 @@ INFER: Final = "infer"
 REGISTRY_READ: Final = "registry:read"
 REGISTRY_PUBLISH: Final = "registry:publish"
 FLEET_ADMIN: Final = "fleet:admin"
+TRAFFIC_ADMIN: Final = "traffic:admin"
 DEVICE: Final = "device"
 
 # Not scopes: what a method may ask for instead of one.
 PUBLIC: Final = "public"  # no token; the request carries its own proof, or there is nothing to protect
 AUTHENTICATED: Final = "authenticated"  # any valid token
 
-SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, DEVICE})
+SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, TRAFFIC_ADMIN, DEVICE})
 
 SCOPES_OF_ROLE: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
         "device": frozenset({INFER, REGISTRY_READ, DEVICE}),
         "client": frozenset({INFER}),
-        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN}),
+        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, TRAFFIC_ADMIN}),
     }
 )
 
@@ -52,6 +53,14 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "AbortRollout": FLEET_ADMIN,
         "GetRollout": FLEET_ADMIN,
         "ListRollouts": FLEET_ADMIN,
+    },
+    "isthmus.v1.TrafficService": {
+        "SetTraffic": TRAFFIC_ADMIN,
+        "RollbackTraffic": TRAFFIC_ADMIN,
+        "ListTraffic": TRAFFIC_ADMIN,
+        "ListReplicas": TRAFFIC_ADMIN,
+        "DrainReplica": TRAFFIC_ADMIN,
+        "ResumeReplica": TRAFFIC_ADMIN,
     },
     "isthmus.v1.RegistryService": {
         "FetchMetadata": REGISTRY_READ,

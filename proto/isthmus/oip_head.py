@@ -1,7 +1,7 @@
 """Reads the head of a serialized ModelInferRequest: names and parameters, while the tensors stay the bytes they are.
 
-A walk over the top-level fields of the wire format (Protocol Buffers, "Encoding"): what is not wanted is stepped over by
-its length. Rules:
+A walk over the top-level fields of the wire format (Protocol Buffers, "Encoding"): what is not wanted is stepped over
+by its length. Rules:
 1. What the real parser accepts, this one reads in the same way: the last value of a field wins, unknown fields and
    groups are skipped, and a known field with another wire type is an unknown one.
 2. What does not end where its lengths say is refused. Bytes that are appended afterwards (isthmus.oip.override_fields)
