@@ -135,6 +135,19 @@ def policy_from(message: Any) -> Policy:
     )
 
 
+def describe(message: Any) -> str:
+    """Return a TrafficPolicy in a few words, for people and logs."""
+    parts = []
+    if message.split.shares:
+        kind = AB if message.split.assignment == traffic_pb2.ASSIGNMENT_STICKY else CANARY
+        parts.append(f"{kind} " + ", ".join(f"{share.version}={share.share:.4g}" for share in message.split.shares))
+    if message.shadow.version:
+        parts.append(f"shadow {message.shadow.version}={message.shadow.share:.4g}")
+    if message.cache_s:
+        parts.append(f"cache {message.cache_s} s")
+    return "; ".join(parts) or "released version only"
+
+
 def _shadow(message: Any) -> Shadow | None:
     if not message.version:
         return None

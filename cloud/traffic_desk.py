@@ -26,7 +26,18 @@ from cloud.catalog import Catalog, unknown_model
 from cloud.heavy import HeavyId
 from cloud.records import check_version
 from cloud.replicas import Replica, Replicas
-from cloud.traffic import NAMED, NO_POLICY, RELEASED, Policy, changed, key_of, policy_from, rolled_back, sticky_point
+from cloud.traffic import (
+    NAMED,
+    NO_POLICY,
+    RELEASED,
+    Policy,
+    changed,
+    describe,
+    key_of,
+    policy_from,
+    rolled_back,
+    sticky_point,
+)
 from isthmus.errors import ConflictError, IsthmusError
 from isthmus.oip_head import RequestHead
 from isthmus.v1 import traffic_pb2
@@ -201,10 +212,12 @@ class TrafficDesk:
                 row = session.get(db.Traffic, model)
                 old = traffic_pb2.TrafficPolicy() if row is None else traffic_pb2.TrafficPolicy.FromString(row.policy)
                 new = edit(old)
-                new.model, new.changed_at, new.changed_by = model, self._clock(), by
+                now = self._clock()
+                new.model, new.changed_by = model, by
+                new.changed_at.FromMilliseconds(int(now * 1000))
                 revision = db.next_revision(session)
                 session.merge(db.Traffic(model=model, policy=new.SerializeToString(), revision=revision))
-                session.add(db.Event(at=new.changed_at, kind="traffic", model=model, reason=by, detail=describe(new)))
+                session.add(db.Event(at=now, kind="traffic", model=model, reason=by, detail=describe(new)))
                 return new, revision
 
         message, revision = await asyncio.to_thread(work)
@@ -312,16 +325,3 @@ def check_model(session: Session, model: str) -> None:
     """
     if session.get(db.Model, model) is None:
         raise unknown_model(model)
-
-
-def describe(message: Any) -> str:
-    """Return a TrafficPolicy in a few words, for people and logs."""
-    parts = []
-    if message.split.shares:
-        kind = "ab" if message.split.assignment == traffic_pb2.ASSIGNMENT_STICKY else "canary"
-        parts.append(f"{kind} " + ", ".join(f"{share.version}={share.share:.4g}" for share in message.split.shares))
-    if message.shadow.version:
-        parts.append(f"shadow {message.shadow.version}={message.shadow.share:.4g}")
-    if message.cache_s:
-        parts.append(f"cache {message.cache_s} s")
-    return "; ".join(parts) or "released version only"

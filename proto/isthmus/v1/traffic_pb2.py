@@ -22,57 +22,58 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18isthmus/v1/traffic.proto\x12\nisthmus.v1\"m\n\x05Split\x12*\n\nassignment\x18\x01 \x01(\x0e\x32\x16.isthmus.v1.Assignment\x12!\n\x06shares\x18\x02 \x03(\x0b\x32\x11.isthmus.v1.Share\x12\x15\n\rkey_parameter\x18\x03 \x01(\t\"\'\n\x05Share\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05share\x18\x02 \x01(\x01\">\n\x06Shadow\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05share\x18\x02 \x01(\x01\x12\x14\n\x0cmost_at_once\x18\x03 \x01(\r\"\x9d\x01\n\rTrafficPolicy\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x05split\x18\x02 \x01(\x0b\x32\x11.isthmus.v1.Split\x12\"\n\x06shadow\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.Shadow\x12\x0f\n\x07\x63\x61\x63he_s\x18\x04 \x01(\r\x12\x12\n\nchanged_at\x18\x05 \x01(\x01\x12\x12\n\nchanged_by\x18\x06 \x01(\t\"\xa9\x01\n\x11SetTrafficRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x05split\x18\x02 \x01(\x0b\x32\x11.isthmus.v1.SplitH\x00\x88\x01\x01\x12\'\n\x06shadow\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.ShadowH\x01\x88\x01\x01\x12\x14\n\x07\x63\x61\x63he_s\x18\x04 \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06_splitB\t\n\x07_shadowB\n\n\x08_cache_s\"?\n\x12SetTrafficResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x19.isthmus.v1.TrafficPolicy\"\'\n\x16RollbackTrafficRequest\x12\r\n\x05model\x18\x01 \x01(\t\"V\n\x17RollbackTrafficResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x19.isthmus.v1.TrafficPolicy\x12\x10\n\x08released\x18\x02 \x01(\x04\"#\n\x12ListTrafficRequest\x12\r\n\x05model\x18\x01 \x01(\t\"A\n\x13ListTrafficResponse\x12*\n\x07reports\x18\x01 \x03(\x0b\x32\x19.isthmus.v1.TrafficReport\"\xcb\x01\n\rTrafficReport\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x19.isthmus.v1.TrafficPolicy\x12\x10\n\x08released\x18\x02 \x01(\x04\x12*\n\x08versions\x18\x03 \x03(\x0b\x32\x18.isthmus.v1.VersionCount\x12\'\n\x06shadow\x18\x04 \x01(\x0b\x32\x17.isthmus.v1.ShadowCount\x12\x12\n\ncache_hits\x18\x05 \x01(\x04\x12\x14\n\x0c\x63\x61\x63he_misses\x18\x06 \x01(\x04\"U\n\x0cVersionCount\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x12\n\nassignment\x18\x02 \x01(\t\x12\x10\n\x08\x61nswered\x18\x03 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x04\"Q\n\x0bShadowCount\x12\x0e\n\x06\x61greed\x18\x01 \x01(\x04\x12\x11\n\tdisagreed\x18\x02 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x04\"\x15\n\x13ListReplicasRequest\"=\n\x14ListReplicasResponse\x12%\n\x08replicas\x18\x01 \x03(\x0b\x32\x13.isthmus.v1.Replica\"\x7f\n\x07Replica\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x11\n\tunder_way\x18\x03 \x01(\r\x12\x10\n\x08requests\x18\x04 \x01(\x04\x12\x0f\n\x07retries\x18\x05 \x01(\x04\x12\x11\n\tejections\x18\x06 \x01(\x04\x12\x0e\n\x06models\x18\x07 \x03(\t\"3\n\x13\x44rainReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06wait_s\x18\x02 \x01(\r\"<\n\x14\x44rainReplicaResponse\x12$\n\x07replica\x18\x01 \x01(\x0b\x32\x13.isthmus.v1.Replica\"$\n\x14ResumeReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x15ResumeReplicaResponse\x12$\n\x07replica\x18\x01 \x01(\x0b\x32\x13.isthmus.v1.Replica*V\n\nAssignment\x12\x1a\n\x16\x41SSIGNMENT_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41SSIGNMENT_RANDOM\x10\x01\x12\x15\n\x11\x41SSIGNMENT_STICKY\x10\x02\x32\x85\x04\n\x0eTrafficService\x12K\n\nSetTraffic\x12\x1d.isthmus.v1.SetTrafficRequest\x1a\x1e.isthmus.v1.SetTrafficResponse\x12Z\n\x0fRollbackTraffic\x12\".isthmus.v1.RollbackTrafficRequest\x1a#.isthmus.v1.RollbackTrafficResponse\x12N\n\x0bListTraffic\x12\x1e.isthmus.v1.ListTrafficRequest\x1a\x1f.isthmus.v1.ListTrafficResponse\x12Q\n\x0cListReplicas\x12\x1f.isthmus.v1.ListReplicasRequest\x1a .isthmus.v1.ListReplicasResponse\x12Q\n\x0c\x44rainReplica\x12\x1f.isthmus.v1.DrainReplicaRequest\x1a .isthmus.v1.DrainReplicaResponse\x12T\n\rResumeReplica\x12 .isthmus.v1.ResumeReplicaRequest\x1a!.isthmus.v1.ResumeReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18isthmus/v1/traffic.proto\x12\nisthmus.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"m\n\x05Split\x12*\n\nassignment\x18\x01 \x01(\x0e\x32\x16.isthmus.v1.Assignment\x12!\n\x06shares\x18\x02 \x03(\x0b\x32\x11.isthmus.v1.Share\x12\x15\n\rkey_parameter\x18\x03 \x01(\t\"\'\n\x05Share\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05share\x18\x02 \x01(\x01\">\n\x06Shadow\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05share\x18\x02 \x01(\x01\x12\x14\n\x0cmost_at_once\x18\x03 \x01(\r\"\xb9\x01\n\rTrafficPolicy\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x05split\x18\x02 \x01(\x0b\x32\x11.isthmus.v1.Split\x12\"\n\x06shadow\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.Shadow\x12\x0f\n\x07\x63\x61\x63he_s\x18\x04 \x01(\r\x12.\n\nchanged_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nchanged_by\x18\x06 \x01(\t\"\xa9\x01\n\x11SetTrafficRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x05split\x18\x02 \x01(\x0b\x32\x11.isthmus.v1.SplitH\x00\x88\x01\x01\x12\'\n\x06shadow\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.ShadowH\x01\x88\x01\x01\x12\x14\n\x07\x63\x61\x63he_s\x18\x04 \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06_splitB\t\n\x07_shadowB\n\n\x08_cache_s\"?\n\x12SetTrafficResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x19.isthmus.v1.TrafficPolicy\"\'\n\x16RollbackTrafficRequest\x12\r\n\x05model\x18\x01 \x01(\t\"V\n\x17RollbackTrafficResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x19.isthmus.v1.TrafficPolicy\x12\x10\n\x08released\x18\x02 \x01(\x04\"#\n\x12ListTrafficRequest\x12\r\n\x05model\x18\x01 \x01(\t\"A\n\x13ListTrafficResponse\x12*\n\x07reports\x18\x01 \x03(\x0b\x32\x19.isthmus.v1.TrafficReport\"\xcb\x01\n\rTrafficReport\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x19.isthmus.v1.TrafficPolicy\x12\x10\n\x08released\x18\x02 \x01(\x04\x12*\n\x08versions\x18\x03 \x03(\x0b\x32\x18.isthmus.v1.VersionCount\x12\'\n\x06shadow\x18\x04 \x01(\x0b\x32\x17.isthmus.v1.ShadowCount\x12\x12\n\ncache_hits\x18\x05 \x01(\x04\x12\x14\n\x0c\x63\x61\x63he_misses\x18\x06 \x01(\x04\"U\n\x0cVersionCount\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x12\n\nassignment\x18\x02 \x01(\t\x12\x10\n\x08\x61nswered\x18\x03 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x04\"Q\n\x0bShadowCount\x12\x0e\n\x06\x61greed\x18\x01 \x01(\x04\x12\x11\n\tdisagreed\x18\x02 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x04\"\x15\n\x13ListReplicasRequest\"=\n\x14ListReplicasResponse\x12%\n\x08replicas\x18\x01 \x03(\x0b\x32\x13.isthmus.v1.Replica\"\x7f\n\x07Replica\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x11\n\tunder_way\x18\x03 \x01(\r\x12\x10\n\x08requests\x18\x04 \x01(\x04\x12\x0f\n\x07retries\x18\x05 \x01(\x04\x12\x11\n\tejections\x18\x06 \x01(\x04\x12\x0e\n\x06models\x18\x07 \x03(\t\"3\n\x13\x44rainReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06wait_s\x18\x02 \x01(\r\"<\n\x14\x44rainReplicaResponse\x12$\n\x07replica\x18\x01 \x01(\x0b\x32\x13.isthmus.v1.Replica\"$\n\x14ResumeReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x15ResumeReplicaResponse\x12$\n\x07replica\x18\x01 \x01(\x0b\x32\x13.isthmus.v1.Replica*V\n\nAssignment\x12\x1a\n\x16\x41SSIGNMENT_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41SSIGNMENT_RANDOM\x10\x01\x12\x15\n\x11\x41SSIGNMENT_STICKY\x10\x02\x32\x85\x04\n\x0eTrafficService\x12K\n\nSetTraffic\x12\x1d.isthmus.v1.SetTrafficRequest\x1a\x1e.isthmus.v1.SetTrafficResponse\x12Z\n\x0fRollbackTraffic\x12\".isthmus.v1.RollbackTrafficRequest\x1a#.isthmus.v1.RollbackTrafficResponse\x12N\n\x0bListTraffic\x12\x1e.isthmus.v1.ListTrafficRequest\x1a\x1f.isthmus.v1.ListTrafficResponse\x12Q\n\x0cListReplicas\x12\x1f.isthmus.v1.ListReplicasRequest\x1a .isthmus.v1.ListReplicasResponse\x12Q\n\x0c\x44rainReplica\x12\x1f.isthmus.v1.DrainReplicaRequest\x1a .isthmus.v1.DrainReplicaResponse\x12T\n\rResumeReplica\x12 .isthmus.v1.ResumeReplicaRequest\x1a!.isthmus.v1.ResumeReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'isthmus.v1.traffic_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ASSIGNMENT']._serialized_start=1693
-  _globals['_ASSIGNMENT']._serialized_end=1779
-  _globals['_SPLIT']._serialized_start=40
-  _globals['_SPLIT']._serialized_end=149
-  _globals['_SHARE']._serialized_start=151
-  _globals['_SHARE']._serialized_end=190
-  _globals['_SHADOW']._serialized_start=192
-  _globals['_SHADOW']._serialized_end=254
-  _globals['_TRAFFICPOLICY']._serialized_start=257
-  _globals['_TRAFFICPOLICY']._serialized_end=414
-  _globals['_SETTRAFFICREQUEST']._serialized_start=417
-  _globals['_SETTRAFFICREQUEST']._serialized_end=586
-  _globals['_SETTRAFFICRESPONSE']._serialized_start=588
-  _globals['_SETTRAFFICRESPONSE']._serialized_end=651
-  _globals['_ROLLBACKTRAFFICREQUEST']._serialized_start=653
-  _globals['_ROLLBACKTRAFFICREQUEST']._serialized_end=692
-  _globals['_ROLLBACKTRAFFICRESPONSE']._serialized_start=694
-  _globals['_ROLLBACKTRAFFICRESPONSE']._serialized_end=780
-  _globals['_LISTTRAFFICREQUEST']._serialized_start=782
-  _globals['_LISTTRAFFICREQUEST']._serialized_end=817
-  _globals['_LISTTRAFFICRESPONSE']._serialized_start=819
-  _globals['_LISTTRAFFICRESPONSE']._serialized_end=884
-  _globals['_TRAFFICREPORT']._serialized_start=887
-  _globals['_TRAFFICREPORT']._serialized_end=1090
-  _globals['_VERSIONCOUNT']._serialized_start=1092
-  _globals['_VERSIONCOUNT']._serialized_end=1177
-  _globals['_SHADOWCOUNT']._serialized_start=1179
-  _globals['_SHADOWCOUNT']._serialized_end=1260
-  _globals['_LISTREPLICASREQUEST']._serialized_start=1262
-  _globals['_LISTREPLICASREQUEST']._serialized_end=1283
-  _globals['_LISTREPLICASRESPONSE']._serialized_start=1285
-  _globals['_LISTREPLICASRESPONSE']._serialized_end=1346
-  _globals['_REPLICA']._serialized_start=1348
-  _globals['_REPLICA']._serialized_end=1475
-  _globals['_DRAINREPLICAREQUEST']._serialized_start=1477
-  _globals['_DRAINREPLICAREQUEST']._serialized_end=1528
-  _globals['_DRAINREPLICARESPONSE']._serialized_start=1530
-  _globals['_DRAINREPLICARESPONSE']._serialized_end=1590
-  _globals['_RESUMEREPLICAREQUEST']._serialized_start=1592
-  _globals['_RESUMEREPLICAREQUEST']._serialized_end=1628
-  _globals['_RESUMEREPLICARESPONSE']._serialized_start=1630
-  _globals['_RESUMEREPLICARESPONSE']._serialized_end=1691
-  _globals['_TRAFFICSERVICE']._serialized_start=1782
-  _globals['_TRAFFICSERVICE']._serialized_end=2299
+  _globals['_ASSIGNMENT']._serialized_start=1754
+  _globals['_ASSIGNMENT']._serialized_end=1840
+  _globals['_SPLIT']._serialized_start=73
+  _globals['_SPLIT']._serialized_end=182
+  _globals['_SHARE']._serialized_start=184
+  _globals['_SHARE']._serialized_end=223
+  _globals['_SHADOW']._serialized_start=225
+  _globals['_SHADOW']._serialized_end=287
+  _globals['_TRAFFICPOLICY']._serialized_start=290
+  _globals['_TRAFFICPOLICY']._serialized_end=475
+  _globals['_SETTRAFFICREQUEST']._serialized_start=478
+  _globals['_SETTRAFFICREQUEST']._serialized_end=647
+  _globals['_SETTRAFFICRESPONSE']._serialized_start=649
+  _globals['_SETTRAFFICRESPONSE']._serialized_end=712
+  _globals['_ROLLBACKTRAFFICREQUEST']._serialized_start=714
+  _globals['_ROLLBACKTRAFFICREQUEST']._serialized_end=753
+  _globals['_ROLLBACKTRAFFICRESPONSE']._serialized_start=755
+  _globals['_ROLLBACKTRAFFICRESPONSE']._serialized_end=841
+  _globals['_LISTTRAFFICREQUEST']._serialized_start=843
+  _globals['_LISTTRAFFICREQUEST']._serialized_end=878
+  _globals['_LISTTRAFFICRESPONSE']._serialized_start=880
+  _globals['_LISTTRAFFICRESPONSE']._serialized_end=945
+  _globals['_TRAFFICREPORT']._serialized_start=948
+  _globals['_TRAFFICREPORT']._serialized_end=1151
+  _globals['_VERSIONCOUNT']._serialized_start=1153
+  _globals['_VERSIONCOUNT']._serialized_end=1238
+  _globals['_SHADOWCOUNT']._serialized_start=1240
+  _globals['_SHADOWCOUNT']._serialized_end=1321
+  _globals['_LISTREPLICASREQUEST']._serialized_start=1323
+  _globals['_LISTREPLICASREQUEST']._serialized_end=1344
+  _globals['_LISTREPLICASRESPONSE']._serialized_start=1346
+  _globals['_LISTREPLICASRESPONSE']._serialized_end=1407
+  _globals['_REPLICA']._serialized_start=1409
+  _globals['_REPLICA']._serialized_end=1536
+  _globals['_DRAINREPLICAREQUEST']._serialized_start=1538
+  _globals['_DRAINREPLICAREQUEST']._serialized_end=1589
+  _globals['_DRAINREPLICARESPONSE']._serialized_start=1591
+  _globals['_DRAINREPLICARESPONSE']._serialized_end=1651
+  _globals['_RESUMEREPLICAREQUEST']._serialized_start=1653
+  _globals['_RESUMEREPLICAREQUEST']._serialized_end=1689
+  _globals['_RESUMEREPLICARESPONSE']._serialized_start=1691
+  _globals['_RESUMEREPLICARESPONSE']._serialized_end=1752
+  _globals['_TRAFFICSERVICE']._serialized_start=1843
+  _globals['_TRAFFICSERVICE']._serialized_end=2360
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ How inference requests are spread over the versions of heavy models, and over th
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -137,13 +138,15 @@ class TrafficPolicy(_message.Message):
     model: _builtins.str
     cache_s: _builtins.int
     """Seconds for which answers are kept for equal requests; 0: never."""
-    changed_at: _builtins.float
-    """Unix seconds of the last change, and by whom."""
     changed_by: _builtins.str
     @_builtins.property
     def split(self) -> Global___Split: ...
     @_builtins.property
     def shadow(self) -> Global___Shadow: ...
+    @_builtins.property
+    def changed_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was last changed, and by whom."""
+
     def __init__(
         self,
         *,
@@ -151,10 +154,10 @@ class TrafficPolicy(_message.Message):
         split: Global___Split | None = ...,
         shadow: Global___Shadow | None = ...,
         cache_s: _builtins.int = ...,
-        changed_at: _builtins.float = ...,
+        changed_at: _timestamp_pb2.Timestamp | None = ...,
         changed_by: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shadow", b"shadow", "split", b"split"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "shadow", b"shadow", "split", b"split"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_s", b"cache_s", "changed_at", b"changed_at", "changed_by", b"changed_by", "model", b"model", "shadow", b"shadow", "split", b"split"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
