@@ -41,6 +41,8 @@ from security.tokens import Claims
 SERVER_NAME: Final = "isthmus-gateway"
 _REQUEST_ID: Final = "x-request-id"
 _MAX_ID: Final = 128
+_LONGEST_S: Final = 3600.0
+_TIMEOUT: Final = "timeout"
 _EMPTY_ID: Final = b"\x1a\x00"  # the field id without a value: the serializer would leave it out
 _Context = Any  # grpc.aio.ServicerContext, whose type arguments the generic handlers leave open
 
@@ -137,7 +139,7 @@ class Gateway:
                 counters.cache_hits += 1
                 return b"".join((kept, _suffix(head.model_name, route.version, route.assignment), _cached(head.id)))
             counters.cache_misses += 1
-        answer = await self._replicas.infer(route.heavy, raw, timeout_s=self._time_left(context))
+        answer = await self._replicas.infer(route.heavy, raw, timeout_s=self._time_left(head, context))
         if key is not None:
             await self._cache.put(tenant, key, answer, policy.cache_s)
         if policy.shadow is not None and not head.model_version:
@@ -154,9 +156,12 @@ class Gateway:
             raise unknown_model(model)
         return self._catalog.resolve(model, version)
 
-    def _time_left(self, context: _Context) -> float:
+    def _time_left(self, head: RequestHead, context: _Context) -> float:
+        """Return the least of the call's deadline and the request parameter `timeout`, which is in microseconds."""
         left = context.time_remaining()
-        return self._default_deadline_s if left is None else min(float(left), 3600.0)
+        left_s = self._default_deadline_s if left is None else min(float(left), _LONGEST_S)
+        asked = head.parameters().get(_TIMEOUT)
+        return left_s if isinstance(asked, str) or not asked or asked < 0 else min(left_s, asked / 1e6)
 
     async def server_live(self, _request: Any, _context: _Context) -> Any:
         """Say that the gateway runs."""

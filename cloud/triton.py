@@ -211,6 +211,9 @@ def _inference_error(error: grpc.aio.AioRpcError) -> IsthmusError:
 def read_config(text: str, *, name: str, what: str) -> tuple[str, int]:
     """Return a config.pbtxt as the JSON that Triton takes, under another model name, and its number of instances.
 
+    A dynamic batcher without a queue policy of its own gets one that limits nothing: with one, Triton drops requests
+    whose callers have gone from the queue, and takes their `timeout`; without, it runs some of them all the same.
+
     Raises:
         BundleError: It is not a model configuration; `what` names it.
     """
@@ -219,6 +222,8 @@ def read_config(text: str, *, name: str, what: str) -> tuple[str, int]:
     except text_format.ParseError as error:
         raise BundleError(f"{what}: not a Triton model configuration: {error}") from error
     config.name = name
+    if config.HasField("dynamic_batching") and not config.dynamic_batching.HasField("default_queue_policy"):
+        config.dynamic_batching.default_queue_policy.allow_timeout_override = True
     instances = sum(max(group.count, 1) for group in config.instance_group) or 1
     return json_format.MessageToJson(config, preserving_proto_field_name=True), instances
 

@@ -144,7 +144,6 @@ def test_a_canary_goes_up_and_back_under_load_and_a_shadow_is_never_heard(stage:
                 await more(counted, CALLERS)  # those that were under way
                 seen = await more(counted, 600)
                 canary, total = seen[2, "canary"], seen.total()
-                print(f"canary {share:.0%}: {canary} of {total}")
                 assert within_binomial_error(canary, total, share)
             record = await asyncio.to_thread(stage.roll_back)
             assert record["released"] == 1
@@ -155,7 +154,6 @@ def test_a_canary_goes_up_and_back_under_load_and_a_shadow_is_never_heard(stage:
         assert {version for version, _ in counted.answers} == {1, 2}  # never 3
         report = await asyncio.to_thread(stage.report)
         shadow = report["shadow_outcomes"]
-        print(f"shadow {shadow}")
         assert shadow["agreed"] > 0  # the same best class, whatever the factor
         assert not shadow["failed"]
         answered = Counter[int]()
@@ -231,6 +229,33 @@ def test_a_version_that_does_not_exist_is_no_canary(stage: Stage) -> None:
     stage.runner.run(story())
 
 
+def test_a_caller_that_leaves_takes_its_request_along(stage: Stage) -> None:
+    async def story() -> None:
+        metadata = (("authorization", f"Bearer {stage.workspace.token('client')}"),)
+        slow = encode_request("triage", {"x": np.array([[-2, 0, 0, 0]], np.float32)})
+
+        async def under_way(count: int) -> bool:
+            return sum(replica.under_way for replica in stage.cloud.pool) == count
+
+        async with stage.workspace.channel(stage.cloud) as channel:
+            inference = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            call = inference.ModelInfer(slow, metadata=metadata, timeout=20)
+            await eventually(lambda: under_way(1), "the request is at a Triton")
+            call.cancel()
+            await eventually(lambda: under_way(0), "the request has left")
+            late = inference.ModelInfer(slow, metadata=metadata, timeout=0.1)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await late
+            assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            set_parameter(slow, "timeout", 100_000)  # microseconds
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await inference.ModelInfer(slow, metadata=metadata, timeout=20)
+            assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            await eventually(lambda: under_way(0), "those have left, too")
+
+    stage.runner.run(story())
+
+
 def test_draining_a_triton_loses_no_request(stage: Stage) -> None:
     async def story() -> None:
         first, second = stage.cloud.pool
@@ -263,7 +288,6 @@ def test_a_triton_that_is_killed_under_load_costs_only_what_it_was_running(stage
         async with load(stage) as counted:
             await more(counted, 100)
             assert first.server is not None
-            ran = first.under_way
             os.kill(first.server.pid, signal.SIGKILL)
             await more(counted, 300)
 
@@ -274,7 +298,6 @@ def test_a_triton_that_is_killed_under_load_costs_only_what_it_was_running(stage
             taken = first.requests
             await more(counted, 300)
             assert first.requests > taken
-        print(f"killed with about {ran} under way: {len(counted.failures)} of {counted.total} failed")
         # A request that may have run is not sent again: those that were there at the moment, and no others.
         assert len(counted.failures) <= CALLERS
         assert all("UNAVAILABLE" in failure for failure in counted.failures)
