@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import signal
@@ -301,6 +302,15 @@ class _ReadyFile:
         """Remove the file."""
         if self._written and self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def open_runner() -> asyncio.Runner:
+    """Return what runs the cloud: uvloop's event loop where it is installed, which takes less for a request."""
+    if importlib.util.find_spec("uvloop") is None:
+        return asyncio.Runner()
+    import uvloop
+
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
 async def serve_until_signal(settings: CloudSettings) -> None:

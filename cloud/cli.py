@@ -31,15 +31,14 @@ def serve(
     config: ConfigOption = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests end and exit with 0."""
-    import asyncio
-
-    from cloud.bootstrap import serve_until_signal
+    from cloud.bootstrap import open_runner, serve_until_signal
     from cloud.config import CloudSettings
 
     flags: dict[str, object] = {"home": home, "listen": listen, "blobs": blobs, "database": database}
     flags |= {"triton": ",".join(triton) if triton else None, "triton_children": triton_children}
     flags |= {"ready_file": ready_file}
-    asyncio.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
+    with open_runner() as runner:
+        runner.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
 
 
 @app.command()
