@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import signal
@@ -31,23 +32,28 @@ from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
 from cloud.config import CloudSettings
+from cloud.counters import GatewayCounters
 from cloud.database import Database, open_database
 from cloud.fleet import FleetService
-from cloud.gateway import Gateway
-from cloud.heavy import HeavyPool
+from cloud.gateway import Gateway, Inference
 from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
 from cloud.registry import RegistryService
+from cloud.replicas import Replicas
+from cloud.response_cache import MemoryCache
 from cloud.revocations import Revocations
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
+from cloud.shadow import Shadows
 from cloud.supervisor import TritonServer
-from cloud.triton import TritonClient, check_link
+from cloud.traffic_desk import Serving, TrafficDesk
+from cloud.traffic_service import TrafficService
+from cloud.tritons import open_replicas, start_replicas
 from isthmus.address import check_free
-from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
+from isthmus.errors import ConfigError, ConflictError, IsthmusError
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import access_pb2_grpc, fleet_pb2_grpc, registry_pb2_grpc
+from isthmus.v1 import access_pb2_grpc, fleet_pb2_grpc, registry_pb2_grpc, traffic_pb2_grpc
 from security.authenticator import Authenticator
 from security.binding import Guard
 from security.enrolment import IssuingCa
@@ -69,6 +75,7 @@ _SERVICES: Final = (
     "isthmus.v1.RegistryService",
     "isthmus.v1.RolloutService",
     "isthmus.v1.AccessService",
+    "isthmus.v1.TrafficService",
 )
 
 log = structlog.get_logger(__name__)
@@ -80,9 +87,13 @@ class Cloud:
 
     address: str
     device_address: str  # where devices call, with their certificates
-    pool: HeavyPool
-    triton: TritonServer | None  # None where an external one is used
+    pool: Replicas
     _stack: AsyncExitStack
+
+    @property
+    def triton(self) -> TritonServer | None:
+        """Return the first Triton that is our child; None where external ones are used."""
+        return next((replica.server for replica in self.pool), None)
 
     async def stop(self) -> None:
         """Stop in order: requests first, Triton last."""
@@ -106,22 +117,18 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         place = settings.blobs.rstrip("/") or str(state)
         blobs, deltas, catalog = Blobs(f"{place}/blobs"), Deltas(f"{place}/deltas"), Catalog()
 
-        triton, client = _triton(settings, state, stack)
-        pool = HeavyPool(
-            client,
-            state / "triton",
-            push=triton is None,
-            load_s=settings.triton_load_s,
-            drain_s=settings.default_deadline_s,
-            count_stubs=triton.count_stubs if triton is not None else lambda: None,
-        )
-        stack.push_async_callback(pool.close)
+        replicas = open_replicas(settings, state, stack)
+        stack.push_async_callback(replicas.close)
+        desk = TrafficDesk(database, catalog, replicas, poll_s=settings.rollout_poll_s)
+        desk.read()
         roster = Roster(database, lambda model, version: publisher.variants(model, version), time.time)
         owners, book = BlobOwners(database), AccessBook()
         publisher = Publisher(
-            database, blobs, deltas, repositories, owners, catalog, pool, roster,
+            database, blobs, deltas, repositories, owners, catalog, replicas, roster,
             heavy_versions=settings.heavy_versions, delta_bases=settings.delta_bases, used_bases=settings.used_bases,
+            traffic=desk.versions,
         )  # fmt: skip
+        desk.serve_with(Serving(publisher.check_not_withdrawn, lambda model: publisher.follow((model,))))
         conductor = Conductor(
             database,
             roster,
@@ -134,9 +141,13 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await revocations.refresh()
         authenticator = Authenticator(verifier, book=book, issuers=issuers)
         server, address, device_address = _server(settings, AuthInterceptor(authenticator, guard=guard))
-        server.add_generic_rpc_handlers(
-            [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
-        )
+        counters = GatewayCounters()
+        shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
+        stack.push_async_callback(shadows.close)
+        inference = Inference(desk, shadows, MemoryCache(settings.cache_bytes), counters)
+        gateway = Gateway(catalog, replicas, inference, default_deadline_s=settings.default_deadline_s)
+        server.add_generic_rpc_handlers([gateway.handler()])
+        traffic_pb2_grpc.add_TrafficServiceServicer_to_server(TrafficService(desk, catalog, replicas, counters), server)
         fleet = FleetService(
             database, conductor, issuer, authority,
             revocations=revocations, device_address=settings.device_address or f":{device_address.rpartition(':')[2]}",
@@ -152,10 +163,10 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(access), server)
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
 
-        ready_file = _ReadyFile(settings.ready_file, address, device_address, triton)
+        ready_file = _ReadyFile(settings.ready_file, address, device_address, replicas)
         ready_file.check()
         stack.callback(ready_file.remove)
-        await _start_triton(triton, client, pool, ready_file)
+        await start_replicas(replicas, ready_file.rewrite)
         await publisher.restore()
         await conductor.refresh()
         await access.refresh()
@@ -166,14 +177,15 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
         await stack.enter_async_context(_background(revocations.run(), name="revocations"))
         await stack.enter_async_context(_background(_follow_keys(issuer, verifier), name="token-keys"))
-        await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
+        await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
+        await stack.enter_async_context(_background(desk.follow(), name="traffic"))
         await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
         servicer = await _listen(server, settings.drain_s, stack)
-        await stack.enter_async_context(_background(_report_health(servicer, pool), name="health"))
+        await stack.enter_async_context(_background(_report_health(servicer, replicas), name="health"))
         stack.callback(conductor.close)
         ready_file.write()
         log.info("cloud serves", address=address, device_address=device_address, models=catalog.models)
-        return Cloud(address, device_address, pool, triton, stack.pop_all())
+        return Cloud(address, device_address, replicas, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -202,44 +214,6 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
             reason="workspace-in-use",
         ) from error
     return state
-
-
-def _triton(settings: CloudSettings, state: Path, stack: AsyncExitStack) -> tuple[TritonServer | None, TritonClient]:
-    if settings.triton:
-        check_link(settings.triton, ca=settings.triton_ca, plaintext=settings.triton_plaintext)
-        server, client = None, TritonClient(settings.triton, ca=settings.triton_ca)
-    else:
-        server = TritonServer(
-            state / "triton",
-            log_file=state / "triton.log",
-            start_s=settings.triton_start_s,
-            stop_s=settings.triton_stop_s,
-        )
-        stack.push_async_callback(server.stop)
-        client = TritonClient(server.address)
-    stack.push_async_callback(client.close)
-    return server, client
-
-
-async def _start_triton(
-    triton: TritonServer | None, client: TritonClient, pool: HeavyPool, ready_file: _ReadyFile
-) -> None:
-    if triton is None:
-        if not await client.is_live():
-            raise UnavailableError(
-                f"no Triton answers at {client.address}",
-                hint="start it there, or leave --triton out to have one started here",
-                reason="triton-unavailable",
-            )
-        log.info("using an external Triton", address=client.address, version=await client.server_version())
-        await pool.restore()
-        return
-
-    async def on_started() -> None:
-        await pool.restore()
-        ready_file.rewrite()
-
-    await triton.start(on_started)
 
 
 def _server(settings: CloudSettings, access: AuthInterceptor) -> tuple[grpc.aio.Server, str, str]:
@@ -287,14 +261,14 @@ async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack
     return servicer
 
 
-async def _report_health(servicer: health.aio.HealthServicer, pool: HeavyPool) -> None:
+async def _report_health(servicer: health.aio.HealthServicer, replicas: Replicas) -> None:
     """Say NOT_SERVING of inference, and of inference only, while Triton is away: devices still get tokens and updates.
 
     The process as a whole ("") stays SERVING: restarting or bypassing it would not bring Triton back any sooner.
     """
     status = health_pb2.HealthCheckResponse
     while True:
-        await servicer.set(SERVICE, status.SERVING if await pool.is_up() else status.NOT_SERVING)
+        await servicer.set(SERVICE, status.SERVING if replicas.is_up else status.NOT_SERVING)
         await asyncio.sleep(_HEALTH_S)
 
 
@@ -342,8 +316,8 @@ async def _follow_keys(issuer: TokenIssuer, verifier: TokenVerifier) -> None:
 class _ReadyFile:
     """Tells scripts where the cloud listens; exists while it serves."""
 
-    def __init__(self, path: Path | None, address: str, device_address: str, triton: TritonServer | None) -> None:
-        self._path, self._address, self._device_address, self._triton = path, address, device_address, triton
+    def __init__(self, path: Path | None, address: str, device_address: str, replicas: Replicas) -> None:
+        self._path, self._address, self._device_address, self._replicas = path, address, device_address, replicas
         self._written = False
 
     def check(self) -> None:
@@ -361,11 +335,13 @@ class _ReadyFile:
         """Write the file, whole or not at all."""
         if self._path is None:
             return
+        pids = [replica.server.pid for replica in self._replicas if replica.server is not None]
         record = {
             "address": self._address,
             "device_address": self._device_address,
             "pid": os.getpid(),
-            "triton_pid": self._triton.pid if self._triton else 0,
+            "triton_pid": pids[0] if pids else 0,
+            "triton_pids": pids,
         }
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(record) + "\n")
@@ -381,6 +357,15 @@ class _ReadyFile:
         """Remove the file."""
         if self._written and self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def open_runner() -> asyncio.Runner:
+    """Return what runs the cloud: uvloop's event loop where it is installed, which takes less for a request."""
+    if importlib.util.find_spec("uvloop") is None:
+        return asyncio.Runner()
+    import uvloop
+
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
 async def serve_until_signal(settings: CloudSettings) -> None:

@@ -560,16 +560,16 @@ class CloudClient:
         }
 
     def stub(self, kind: Callable[[grpc.Channel], Any]) -> Any:
-        """Return the stub of another service on this connection."""
+        """Return a stub of another service on this connection."""
         return kind(self._channel)
 
-    def call(self, what: str, method: Any, request: Any) -> Any:
-        """Call a method of a stub.
+    def call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        """Return the answer of one call.
 
         Raises:
-            IsthmusError: What the cloud answered, in words about what was to be done.
+            IsthmusError: It failed; the message begins with what could not be done.
         """
-        return self._call(what, method, request)
+        return self._call(what, method, request, timeout_s)
 
     def _call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:

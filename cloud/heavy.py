@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 import structlog
 
-from cloud.triton import CONFIG, DeadStubError, TritonClient, read_config
+from cloud.triton import CONFIG, DeadStubError, NotAcceptedError, TritonClient, read_config
 from isthmus.bundle import Manifest
 from isthmus.errors import BundleError, ConfigError, InputError, IsthmusError, UnavailableError
 from isthmus.oip import override_fields, service_pb2
@@ -72,6 +73,7 @@ class _Loaded:
     generation: int = 0  # counts repairs, so that a late complaint about a mended process is ignored
     broken: bool = False
     retry_at: float = 0.0  # loop time after which loading a broken one is tried again
+    expected: bool = False  # it was to be loaded while Triton was away
 
 
 class HeavyPool:
@@ -109,8 +111,13 @@ class HeavyPool:
 
     @property
     def loaded(self) -> tuple[HeavyId, ...]:
-        """Return what is loaded, in order."""
+        """Return what is loaded, or will be when Triton is back, in order."""
         return tuple(sorted(self._loaded))
+
+    def serves(self, heavy: HeavyId) -> bool:
+        """Return whether a heavy version is loaded and, as far as is known, whole."""
+        state = self._loaded.get(heavy)
+        return state is not None and not state.broken
 
     def folder(self, heavy: HeavyId) -> Path:
         """Return the Triton model folder of a heavy version."""
@@ -125,7 +132,7 @@ class HeavyPool:
         """
         state = self._loaded.get(heavy)
         if state is None or state.broken:
-            raise UnavailableError("the heavy model is not available now", reason="heavy-not-loaded")
+            raise NotAcceptedError("the heavy model is not available now", reason="heavy-not-loaded")
         generation = state.generation
         self._running[heavy] += 1
         try:
@@ -145,10 +152,6 @@ class HeavyPool:
             if heavy in self._draining:
                 self._draining[heavy].set()
 
-    async def is_up(self) -> bool:
-        """Return whether Triton answers and has been given its models (again)."""
-        return not self._restoring and await self._client.is_live()
-
     async def metadata(self, heavy: HeavyId) -> Any:
         """Return the ModelMetadataResponse of a heavy version, under Triton's name of it.
 
@@ -163,6 +166,30 @@ class HeavyPool:
         """Return whether requests for this heavy version would be answered now."""
         state = self._loaded.get(heavy)
         return state is not None and not state.broken and await self._client.is_ready(heavy.name)
+
+    async def has_all(self) -> bool:
+        """Return whether Triton answers and has every model that it should have."""
+        if self._restoring or not await self._client.is_live():
+            return False
+        for heavy, state in tuple(self._loaded.items()):
+            if state.expected or not await self._client.is_ready(heavy.name):
+                return False
+        return True
+
+    def expect(self, heavy: HeavyId) -> None:
+        """Have a heavy version loaded when Triton is back: by `restore` or `load_expected`."""
+        self._loaded.setdefault(heavy, _Loaded(stubs=0, broken=True, retry_at=math.inf, expected=True))
+
+    async def load_expected(self) -> None:
+        """Load what was expected in the meantime.
+
+        Raises:
+            UnavailableError: Triton is down again.
+        """
+        async with self._lock:
+            for heavy, state in sorted(self._loaded.items()):
+                if state.expected:
+                    await self._reload(heavy, state)
 
     async def load(self, heavy: HeavyId) -> None:
         """Load a heavy version from its folder; nothing happens when it is loaded.
@@ -251,7 +278,7 @@ class HeavyPool:
         state.broken, state.retry_at = True, asyncio.get_running_loop().time() + _RETRY_S
         try:
             state.stubs = await self._load(heavy)
-            state.broken = False
+            state.broken = state.expected = False
         except BundleError as error:  # one broken model must not take the others down
             log.exception("heavy model does not load any more", heavy=heavy.name, reason=error.reason)
 

@@ -25,6 +25,10 @@ from security.tls import channel_credentials
 CONFIG: Final = "config.pbtxt"
 CONTROL_S: Final = 5.0  # deadline of calls that neither infer nor load
 _DEAD_STUB: Final = "is not healthy"
+_UNSENT: Final = ("failed to connect to all addresses", "connections to all backends failing")  # what gRPC says
+_BUSY: Final = "Exceeds maximum queue size"
+_NOT_TAKEN: Final = ("stopped accepting new inference requests", "has no available versions", "Server not ready")
+LOST: Final = "triton-unavailable"  # the reason of errors of the connection, not of an answer
 _OPTIONS: Final = (
     # A restarted Triton is found again within half a second, not after gRPC's default back-off of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -42,6 +46,10 @@ class DeadStubError(UnavailableError):
     """The process that runs a model is gone; Triton does not restart it, an unload and a load do."""
 
     reason = "heavy-failed"
+
+
+class NotAcceptedError(UnavailableError):
+    """Triton has not taken the request: it did not run, and may be tried elsewhere."""
 
 
 class TritonClient:
@@ -67,7 +75,8 @@ class TritonClient:
         Raises:
             InputError: Triton refused the tensors.
             DeadStubError: The model's process is dead.
-            UnavailableError: Triton is down, the model is not loaded, its queue is full, or time ran out.
+            NotAcceptedError: It has not run: Triton is down, the model is not loaded, or its queue is full.
+            UnavailableError: The connection broke while it may have run, or time ran out.
             IsthmusError: The model itself failed on this request.
         """
         try:
@@ -186,14 +195,24 @@ def _inference_error(error: grpc.aio.AioRpcError) -> IsthmusError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError("the heavy model did not answer in time", reason=TOO_LATE)
     if code is grpc.StatusCode.NOT_FOUND:
-        return UnavailableError("the heavy model is not loaded now", reason="heavy-not-loaded")
+        return NotAcceptedError("the heavy model is not loaded now", reason="heavy-not-loaded")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        if _BUSY in detail:
+            return NotAcceptedError("the heavy model's queue is full", reason="heavy-busy")
+        if any(words in detail for words in _NOT_TAKEN):
+            return NotAcceptedError("the heavy model is not loaded now", reason="heavy-not-loaded")
+        if any(words in detail for words in _UNSENT):
+            return NotAcceptedError("the heavy model is not available now", reason=LOST)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return UnavailableError("the heavy model is not available now", reason="triton-unavailable")
+        return UnavailableError("the heavy model is not available now", reason=LOST)
     return IsthmusError("the heavy model failed on this request", reason="heavy-failed")
 
 
 def read_config(text: str, *, name: str, what: str) -> tuple[str, int]:
     """Return a config.pbtxt as the JSON that Triton takes, under another model name, and its number of instances.
+
+    A dynamic batcher without a queue policy of its own gets one that limits nothing: with one, Triton drops requests
+    whose callers have gone from the queue, and takes their `timeout`; without, it runs some of them all the same.
 
     Raises:
         BundleError: It is not a model configuration; `what` names it.
@@ -203,6 +222,8 @@ def read_config(text: str, *, name: str, what: str) -> tuple[str, int]:
     except text_format.ParseError as error:
         raise BundleError(f"{what}: not a Triton model configuration: {error}") from error
     config.name = name
+    if config.HasField("dynamic_batching") and not config.dynamic_batching.HasField("default_queue_policy"):
+        config.dynamic_batching.default_queue_policy.allow_timeout_override = True
     instances = sum(max(group.count, 1) for group in config.instance_group) or 1
     return json_format.MessageToJson(config, preserving_proto_field_name=True), instances
 

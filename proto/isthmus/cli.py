@@ -41,6 +41,7 @@ GROUPS: Final = {
     "tenant": Group("security.tenant_cli:app", "Add a tenant to a cloud, with update keys of its own, and list them."),
     "cloud": Group("cloud.cli:app", "Run the gateway, registry and Triton.", "cloud"),
     "model": Group("cloud.operator_cli:model_app", "Publish, release and list model versions."),
+    "traffic": Group("cloud.traffic_cli:app", "Spread requests over versions; drain and resume Tritons."),
     "rollout": Group("cloud.rollout_cli:app", "Roll a version out in stages, watch, pause, resume and abort."),
     "device": Group("cloud.operator_cli:device_app", "Invite, list, label, pin and retry devices."),
     "edge": Group("edge.cli:app", "Enrol a device and run its agent.", "edge-openvino"),
