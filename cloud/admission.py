@@ -1,7 +1,7 @@
-"""Lets a request in when all of its quotas allow it, and counts what runs; the gateway asks here before anything costs.
+"""Lets a request in when all of its quotas allow it, and counts what runs; the gateway asks before anything costs.
 
-A refusal says whose quota it was, never whether others have used it up, and when to come back: as a hint for people, and
-as trailing metadata that agents obey (isthmus.status). Reasons:
+A refusal says whose quota it was, never who has used it up, and when to come back: as a hint for people, and as
+trailing metadata that agents obey (isthmus.status). Reasons:
 
     quota-exceeded      a rate of requests or bytes is used up
     too-many-requests   as many as may run at the same time do
@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Final
-
 
 from cloud.quota_store import Grant, QuotaStore, Refusal
 from cloud.quotas import QuotaBook, Rule
@@ -26,7 +25,6 @@ from security.tokens import Claims
 
 _LEAST_WAIT_S: Final = 0.05  # that a hint asks for where requests in progress are the limit
 _MEAN_WEIGHT: Final = 0.1  # of the newest request in the mean duration
-
 
 
 class Admission:
@@ -53,8 +51,8 @@ class Admission:
         """
         return Admitted(self, self._book.rules(claims.tenant, claims.subject, model), size)
 
-    @contextmanager
-    def stream(self, claims: Claims) -> Iterator[None]:
+    @asynccontextmanager
+    async def stream(self, claims: Claims) -> AsyncIterator[None]:
         """Count an open stream of the caller while the block runs.
 
         Raises:

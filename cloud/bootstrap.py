@@ -25,6 +25,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cloud.admission import Admission
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
@@ -33,17 +34,25 @@ from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway
 from cloud.heavy import HeavyPool
+from cloud.journal import Journal
+from cloud.metering import Meter
 from cloud.publish import Publisher
+from cloud.quota_follow import QuotaFollower
+from cloud.quota_store import MemoryQuotas, QuotaStore
+from cloud.quotas import QuotaBook
+from cloud.redis_quotas import RedisQuotas, connect
 from cloud.registry import RegistryService
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
 from cloud.supervisor import TritonServer
 from cloud.triton import TritonClient, check_link
+from cloud.usage import UsageService
+from cloud.usage_rows import QuotaTable, UsageTable
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc
+from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc, usage_pb2_grpc
 from security.enrolment import IssuingCa
 from security.interceptors import AuthInterceptor
 from security.repository import CloudRepository
@@ -54,9 +63,22 @@ _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens
 _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
-_SERVICES: Final = (SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService", "isthmus.v1.RolloutService")
+_SERVICES: Final = (
+    SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService", "isthmus.v1.RolloutService",
+    "isthmus.v1.UsageService",
+)  # fmt: skip
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What lets requests in, and what counts them."""
+
+    admission: Admission
+    store: QuotaStore
+    meter: Meter
+    service: UsageService
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +88,7 @@ class Cloud:
     address: str
     pool: HeavyPool
     triton: TritonServer | None  # None where an external one is used
+    limits: Limits
     _stack: AsyncExitStack
 
     async def stop(self) -> None:
@@ -111,16 +134,21 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
         )
+        limits = await _start_limits(settings, database, state, stack)
         server, address = _server(settings, issuer)
-        server.add_generic_rpc_handlers(
-            [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
+        gateway = Gateway(
+            catalog, pool, client, limits.admission, limits.meter, default_deadline_s=settings.default_deadline_s
         )
-        fleet = FleetService(database, conductor, issuer, authority, token_ttl_s=settings.token_ttl_s)
+        server.add_generic_rpc_handlers([gateway.handler()])
+        fleet = FleetService(
+            database, conductor, issuer, authority, admission=limits.admission, token_ttl_s=settings.token_ttl_s
+        )
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow), server
         )
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(limits.service, server)
 
         ready_file = _ReadyFile(settings.ready_file, address, triton)
         ready_file.check()
@@ -136,7 +164,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         stack.callback(conductor.close)
         ready_file.write()
         log.info("cloud serves", address=address, models=catalog.models)
-        return Cloud(address, pool, triton, stack.pop_all())
+        return Cloud(address, pool, triton, limits, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -165,6 +193,27 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
             reason="workspace-in-use",
         ) from error
     return state
+
+
+async def _start_limits(settings: CloudSettings, database: Database, state: Path, stack: AsyncExitStack) -> Limits:
+    """Start what counts requests; when the cloud stops, it ends after the last request and before the database."""
+    book, table = QuotaBook(settings.quotas.defaults), QuotaTable(database)
+    usage = UsageTable(database)
+    store: QuotaStore = MemoryQuotas()
+    if address := settings.redis.get_secret_value():
+        shared = RedisQuotas(connect(address, ca=settings.redis_ca, plaintext=settings.redis_plaintext))
+        await stack.enter_async_context(_background(shared.renew(), name="leases"))
+        store = shared
+    stack.push_async_callback(store.close)
+    meter = Meter(usage, Journal(state / "metering"), flush_s=settings.metering_flush_s)
+    await meter.start()
+    stack.push_async_callback(meter.close)
+    await stack.enter_async_context(_background(meter.run(), name="metering"))
+    follower = QuotaFollower(table, book)
+    await follower.refresh()
+    await stack.enter_async_context(_background(follower.run(), name="quotas"))
+    admission = Admission(book, store, streams=settings.device_streams)
+    return Limits(admission, store, meter, UsageService(usage, table, meter, follower))
 
 
 def _triton(settings: CloudSettings, state: Path, stack: AsyncExitStack) -> tuple[TritonServer | None, TritonClient]:

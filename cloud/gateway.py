@@ -18,8 +18,10 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from cloud.admission import Admission
 from cloud.catalog import Catalog, unknown_model
 from cloud.heavy import HeavyId, HeavyPool
+from cloud.metering import Call, Meter
 from cloud.triton import TritonClient
 from isthmus import __version__
 from isthmus.errors import InputError, IsthmusError, NotFoundError
@@ -42,13 +44,23 @@ class Gateway:
         catalog: Which versions exist and where they are served.
         pool: The loaded heavy models.
         client: Triton, for what is asked of the server as a whole.
+        admission: Lets requests in when their quotas allow it.
+        meter: Counts them.
         default_deadline_s: For requests that come without a deadline.
     """
 
     def __init__(
-        self, catalog: Catalog, pool: HeavyPool, client: TritonClient, *, default_deadline_s: float = 30.0
+        self,
+        catalog: Catalog,
+        pool: HeavyPool,
+        client: TritonClient,
+        admission: Admission,
+        meter: Meter,
+        *,
+        default_deadline_s: float = 30.0,
     ) -> None:
         self._catalog, self._pool, self._client = catalog, pool, client
+        self._admission, self._meter = admission, meter
         self._default_deadline_s = default_deadline_s
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -71,22 +83,32 @@ class Gateway:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def model_infer(self, raw: bytes, context: _Context) -> bytes:
-        """Answer one inference request.
+        """Answer one inference request, and count it, whatever becomes of it.
 
         Raises:
+            QuotaError: The caller, its tenant or the model has had its share for now.
             InputError: The request is not a ModelInferRequest, or Triton refuses its tensors.
             NotFoundError: There is no such model or version for this caller.
             UnavailableError: The heavy model cannot answer now.
         """
+        claims = current_claims()
+        with self._meter.call(claims, len(raw)) as call:
+            answer = await self._infer(raw, claims, call, context)
+            call.answered(len(answer))
+        return answer
+
+    async def _infer(self, raw: bytes, claims: Claims, call: Call, context: _Context) -> bytes:
         try:
             request = service_pb2.ModelInferRequest.FromString(raw)
         except DecodeError as error:
             raise InputError("the message is not a ModelInferRequest") from error
         request_id = _request_id(request.id, context)
-        claims = current_claims()
         version, heavy = self._resolve(claims, request.model_name, request.model_version)
+        call.resolved(request.model_name, version)
         try:
-            answer = await self._pool.infer(heavy, raw, timeout_s=self._time_left(context))
+            async with self._admission.admit(claims, request.model_name, len(raw)):
+                call.sent()
+                answer = await self._pool.infer(heavy, raw, timeout_s=self._time_left(context))
         except IsthmusError as error:
             log.info(
                 "inference failed", request_id=request_id, subject=claims.subject, heavy=heavy.name,

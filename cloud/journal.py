@@ -8,7 +8,7 @@ taken in the same transaction as the counts, so a segment is taken once, wheneve
 
 Form of a segment: entries of a kind (1 byte), a CRC-32 (4) and a length (2), all little-endian, and content:
     K  number (4), then a JSON list: the key that this number stands for from here on
-    C  number (4), then the counts, 8 bytes each
+    C  number (4), outcome (1), bytes in, bytes out, calls, microseconds of the calls (8 each): one request
 Reading stops at the first entry that is not whole.
 """
 
@@ -77,8 +77,18 @@ class Counts:
         self.calls += other.calls
         self.call_us += other.call_us
 
+    def count(self, outcome: int, bytes_in: int, bytes_out: int, calls: int, call_us: int) -> None:
+        """Add one request; `outcome` is the place of its outcome in OUTCOMES."""
+        name = OUTCOMES[outcome]
+        setattr(self, name, getattr(self, name) + 1)
+        self.bytes_in += bytes_in
+        self.bytes_out += bytes_out
+        self.calls += calls
+        self.call_us += call_us
 
-_COUNTS: Final = struct.Struct("<I10Q")
+
+OUTCOMES: Final = ("answered", "cached", "refused", "limited", "failed", "cancelled")
+_COUNT: Final = struct.Struct("<IB4Q")
 Usage = dict[Key, Counts]
 
 
@@ -120,28 +130,28 @@ class Journal:
         self._begin()
 
     def _begin(self) -> None:
-        self._number += 1
-        path = self._path(self._number)
+        path = self._path(self._number + 1)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        self._number += 1
         self._keys.clear()
 
     def _path(self, number: int) -> Path:
         return self._folder / self._run / f"{number:012d}"
 
-    def write(self, key: Key, counts: tuple[int, ...]) -> None:
-        """Add counts, in the order of the fields of Counts."""
+    def write(self, key: Key, outcome: int, bytes_in: int, bytes_out: int, calls: int, call_us: int) -> None:
+        """Add one request, as Counts.count does."""
         number = self._keys.get(key)
         data = b""
         if number is None:
             number = self._keys[key] = len(self._keys)
             data = _entry(b"K", _NUMBER.pack(number) + json.dumps(astuple(key)).encode())
-        data += _entry(b"C", _COUNTS.pack(number, *counts))
+        data += _entry(b"C", _COUNT.pack(number, outcome, bytes_in, bytes_out, calls, call_us))
         try:
             if os.write(self._file, data) == len(data):
                 return
         except OSError as error:
             if not self.errors:
-                log.exception("usage is not written to the disk; it is lost if this process is killed", error=error.errno)
+                log.exception("usage cannot be written to the disk: a kill would lose it", error=error.errno)
         self.errors += 1
         self._file = self._without(self._file)
 
@@ -175,7 +185,7 @@ class Journal:
         for run in sorted(self._folder.iterdir()):
             if run.name == self._run:
                 continue
-            for path in sorted(run.iterdir()):
+            for path in sorted(path for path in run.iterdir() if path.name.isdecimal()):
                 yield Segment(run.name, int(path.name), path), read_segment(path.read_bytes())
             shutil.rmtree(run, ignore_errors=True)
 
@@ -202,7 +212,7 @@ def read_segment(data: bytes) -> Usage:
         if kind == b"K":
             keys[_NUMBER.unpack_from(content)[0]] = Key(*json.loads(content[_NUMBER.size :]))
         else:
-            number, *counts = _COUNTS.unpack(content)
-            usage.setdefault(keys[number], Counts()).add(Counts(*counts))
+            number, *count = _COUNT.unpack(content)
+            usage.setdefault(keys[number], Counts()).count(*count)
         place += _HEAD.size + length
     return usage

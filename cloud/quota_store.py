@@ -147,5 +147,3 @@ def later(first: Refusal | None, second: Refusal) -> Refusal:
     if first.wait_us is NEVER or (second.wait_us is not NEVER and second.wait_us <= first.wait_us):
         return first
     return second
-
-

@@ -220,4 +220,6 @@ class QuotaBook:
 
     def _find(self, scope: Scope, default: Limits) -> Limits:
         names = ((name, EACH) if name else (ALL,) for name in (scope.tenant, scope.device, scope.model))
-        return next((self._rows[row] for row in (Scope(*names) for names in product(*names)) if row in self._rows), default)
+        return next(
+            (self._rows[row] for row in (Scope(*names) for names in product(*names)) if row in self._rows), default
+        )

@@ -1,8 +1,8 @@
 """Quotas that several gateways share, counted in Redis. The only file of quotas that knows Redis.
 
 One script run decides about a request: atomic, by Redis' own clock, in whole numbers that a double holds exactly. Keys
-of one tenant lie in one slot of a Redis cluster. A bucket's key expires when it would be full again, so what is not used
-takes no memory; a bucket that never refills has no expiry.
+of one tenant lie in one slot of a Redis cluster. A bucket's key expires when it would be full again, so what is not
+used takes no memory; a bucket that never refills has no expiry.
 
 A running request is a member of a sorted set, whose score is when its lease ends. A gateway renews the leases that it
 holds; those of a gateway that died end by themselves.
@@ -67,7 +67,9 @@ for i, key in ipairs(KEYS) do
   if left[i] then
     local level, gain, capacity = left[i][1], left[i][2], left[i][3]
     redis.call('HSET', key, 'level', string.format('%.0f', level), 'at', string.format('%.0f', now))
-    if gain > 0 then redis.call('PEXPIRE', key, string.format('%.0f', math.ceil((capacity - level) / gain / 1000) + 1)) end
+    if gain > 0 then
+      redis.call('PEXPIRE', key, string.format('%.0f', math.ceil((capacity - level) / gain / 1000) + 1))
+    end
   else
     redis.call('ZADD', key, string.format('%.0f', math.floor(now / 1000) + ARGV[2]), ARGV[1])
     redis.call('PEXPIRE', key, ARGV[2])
@@ -242,9 +244,7 @@ class RedisQuotas:
     def _fail(self, error: BaseException) -> None:
         self.failures += 1
         if self.up:
-            log.warning(
-                "Redis does not answer; quotas are counted in this process alone", error=type(error).__name__
-            )
+            log.warning("Redis does not answer; quotas are counted in this process alone", error=type(error).__name__)
         self._away_until = self._seconds() + _AWAY_S
 
 

@@ -15,18 +15,36 @@ REGISTRY_READ: Final = "registry:read"
 REGISTRY_PUBLISH: Final = "registry:publish"
 FLEET_ADMIN: Final = "fleet:admin"
 DEVICE: Final = "device"
+AUDIT_READ: Final = "audit:read"
+USAGE_READ: Final = "usage:read"
+TRAFFIC_ADMIN: Final = "traffic:admin"
+ACCESS_ADMIN: Final = "access:admin"
 
 # Not scopes: what a method may ask for instead of one.
 PUBLIC: Final = "public"  # no token; the request carries its own proof, or there is nothing to protect
 AUTHENTICATED: Final = "authenticated"  # any valid token
 
-SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, DEVICE})
+SCOPES: Final = frozenset(
+    {
+        INFER,
+        REGISTRY_READ,
+        REGISTRY_PUBLISH,
+        FLEET_ADMIN,
+        DEVICE,
+        AUDIT_READ,
+        USAGE_READ,
+        TRAFFIC_ADMIN,
+        ACCESS_ADMIN,
+    }
+)
 
 SCOPES_OF_ROLE: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
         "device": frozenset({INFER, REGISTRY_READ, DEVICE}),
         "client": frozenset({INFER}),
-        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN}),
+        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, USAGE_READ, TRAFFIC_ADMIN}),
+        "auditor": frozenset({AUDIT_READ, USAGE_READ, REGISTRY_READ}),
+        "admin": SCOPES,
     }
 )
 
@@ -63,6 +81,12 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "Release": REGISTRY_PUBLISH,
         "SubmitMetadata": REGISTRY_PUBLISH,
         "ListVersions": REGISTRY_READ,
+    },
+    "isthmus.v1.UsageService": {
+        "GetUsage": USAGE_READ,
+        "SetQuota": ACCESS_ADMIN,
+        "ListQuotas": USAGE_READ,
+        "ClearQuota": ACCESS_ADMIN,
     },
     "isthmus.v1.AgentService": {
         "GetStatus": INFER,

@@ -155,8 +155,6 @@ class QuotaError(OverloadedError):
 
     reason = "quota-exceeded"
 
-    def __init__(
-        self, message: str, *, hint: str = "", reason: str = "", retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, message: str, *, hint: str = "", reason: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(message, hint=hint, reason=reason)
         self.retry_after_s = retry_after_s

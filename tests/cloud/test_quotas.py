@@ -211,7 +211,9 @@ _STEPS = st.lists(st.tuples(st.integers(0, 400_000_000), st.integers(0, 6000), s
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(wide=_LIMITS, narrow=_LIMITS, steps=_STEPS)
-def test_decides_as_fractions_do(stage: Stage, wide: Limits, narrow: Limits, steps: list[tuple[int, int, bool]]) -> None:
+def test_decides_as_fractions_do(
+    stage: Stage, wide: Limits, narrow: Limits, steps: list[tuple[int, int, bool]]
+) -> None:
     scope = Scope(f"tenant-{stage.clock.now}")  # each example has buckets of its own
     rules = (Rule(scope, wide), Rule(Scope(scope.tenant, "camera"), narrow))
     oracles = [
@@ -264,7 +266,12 @@ def test_refuses_what_is_no_rate(text: str) -> None:
 
 
 def test_refuses_limits_that_cannot_be() -> None:
-    for limits in ({"burst": 5}, {"concurrency": -1}, {"rate": "1/s", "burst": 2**53}, {"rate": "0.000001/d", "burst": 10**6}):
+    for limits in (
+        {"burst": 5},
+        {"concurrency": -1},
+        {"rate": "1/s", "burst": 2**53},
+        {"rate": "0.000001/d", "burst": 10**6},
+    ):
         with pytest.raises(InputError):
             rule(**limits)
     assert rule(rate="0.5/s").limits.requests == Bucket(1, 2_000_000, 1)
@@ -308,15 +315,19 @@ def test_memory_forgets_buckets_that_are_full_again() -> None:
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("address", ["http://x", "redis.example:6379", "redis://redis.example:6379/0", "redis://localhost:x"])
+@pytest.mark.parametrize(
+    "address", ["http://x", "redis.example:6379", "redis://redis.example:6379/0", "redis://localhost:x"]
+)
 def test_refuses_addresses_of_redis_that_cannot_be(address: str) -> None:
     with pytest.raises(ConfigError):
         connect(address)
 
 
 def test_a_way_to_redis_that_is_secure_or_allowed_is_taken() -> None:
-    for address, plaintext in (("rediss://redis.example", False), ("redis://redis.example", True), ("redis://[::1]", False)):
+    for address, plaintext in (
+        ("rediss://redis.example", False),
+        ("redis://redis.example", True),
+        ("redis://[::1]", False),
+    ):
         client: Any = connect(address, plaintext=plaintext)
         assert client.connection_pool.connection_kwargs
-
-
