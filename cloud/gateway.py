@@ -24,7 +24,7 @@ from cloud.heavy import HeavyId, HeavyPool
 from cloud.metering import Call, Meter
 from cloud.triton import TritonClient
 from isthmus import __version__
-from isthmus.errors import InputError, IsthmusError, NotFoundError
+from isthmus.errors import InputError, IsthmusError, NotFoundError, QuotaError
 from isthmus.oip import SERVICE, service_pb2, set_parameter
 from security.interceptors import current_claims
 from security.tokens import Claims
@@ -110,7 +110,9 @@ class Gateway:
                 call.sent()
                 answer = await self._pool.infer(heavy, raw, timeout_s=self._time_left(context))
         except IsthmusError as error:
-            log.info(
+            # A caller beyond its quota must not fill the log, too; it is counted.
+            level = "debug" if isinstance(error, QuotaError) else "info"
+            getattr(log, level)(
                 "inference failed", request_id=request_id, subject=claims.subject, heavy=heavy.name,
                 reason=error.reason, bytes=len(raw),
             )  # fmt: skip

@@ -6,7 +6,7 @@ cut may, for as long as segments live: until the next commit to the database.) A
 to the database; it is removed once they are there. The database remembers the last segment of each run that it has
 taken in the same transaction as the counts, so a segment is taken once, whenever the gateway is killed.
 
-Form of a segment: entries of a kind (1 byte), a CRC-32 (4) and a length (2), all little-endian, and content:
+Form of a segment: entries of a kind (1 byte), a CRC-32 of kind and content (4) and a length (2), little-endian, then
     K  number (4), then a JSON list: the key that this number stands for from here on
     C  number (4), outcome (1), bytes in, bytes out, calls, microseconds of the calls (8 each): one request
 Reading stops at the first entry that is not whole.
@@ -196,7 +196,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _entry(kind: bytes, content: bytes) -> bytes:
-    return _HEAD.pack(kind, zlib.crc32(content), len(content)) + content
+    return _HEAD.pack(kind, zlib.crc32(kind + content), len(content)) + content
 
 
 def read_segment(data: bytes) -> Usage:
@@ -207,7 +207,7 @@ def read_segment(data: bytes) -> Usage:
     while place + _HEAD.size <= len(data):
         kind, crc, length = _HEAD.unpack_from(data, place)
         content = data[place + _HEAD.size : place + _HEAD.size + length]
-        if len(content) < length or zlib.crc32(content) != crc:
+        if len(content) < length or zlib.crc32(kind + content) != crc:
             break
         if kind == b"K":
             keys[_NUMBER.unpack_from(content)[0]] = Key(*json.loads(content[_NUMBER.size :]))

@@ -73,7 +73,7 @@ def show_quotas(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the quotas that are set; where none is, the cloud's configuration counts (`[quotas]`)."""
+    """List the quotas that are set; where none is, the cloud's configuration counts."""
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
         rows = [_quota_row(quota) for quota in client.quotas(tenant)]
     show_table("quotas", rows, as_json=as_json)
