@@ -28,6 +28,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cloud.access_service import AccessService
 from cloud.access_store import AccessStore
+from cloud.admission import Admission
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
@@ -36,8 +37,14 @@ from cloud.counters import GatewayCounters
 from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway, Inference
+from cloud.journal import Journal
+from cloud.metering import Meter
 from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
+from cloud.quota_follow import QuotaFollower
+from cloud.quota_store import MemoryQuotas, QuotaStore
+from cloud.quotas import QuotaBook
+from cloud.redis_quotas import RedisQuotas, connect
 from cloud.registry import RegistryService
 from cloud.replicas import Replicas
 from cloud.response_cache import MemoryCache
@@ -49,11 +56,13 @@ from cloud.supervisor import TritonServer
 from cloud.traffic_desk import Serving, TrafficDesk
 from cloud.traffic_service import TrafficService
 from cloud.tritons import open_replicas, start_replicas
+from cloud.usage import UsageService
+from cloud.usage_rows import QuotaTable, UsageTable
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import access_pb2_grpc, fleet_pb2_grpc, registry_pb2_grpc, traffic_pb2_grpc
+from isthmus.v1 import access_pb2_grpc, fleet_pb2_grpc, registry_pb2_grpc, traffic_pb2_grpc, usage_pb2_grpc
 from security.authenticator import Authenticator
 from security.binding import Guard
 from security.enrolment import IssuingCa
@@ -76,9 +85,20 @@ _SERVICES: Final = (
     "isthmus.v1.RolloutService",
     "isthmus.v1.AccessService",
     "isthmus.v1.TrafficService",
+    "isthmus.v1.UsageService",
 )
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What lets requests in, and what counts them."""
+
+    admission: Admission
+    store: QuotaStore
+    meter: Meter
+    service: UsageService
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +108,7 @@ class Cloud:
     address: str
     device_address: str  # where devices call, with their certificates
     pool: Replicas
+    limits: Limits
     _stack: AsyncExitStack
 
     @property
@@ -139,17 +160,20 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         guard, verifier = Guard(), issuer.verifier()
         revocations = Revocations(database, guard)
         await revocations.refresh()
+        limits = await _start_limits(settings, database, state, stack)
         authenticator = Authenticator(verifier, book=book, issuers=issuers)
         server, address, device_address = _server(settings, AuthInterceptor(authenticator, guard=guard))
         counters = GatewayCounters()
         shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
         stack.push_async_callback(shadows.close)
-        inference = Inference(desk, shadows, MemoryCache(settings.cache_bytes), counters)
+        inference = Inference(
+            desk, shadows, MemoryCache(settings.cache_bytes), counters, limits.admission, limits.meter
+        )
         gateway = Gateway(catalog, replicas, inference, default_deadline_s=settings.default_deadline_s)
         server.add_generic_rpc_handlers([gateway.handler()])
         traffic_pb2_grpc.add_TrafficServiceServicer_to_server(TrafficService(desk, catalog, replicas, counters), server)
         fleet = FleetService(
-            database, conductor, issuer, authority,
+            database, conductor, issuer, authority, admission=limits.admission,
             revocations=revocations, device_address=settings.device_address or f":{device_address.rpartition(':')[2]}",
             unbound_tokens=settings.unbound_tokens, token_ttl_s=settings.token_ttl_s, tenants=repositories.names,
         )  # fmt: skip
@@ -162,6 +186,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         )
         access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(access), server)
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(limits.service, server)
 
         ready_file = _ReadyFile(settings.ready_file, address, device_address, replicas)
         ready_file.check()
@@ -185,7 +210,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         stack.callback(conductor.close)
         ready_file.write()
         log.info("cloud serves", address=address, device_address=device_address, models=catalog.models)
-        return Cloud(address, device_address, replicas, stack.pop_all())
+        return Cloud(address, device_address, replicas, limits, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -214,6 +239,27 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
             reason="workspace-in-use",
         ) from error
     return state
+
+
+async def _start_limits(settings: CloudSettings, database: Database, state: Path, stack: AsyncExitStack) -> Limits:
+    """Start what counts requests; when the cloud stops, it ends after the last request and before the database."""
+    book, table = QuotaBook(settings.quotas.defaults), QuotaTable(database)
+    usage = UsageTable(database)
+    store: QuotaStore = MemoryQuotas()
+    if address := settings.redis.get_secret_value():
+        shared = RedisQuotas(connect(address, ca=settings.redis_ca, plaintext=settings.redis_plaintext))
+        await stack.enter_async_context(_background(shared.renew(), name="leases"))
+        store = shared
+    stack.push_async_callback(store.close)
+    meter = Meter(usage, Journal(state / "metering"), flush_s=settings.metering_flush_s)
+    await meter.start()
+    stack.push_async_callback(meter.close)
+    await stack.enter_async_context(_background(meter.run(), name="metering"))
+    follower = QuotaFollower(table, book)
+    await follower.refresh()
+    await stack.enter_async_context(_background(follower.run(), name="quotas"))
+    admission = Admission(book, store, streams=settings.device_streams)
+    return Limits(admission, store, meter, UsageService(usage, table, meter, follower))
 
 
 def _server(settings: CloudSettings, access: AuthInterceptor) -> tuple[grpc.aio.Server, str, str]:

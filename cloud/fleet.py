@@ -24,6 +24,7 @@ import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cloud import database as db
+from cloud.admission import Admission
 from cloud.catalog import unknown_model
 from cloud.conductor import Conductor
 from cloud.identity import Identities
@@ -62,6 +63,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         conductor: Knows and decides what devices run.
         issuer: Mints access tokens.
         authority: Signs device certificates.
+        admission: Limits how many streams a device has open.
         revocations: Follows what was revoked.
         device_address: HOST:PORT that devices are told to call, where certificates are asked for.
         unbound_tokens: Whether a device without a certificate gets a token, too.
@@ -77,6 +79,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         issuer: TokenIssuer,
         authority: IssuingCa,
         *,
+        admission: Admission,
         revocations: Revocations | None = None,
         device_address: str = "",
         unbound_tokens: bool = False,
@@ -84,7 +87,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         tenants: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._conductor, self._issuer = conductor, issuer
+        self._conductor, self._issuer, self._admission = conductor, issuer, admission
         self._identities = Identities(database, authority, issuer.audience, clock)
         self._revocations = revocations or Revocations(database, Guard())
         self._device_address, self._unbound_tokens = device_address, unbound_tokens
@@ -209,6 +212,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
         Raises:
             InputError: Too many models.
+            QuotaError: The device has as many open streams as it may.
         """
         del context
         if len(request.models) > MAX_WATCHED:
@@ -219,7 +223,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         models = sorted({m for m in request.models if claims.may_use(m) and len(m) <= _MAX_NAME and m.isprintable()})
         until = claims.expires_at.timestamp()
         facts = request.facts.SerializeToString(deterministic=True)
-        async with contextlib.aclosing(self._conductor.watch(claims.subject, models, facts, claims.tenant)) as changes:
+        watching = contextlib.aclosing(self._conductor.watch(claims.subject, models, facts, claims.tenant))
+        async with self._admission.stream(claims), watching as changes:
             while (left_s := until - self._clock()) > 0:
                 try:
                     model, told = await asyncio.wait_for(anext(changes), left_s)

@@ -105,6 +105,12 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "RevokeApiKey": ACCESS_ADMIN,
         "ListApiKeys": ACCESS_ADMIN,
     },
+    "isthmus.v1.UsageService": {
+        "GetUsage": USAGE_READ,
+        "SetQuota": ACCESS_ADMIN,
+        "ListQuotas": USAGE_READ,
+        "ClearQuota": ACCESS_ADMIN,
+    },
     "isthmus.v1.AgentService": {
         "GetStatus": INFER,
         # The caller's own queues only: the agent tells them apart by the token's subject.
