@@ -25,6 +25,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cloud.audit_service import AuditService
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
@@ -34,6 +35,7 @@ from cloud.fleet import FleetService
 from cloud.gateway import Gateway
 from cloud.heavy import HeavyPool
 from cloud.publish import Publisher
+from cloud.recorder import Recorder
 from cloud.registry import RegistryService
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
@@ -43,7 +45,11 @@ from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc
+from isthmus.v1 import audit_pb2_grpc, fleet_pb2_grpc, registry_pb2_grpc
+from security.audit.budget import SUMMARY_S, Budget
+from security.audit.interceptors import ActionAudit, RefusalAudit
+from security.audit.keys import PUBLIC, load_audit_key, load_public_keys
+from security.audit.writer import AuditLog, Terms
 from security.enrolment import IssuingCa
 from security.interceptors import AuthInterceptor
 from security.repository import CloudRepository
@@ -54,7 +60,13 @@ _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens
 _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
-_SERVICES: Final = (SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService", "isthmus.v1.RolloutService")
+_SERVICES: Final = (
+    SERVICE,
+    "isthmus.v1.FleetService",
+    "isthmus.v1.RegistryService",
+    "isthmus.v1.RolloutService",
+    "isthmus.v1.AuditService",
+)
 
 log = structlog.get_logger(__name__)
 
@@ -85,6 +97,9 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         state = _open_state(settings.home, stack)
         issuer, authority = TokenIssuer.load(settings.home), IssuingCa.load(settings.home)
         repository = CloudRepository(settings.home)
+        trail, refusals = _audit_log(settings, state), Budget()
+        stack.callback(trail.close)
+        recorder = Recorder(trail, share=settings.audit_share)
         database = Database(settings.database) if settings.database else open_database(state / "isthmus.db")
         stack.callback(database.close)
         place = settings.blobs.rstrip("/") or str(state)
@@ -110,16 +125,27 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             roster,
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
+            recorder=recorder,
         )
-        server, address = _server(settings, issuer)
+        server, address = _server(settings, issuer, trail, refusals)
         server.add_generic_rpc_handlers(
-            [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
+            [
+                Gateway(
+                    catalog, pool, client, default_deadline_s=settings.default_deadline_s, recorder=recorder
+                ).handler()
+            ]
         )
-        fleet = FleetService(database, conductor, issuer, authority, token_ttl_s=settings.token_ttl_s)
+        fleet = FleetService(
+            database, conductor, issuer, authority, token_ttl_s=settings.token_ttl_s, recorder=recorder
+        )
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow), server
+            RegistryService(
+                database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow, recorder=recorder
+            ),
+            server,
         )
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(trail.folder), server)
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
 
         ready_file = _ReadyFile(settings.ready_file, address, triton)
@@ -131,6 +157,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
         await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
         await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
+        await stack.enter_async_context(_background(_sum_up(trail, refusals), name="audit-summaries"))
         servicer = await _listen(server, settings.drain_s, stack)
         await stack.enter_async_context(_background(_report_health(servicer, pool), name="health"))
         stack.callback(conductor.close)
@@ -165,6 +192,29 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
             reason="workspace-in-use",
         ) from error
     return state
+
+
+def _audit_log(settings: CloudSettings, state: Path) -> AuditLog:
+    """Return the log, and with it the key; whoever cannot keep a record must not serve."""
+    key = load_audit_key(settings.home)
+    return AuditLog(
+        settings.audit_folder or state / "audit",
+        key,
+        keys=load_public_keys(settings.home / PUBLIC),
+        terms=Terms(checkpoint_s=settings.audit_checkpoint_s, min_free_bytes=settings.audit_min_free_mib << 20),
+    )
+
+
+async def _sum_up(trail: AuditLog, refusals: Budget) -> None:
+    """Record the counts of refusals that were not recorded one by one."""
+    try:
+        while True:
+            await asyncio.sleep(SUMMARY_S)
+            for event in refusals.summary():
+                trail.note(event)
+    finally:
+        for event in refusals.summary(at_once=True):
+            trail.note(event)
 
 
 def _triton(settings: CloudSettings, state: Path, stack: AsyncExitStack) -> tuple[TritonServer | None, TritonClient]:
@@ -205,11 +255,18 @@ async def _start_triton(
     await triton.start(on_started)
 
 
-def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Server, str]:
+def _server(
+    settings: CloudSettings, issuer: TokenIssuer, trail: AuditLog, refusals: Budget
+) -> tuple[grpc.aio.Server, str]:
     """Return a server that is bound to its address, and that address."""
     check_free(settings.listen, "listen")
     server = grpc.aio.server(
-        interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())),
+        interceptors=(
+            StatusInterceptor(),
+            RefusalAudit(trail, refusals),
+            AuthInterceptor(issuer.verifier()),
+            ActionAudit(trail),
+        ),
         options=(
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),

@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session
 from cloud import database as db
 from cloud.catalog import unknown_model
 from cloud.conductor import Conductor
+from cloud.recorder import Recorder
 from cloud.rollout import matches
 from cloud.roster import Device, Told
 from isthmus.digests import sha256_bytes
@@ -64,6 +65,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         authority: Signs device certificates.
         token_ttl_s: Life of the access tokens.
         clock: Returns Unix seconds.
+        recorder: Hears of versions that failed on devices.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         *,
         token_ttl_s: int = 900,
         clock: Callable[[], float] = time.time,
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder or Recorder()
         self._database, self._conductor = database, conductor
         self._issuer, self._authority = issuer, authority
         self._token_ttl_s, self._clock = token_ttl_s, clock
@@ -196,12 +200,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             IdentityError: The device is not enrolled here.
             InputError: The report says nothing, or something that cannot be.
         """
-        del context
         claims = current_claims()
         if not claims.may_use(request.model) or request.model not in self._conductor.roster.released:
             raise InputError(f"there is no model {request.model[:80]!r} to report on")
         report = _checked_report(request)
         await self._conductor.report(claims.subject, report)
+        self._recorder.device_reports(report, context)
         state = fleet_pb2.UpdateState.Name(report.state)
         log.info("device reports", device=claims.subject, model=report.model, version=report.version, state=state)
         return fleet_pb2.ReportResponse()

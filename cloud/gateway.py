@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from cloud.catalog import Catalog, unknown_model
 from cloud.heavy import HeavyId, HeavyPool
+from cloud.recorder import Recorder
 from cloud.triton import TritonClient
 from isthmus import __version__
 from isthmus.errors import InputError, IsthmusError, NotFoundError
@@ -43,11 +44,19 @@ class Gateway:
         pool: The loaded heavy models.
         client: Triton, for what is asked of the server as a whole.
         default_deadline_s: For requests that come without a deadline.
+        recorder: Hears of answered requests.
     """
 
     def __init__(
-        self, catalog: Catalog, pool: HeavyPool, client: TritonClient, *, default_deadline_s: float = 30.0
+        self,
+        catalog: Catalog,
+        pool: HeavyPool,
+        client: TritonClient,
+        *,
+        default_deadline_s: float = 30.0,
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder or Recorder()
         self._catalog, self._pool, self._client = catalog, pool, client
         self._default_deadline_s = default_deadline_s
 
@@ -93,6 +102,7 @@ class Gateway:
                 reason=error.reason, bytes=len(raw),
             )  # fmt: skip
             raise
+        self._recorder.answered(request.model_name, version, request_id, sealed=False, context=context)
         log.debug("inference", request_id=request_id, subject=claims.subject, heavy=heavy.name, bytes=len(raw))
         return answer + _suffix(request.model_name, version)
 

@@ -15,18 +15,20 @@ REGISTRY_READ: Final = "registry:read"
 REGISTRY_PUBLISH: Final = "registry:publish"
 FLEET_ADMIN: Final = "fleet:admin"
 DEVICE: Final = "device"
+AUDIT_READ: Final = "audit:read"
 
 # Not scopes: what a method may ask for instead of one.
 PUBLIC: Final = "public"  # no token; the request carries its own proof, or there is nothing to protect
 AUTHENTICATED: Final = "authenticated"  # any valid token
 
-SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, DEVICE})
+SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, DEVICE, AUDIT_READ})
 
 SCOPES_OF_ROLE: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
         "device": frozenset({INFER, REGISTRY_READ, DEVICE}),
         "client": frozenset({INFER}),
         "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN}),
+        "auditor": frozenset({AUDIT_READ, REGISTRY_READ}),
     }
 )
 
@@ -64,6 +66,13 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "SubmitMetadata": REGISTRY_PUBLISH,
         "ListVersions": REGISTRY_READ,
     },
+    "isthmus.v1.AuditService": {
+        "SearchRecords": AUDIT_READ,
+        "ExportRecords": AUDIT_READ,
+        "GetHeads": AUDIT_READ,
+    },
+    # Public keys, and what the caller is called here: whoever may send anything may seal it.
+    "isthmus.v1.SealingService": {"GetSealingKeys": AUTHENTICATED},
     "isthmus.v1.AgentService": {
         "GetStatus": INFER,
         # The caller's own queues only: the agent tells them apart by the token's subject.

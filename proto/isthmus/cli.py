@@ -40,6 +40,7 @@ GROUPS: Final = {
     "model": Group("cloud.operator_cli:model_app", "Publish, release and list model versions."),
     "rollout": Group("cloud.rollout_cli:app", "Roll a version out in stages, watch, pause, resume and abort."),
     "device": Group("cloud.operator_cli:device_app", "Invite, list, label, pin and retry devices."),
+    "audit": Group("cloud.audit_cli:app", "Verify, search and export the audit log.", "cloud"),
     "edge": Group("edge.cli:app", "Enrol a device and run its agent.", "edge-openvino"),
     "delta": Group("isthmus.delta.cli:app", "Make, apply and inspect deltas of files."),
     "config": Group("isthmus.config_cli:app", "Show where each setting's value comes from."),

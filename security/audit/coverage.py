@@ -1,6 +1,8 @@
 """Which rpc leaves which kind of record. The rule is by scope, so that a new method is covered before anybody asks.
 
     ACTION    changes something: recorded before it runs, durably, or it does not run; and its outcome after it
+    STRANGER  as ACTION, for anybody without a token: recorded when it has happened, before it is answered, and not run
+              while that cannot be; attempts cost a stranger nothing, so those that fail are left to the refusals
     LOOK      reads what only administrators see, or sends a part of what an action will use: one record, after it
     SAMPLE    inference: a share of the answers
     REFUSALS  only when it is refused
@@ -22,6 +24,7 @@ class Coverage(StrEnum):
     """What is recorded of a method."""
 
     ACTION = "action"
+    STRANGER = "stranger"
     LOOK = "look"
     SAMPLE = "sample"
     REFUSALS = "refusals"
@@ -32,7 +35,7 @@ _EVERYDAY: Final = frozenset({PUBLIC, AUTHENTICATED, INFER, REGISTRY_READ, DEVIC
 _READS: Final = ("Get", "List", "Find", "Search", "Export", "Read", "Show", "Upload")
 _EXCEPTIONS: Final[Mapping[str, Coverage]] = MappingProxyType(
     {
-        "/isthmus.v1.FleetService/Enrol": Coverage.ACTION,  # public: the code is the proof
+        "/isthmus.v1.FleetService/Enrol": Coverage.STRANGER,  # the code is the proof
         "/inference.GRPCInferenceService/ModelInfer": Coverage.SAMPLE,
         "/inference.GRPCInferenceService/ModelStreamInfer": Coverage.SAMPLE,
     }

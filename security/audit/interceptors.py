@@ -36,8 +36,8 @@ _DETAILS: Final = (
     "sha256", "length", "models", "remove", "scopes", "share", "percent", "weight", "until", "thumbprint",
 )  # fmt: skip
 _MAX_ITEMS: Final = 20
-_Handler = grpc.RpcMethodHandler[Any, Any]
-_Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]
+_Handler = Any  # grpc.RpcMethodHandler, which cannot be given its types at run time
+_Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]]
 
 
 class RefusalAudit(grpc.aio.ServerInterceptor):
@@ -53,7 +53,7 @@ class RefusalAudit(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> _Handler | None:
+    ) -> _Handler:
         """Watch how the method ends."""
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -109,12 +109,12 @@ class ActionAudit(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> _Handler | None:
+    ) -> _Handler:
         """Record the call, if it is one of those."""
         handler = await continuation(handler_call_details)
         method = str(handler_call_details.method)
         coverage = coverage_of(method)
-        if handler is None or coverage not in (Coverage.ACTION, Coverage.LOOK):
+        if handler is None or coverage in (Coverage.SAMPLE, Coverage.REFUSALS):
             return handler
 
         def unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,7 +127,7 @@ class ActionAudit(grpc.aio.ServerInterceptor):
                 except BaseException as error:
                     recording.failed(error)
                     raise
-                recording.done(answer)
+                await recording.done(answer)
                 return answer
 
             return call
@@ -146,7 +146,7 @@ class ActionAudit(grpc.aio.ServerInterceptor):
                 except BaseException as error:
                     recording.failed(error)
                     raise
-                recording.done(None)
+                await recording.done(None)
 
             return call
 
@@ -173,6 +173,8 @@ class _Recording:
             self._fields = fields_of(request)
         if self._coverage is Coverage.ACTION:
             await self._trail.write(self._event("allowed"))
+        elif self._coverage is Coverage.STRANGER:
+            await self._trail.ready()
         return request
 
     async def _observed(self, requests: Any) -> AsyncIterator[Any]:
@@ -182,20 +184,22 @@ class _Recording:
                 self._fields, first = fields_of(request), False
             yield request
 
-    def done(self, answer: Any) -> None:
+    async def done(self, answer: Any) -> None:
         if not self._fields.get("device") and isinstance(device := getattr(answer, "device_id", None), str):
             self._fields["device"] = device  # whom an enrolment code was for
-        self._trail.note(self._event("done"))
+        if self._coverage is Coverage.STRANGER:
+            await self._trail.write(self._event("done"))
+        else:
+            self._trail.note(self._event("done"))
 
     def failed(self, error: BaseException) -> None:
+        if self._coverage is Coverage.STRANGER or isinstance(error, _REFUSED):
+            return  # recorded, or counted, as every refusal is
         reason = error.reason if isinstance(error, IsthmusError) else type(error).__name__
-        # Who is refused by the method itself is recorded as every refusal is.
-        self._trail.note(self._event("refused" if isinstance(error, _REFUSED) else "failed", reason))
+        self._trail.note(self._event("failed", reason))
 
     def _event(self, decision: str, reason: str = "") -> Event:
-        return Event(
-            self._method, decision, self._who, reason=reason, request_id=self._request_id, **self._fields
-        )
+        return Event(self._method, decision, self._who, reason=reason, request_id=self._request_id, **self._fields)
 
 
 def who_calls(context: Any) -> Who:

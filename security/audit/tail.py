@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from isthmus.errors import InputError, TrustError
 from security.audit.reading import Segment, chains_of, read_lines
-from security.audit.records import GENESIS, Event, Link, check_head, parse_head, parse_line
+from security.audit.records import GENESIS, Event, Link, Value, check_head, parse_head, parse_line
 
 log = structlog.get_logger(__name__)
 
@@ -45,7 +45,7 @@ def adopt(folder: Path, keys: Mapping[str, ed25519.Ed25519PublicKey]) -> tuple[T
     Raises:
         OSError: The disk refuses.
     """
-    wrong = []
+    wrong: list[str] = []
     for chain, segments in chains_of(folder).items():
         lock = lock_chain(folder, chain)
         if lock is None:
@@ -129,5 +129,9 @@ def _cut(segment: Segment, offset: int) -> Event:
         file.truncate(offset)
         os.fsync(file.fileno())
     log.warning("audit log mended: it broke off in a record", file=segment.path.name, bytes=len(rest))
-    detail = {"file": segment.path.name, "bytes": len(rest), "sha256": hashlib.sha256(rest).hexdigest()}
+    detail: dict[str, Value] = {
+        "file": segment.path.name,
+        "bytes": len(rest),
+        "sha256": hashlib.sha256(rest).hexdigest(),
+    }
     return Event("audit.mended", "done", reason="broken-off", detail=detail)

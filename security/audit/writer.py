@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -53,6 +53,10 @@ class Trail(Protocol):
         """Record it now, or raise UnavailableError."""
         ...
 
+    async def ready(self) -> None:
+        """Raise UnavailableError when what would be recorded now could not be."""
+        ...
+
 
 class NoTrail:
     """Of a process that keeps no audit log."""
@@ -62,6 +66,9 @@ class NoTrail:
 
     async def write(self, event: Event) -> None:
         """Keep nothing."""
+
+    async def ready(self) -> None:
+        """Be ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,7 @@ class AuditLog:
         folder: Path,
         key: ed25519.Ed25519PrivateKey,
         *,
-        keys: dict[str, ed25519.Ed25519PublicKey],
+        keys: Mapping[str, ed25519.Ed25519PublicKey],
         terms: Terms | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -121,6 +128,7 @@ class AuditLog:
         self._urgent = 0  # callers that wait
         self._since_checkpoint, self._checkpoint_at = 0, time.monotonic()
         self._complained_at = -_TEXT_AGAIN_S
+        self._failing = False  # as of the last try
         self._unrecorded = 0  # lost since the last record of a loss
         self.counters = Counters()
         try:
@@ -175,6 +183,15 @@ class AuditLog:
             self._urgent += 1
             self._condition.notify()
         await asyncio.shield(asyncio.wrap_future(done))
+
+    async def ready(self) -> None:
+        """See `Trail.ready`; after a failure it tries again.
+
+        Raises:
+            UnavailableError: It cannot be written.
+        """
+        if self._failing:
+            await self.write(Event("audit.resumed", "done"))
 
     def close(self) -> None:
         """Write what waits, a last checkpoint and the head; nothing can be recorded afterwards."""
@@ -237,7 +254,7 @@ class AuditLog:
             line, link = link.extend(sign_head(link, self._key, self._clock()).to_body(), self._clock())
             lines.append(line)
         self._append(b"".join(line + b"\n" for line in lines))
-        self._link = link
+        self._link, self._failing = link, False
         with self._condition:
             self._unrecorded -= unrecorded
         self.counters.written += len(lines)
@@ -305,6 +322,7 @@ class AuditLog:
         with self._condition:
             self._lose(notes)
         self.counters.failures += 1
+        self._failing = True
         if time.monotonic() - self._complained_at >= _TEXT_AGAIN_S:
             self._complained_at = time.monotonic()
             log.error("audit log not written: administrative calls are refused until it is", error=str(error))

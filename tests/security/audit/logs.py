@@ -18,7 +18,7 @@ def open_log(home: Path, **terms: Any) -> AuditLog:
     """Open the log of a folder, as a process that starts does."""
     home.mkdir(exist_ok=True)
     key = load_audit_key(home)
-    return AuditLog(home / "log", key, keys=dict(keys_of(home)), terms=Terms(**terms))
+    return AuditLog(home / "log", key, keys=keys_of(home), terms=Terms(**terms))
 
 
 def keys_of(home: Path) -> Mapping[str, ed25519.Ed25519PublicKey]:
