@@ -41,11 +41,12 @@ from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
 from cloud.supervisor import TritonServer
 from cloud.triton import TritonClient, check_link
+from cloud.unsealer import SealingService, Unsealer
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import audit_pb2_grpc, fleet_pb2_grpc, registry_pb2_grpc
+from isthmus.v1 import audit_pb2_grpc, fleet_pb2_grpc, registry_pb2_grpc, sealing_pb2_grpc
 from security.audit.budget import SUMMARY_S, Budget
 from security.audit.interceptors import ActionAudit, RefusalAudit
 from security.audit.keys import PUBLIC, load_audit_key, load_public_keys
@@ -66,6 +67,7 @@ _SERVICES: Final = (
     "isthmus.v1.RegistryService",
     "isthmus.v1.RolloutService",
     "isthmus.v1.AuditService",
+    "isthmus.v1.SealingService",
 )
 
 log = structlog.get_logger(__name__)
@@ -127,11 +129,17 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             poll_s=settings.rollout_poll_s,
             recorder=recorder,
         )
+        unsealer = Unsealer(settings.home)
         server, address = _server(settings, issuer, trail, refusals)
         server.add_generic_rpc_handlers(
             [
                 Gateway(
-                    catalog, pool, client, default_deadline_s=settings.default_deadline_s, recorder=recorder
+                    catalog,
+                    pool,
+                    client,
+                    default_deadline_s=settings.default_deadline_s,
+                    recorder=recorder,
+                    unsealer=unsealer,
                 ).handler()
             ]
         )
@@ -145,6 +153,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             ),
             server,
         )
+        sealing_pb2_grpc.add_SealingServiceServicer_to_server(SealingService(unsealer), server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(trail.folder), server)
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
 

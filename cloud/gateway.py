@@ -22,9 +22,11 @@ from cloud.catalog import Catalog, unknown_model
 from cloud.heavy import HeavyId, HeavyPool
 from cloud.recorder import Recorder
 from cloud.triton import TritonClient
+from cloud.unsealer import Unsealer
 from isthmus import __version__
 from isthmus.errors import InputError, IsthmusError, NotFoundError
 from isthmus.oip import SERVICE, service_pb2, set_parameter
+from isthmus.sealed import SEALED, is_sealed
 from security.interceptors import current_claims
 from security.tokens import Claims
 
@@ -45,6 +47,7 @@ class Gateway:
         client: Triton, for what is asked of the server as a whole.
         default_deadline_s: For requests that come without a deadline.
         recorder: Hears of answered requests.
+        unsealer: Opens sealed inputs; None refuses them.
     """
 
     def __init__(
@@ -55,8 +58,9 @@ class Gateway:
         *,
         default_deadline_s: float = 30.0,
         recorder: Recorder | None = None,
+        unsealer: Unsealer | None = None,
     ) -> None:
-        self._recorder = recorder or Recorder()
+        self._recorder, self._unsealer = recorder or Recorder(), unsealer
         self._catalog, self._pool, self._client = catalog, pool, client
         self._default_deadline_s = default_deadline_s
 
@@ -95,16 +99,23 @@ class Gateway:
         claims = current_claims()
         version, heavy = self._resolve(claims, request.model_name, request.model_version)
         try:
-            answer = await self._pool.infer(heavy, raw, timeout_s=self._time_left(context))
+            # Opened here and nowhere before: what is cached, logged or kept on the way is the envelope.
+            plain = self._opened(request, claims) if is_sealed(request) else raw
+            answer = await self._pool.infer(heavy, plain, timeout_s=self._time_left(context))
         except IsthmusError as error:
             log.info(
                 "inference failed", request_id=request_id, subject=claims.subject, heavy=heavy.name,
                 reason=error.reason, bytes=len(raw),
             )  # fmt: skip
             raise
-        self._recorder.answered(request.model_name, version, request_id, sealed=False, context=context)
+        self._recorder.answered(request.model_name, version, request_id, sealed=is_sealed(request), context=context)
         log.debug("inference", request_id=request_id, subject=claims.subject, heavy=heavy.name, bytes=len(raw))
         return answer + _suffix(request.model_name, version)
+
+    def _opened(self, request: Any, claims: Claims) -> bytes:
+        if self._unsealer is None:
+            raise InputError(f"{SEALED}: sealed inputs are not opened here", reason="sealed-unknown-key")
+        return self._unsealer.open(request, claims)
 
     def _resolve(self, claims: Claims, model: str, version: str) -> tuple[int, HeavyId]:
         if not claims.may_use(model):

@@ -2,8 +2,8 @@
 
     operator/   ca.key ca.pem  root.key targets.key  tuf/      offline: what may sign models and certificates
     cloud/      server.key server.pem  issuing-ca.key issuing-ca.pem  snapshot.key timestamp.key  tokens/  tuf/
-                audit.key audit.pub
-    trust/      ca.pem root.json audit.pub                     public: what devices, clients and auditors start from
+                audit.key audit.pub  sealing/
+    trust/      ca.pem root.json audit.pub sealing.json        public: what devices and clients start from
 
 It is made beside its final place and renamed, so there is a whole workspace or none.
 """
@@ -35,6 +35,7 @@ from security.keyfiles import (
 )
 from security.metadata import PUBLISHER, expiry_of
 from security.repository import create_repository
+from security.sealing import rotate_sealing_keys
 from security.tokens import TokenIssuer, create_token_issuer
 
 MAX_KEYS: Final = 16  # of one role
@@ -159,6 +160,7 @@ def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: 
     )
     replace_file(trust / "ca.pem", read_file(operator / "ca.pem"))
     replace_file(trust / "root.json", root_json)
+    rotate_sealing_keys(root, now)
     replace_file(trust / AUDIT_PUBLIC, read_file(cloud / AUDIT_PUBLIC))
 
 
