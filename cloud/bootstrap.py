@@ -29,6 +29,7 @@ from grpc_reflection.v1alpha import reflection
 from cloud.access_service import AccessService
 from cloud.access_store import AccessStore
 from cloud.admission import Admission
+from cloud.audit_service import AuditService
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
@@ -44,6 +45,7 @@ from cloud.publish import Publisher
 from cloud.quota_follow import QuotaFollower
 from cloud.quota_store import MemoryQuotas, QuotaStore
 from cloud.quotas import QuotaBook
+from cloud.recorder import Recorder
 from cloud.redis_quotas import RedisQuotas, connect
 from cloud.registry import RegistryService
 from cloud.replicas import Replicas
@@ -56,13 +58,26 @@ from cloud.supervisor import TritonServer
 from cloud.traffic_desk import Serving, TrafficDesk
 from cloud.traffic_service import TrafficService
 from cloud.tritons import open_replicas, start_replicas
+from cloud.unsealer import SealingService, Unsealer
 from cloud.usage import UsageService
 from cloud.usage_rows import QuotaTable, UsageTable
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import access_pb2_grpc, fleet_pb2_grpc, registry_pb2_grpc, traffic_pb2_grpc, usage_pb2_grpc
+from isthmus.v1 import (
+    access_pb2_grpc,
+    audit_pb2_grpc,
+    fleet_pb2_grpc,
+    registry_pb2_grpc,
+    sealing_pb2_grpc,
+    traffic_pb2_grpc,
+    usage_pb2_grpc,
+)
+from security.audit.budget import SUMMARY_S, Budget
+from security.audit.interceptors import ActionAudit, RefusalAudit
+from security.audit.keys import PUBLIC, load_audit_key, load_public_keys
+from security.audit.writer import AuditLog, Terms
 from security.authenticator import Authenticator
 from security.binding import Guard
 from security.enrolment import IssuingCa
@@ -86,6 +101,8 @@ _SERVICES: Final = (
     "isthmus.v1.AccessService",
     "isthmus.v1.TrafficService",
     "isthmus.v1.UsageService",
+    "isthmus.v1.AuditService",
+    "isthmus.v1.SealingService",
 )
 
 log = structlog.get_logger(__name__)
@@ -133,6 +150,9 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         state = _open_state(settings.home, stack)
         issuer, authority = TokenIssuer.load(settings.home), IssuingCa.load(settings.home)
         repositories = TenantRepositories(settings.home)
+        trail, refusals = _audit_log(settings, state), Budget()
+        stack.callback(trail.close)
+        recorder = Recorder(trail, share=settings.audit_share)
         database = Database(settings.database) if settings.database else open_database(state / "isthmus.db")
         stack.callback(database.close)
         place = settings.blobs.rstrip("/") or str(state)
@@ -155,6 +175,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             roster,
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
+            recorder=recorder,
         )
         access, issuers = AccessStore(database, book, poll_s=settings.access_poll_s), OidcIssuers(settings.oidc)
         guard, verifier = Guard(), issuer.verifier()
@@ -162,29 +183,40 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await revocations.refresh()
         limits = await _start_limits(settings, database, state, stack)
         authenticator = Authenticator(verifier, book=book, issuers=issuers)
-        server, address, device_address = _server(settings, AuthInterceptor(authenticator, guard=guard))
+        server, address, device_address = _server(
+            settings,
+            RefusalAudit(trail, refusals),
+            AuthInterceptor(authenticator, guard=guard),
+            ActionAudit(trail),
+        )
         counters = GatewayCounters()
         shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
         stack.push_async_callback(shadows.close)
         inference = Inference(
             desk, shadows, MemoryCache(settings.cache_bytes), counters, limits.admission, limits.meter
         )
-        gateway = Gateway(catalog, replicas, inference, default_deadline_s=settings.default_deadline_s)
+        unsealer = Unsealer(settings.home)
+        gateway = Gateway(
+            catalog, replicas, inference,
+            default_deadline_s=settings.default_deadline_s, recorder=recorder, unsealer=unsealer,
+        )  # fmt: skip
         server.add_generic_rpc_handlers([gateway.handler()])
         traffic_pb2_grpc.add_TrafficServiceServicer_to_server(TrafficService(desk, catalog, replicas, counters), server)
         fleet = FleetService(
             database, conductor, issuer, authority, admission=limits.admission,
             revocations=revocations, device_address=settings.device_address or f":{device_address.rpartition(':')[2]}",
             unbound_tokens=settings.unbound_tokens, token_ttl_s=settings.token_ttl_s, tenants=repositories.names,
+            recorder=recorder,
         )  # fmt: skip
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryService(
-                database, blobs, deltas, repositories, catalog, publisher, owners, changed=conductor.follow
-            ),
-            server,
-        )
+        registry = RegistryService(
+            database, blobs, deltas, repositories, catalog, publisher, owners,
+            changed=conductor.follow, recorder=recorder,
+        )  # fmt: skip
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server)
         access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(access), server)
+        sealing_pb2_grpc.add_SealingServiceServicer_to_server(SealingService(unsealer), server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(trail.folder), server)
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
         usage_pb2_grpc.add_UsageServiceServicer_to_server(limits.service, server)
 
@@ -205,6 +237,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
         await stack.enter_async_context(_background(desk.follow(), name="traffic"))
         await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
+        await stack.enter_async_context(_background(_sum_up(trail, refusals), name="audit-summaries"))
         servicer = await _listen(server, settings.drain_s, stack)
         await stack.enter_async_context(_background(_report_health(servicer, replicas), name="health"))
         stack.callback(conductor.close)
@@ -241,6 +274,29 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
     return state
 
 
+def _audit_log(settings: CloudSettings, state: Path) -> AuditLog:
+    """Return the log, and with it the key; whoever cannot keep a record must not serve."""
+    key = load_audit_key(settings.home)
+    return AuditLog(
+        settings.audit_folder or state / "audit",
+        key,
+        keys=load_public_keys(settings.home / PUBLIC),
+        terms=Terms(checkpoint_s=settings.audit_checkpoint_s, min_free_bytes=settings.audit_min_free_mib << 20),
+    )
+
+
+async def _sum_up(trail: AuditLog, refusals: Budget) -> None:
+    """Record the counts of refusals that were not recorded one by one."""
+    try:
+        while True:
+            await asyncio.sleep(SUMMARY_S)
+            for event in refusals.summary():
+                trail.note(event)
+    finally:
+        for event in refusals.summary(at_once=True):
+            trail.note(event)
+
+
 async def _start_limits(settings: CloudSettings, database: Database, state: Path, stack: AsyncExitStack) -> Limits:
     """Start what counts requests; when the cloud stops, it ends after the last request and before the database."""
     book, table = QuotaBook(settings.quotas.defaults), QuotaTable(database)
@@ -262,10 +318,10 @@ async def _start_limits(settings: CloudSettings, database: Database, state: Path
     return Limits(admission, store, meter, UsageService(usage, table, meter, follower))
 
 
-def _server(settings: CloudSettings, access: AuthInterceptor) -> tuple[grpc.aio.Server, str, str]:
+def _server(settings: CloudSettings, *interceptors: grpc.aio.ServerInterceptor) -> tuple[grpc.aio.Server, str, str]:
     """Return a server that is bound to its two addresses, and these: for everybody, and for devices."""
     server = grpc.aio.server(
-        interceptors=(StatusInterceptor(), access),
+        interceptors=(StatusInterceptor(), *interceptors),
         options=(
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),

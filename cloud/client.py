@@ -33,7 +33,16 @@ from isthmus.errors import (
 from isthmus.oip import service_pb2, service_pb2_grpc
 from isthmus.status import from_rpc
 from isthmus.stick import Index, StickWriter, blob_name, delta_name, metadata_name
-from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc, usage_pb2, usage_pb2_grpc
+from isthmus.v1 import (
+    audit_pb2,
+    audit_pb2_grpc,
+    fleet_pb2,
+    fleet_pb2_grpc,
+    registry_pb2,
+    registry_pb2_grpc,
+    usage_pb2,
+    usage_pb2_grpc,
+)
 from security.keyfiles import read_file
 from security.metadata import manifest_path
 from security.repository import OperatorRepository
@@ -113,6 +122,7 @@ class CloudClient:
         self._fleet: Any = fleet_pb2_grpc.FleetServiceStub(self._channel)
         self._rollouts: Any = fleet_pb2_grpc.RolloutServiceStub(self._channel)
         self._usage: Any = usage_pb2_grpc.UsageServiceStub(self._channel)
+        self._audit: Any = audit_pb2_grpc.AuditServiceStub(self._channel)
         self._inference: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -591,6 +601,27 @@ class CloudClient:
             IsthmusError: It failed; the message begins with what could not be done.
         """
         return self._call(what, method, request, timeout_s)
+
+    def search_records(self, fields: Mapping[str, Any]) -> Iterator[bytes]:
+        """Yield the records of the audit log that match the fields of a SearchRecordsRequest, as JSON."""
+        request = audit_pb2.SearchRecordsRequest(**fields)
+        try:
+            for answer in self._audit.SearchRecords(request, timeout=PUBLISH_S):
+                yield answer.record_json
+        except grpc.RpcError as error:
+            raise self._explained(error, "cannot search the audit log") from error
+
+    def export_records(self, times: Mapping[str, Any]) -> Iterator[bytes]:
+        """Yield lines of the audit log."""
+        try:
+            for answer in self._audit.ExportRecords(audit_pb2.ExportRecordsRequest(**times), timeout=PUBLISH_S):
+                yield answer.lines
+        except grpc.RpcError as error:
+            raise self._explained(error, "cannot export the audit log") from error
+
+    def audit_heads(self) -> list[bytes]:
+        """Return the signed heads of the audit log's chains."""
+        return list(self._call("ask for the heads", self._audit.GetHeads, audit_pb2.GetHeadsRequest()).head_json)
 
     def _call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:

@@ -147,6 +147,18 @@ class CloudSettings(Settings):
     metering_flush_s: float = Field(
         default=10.0, ge=0.1, le=3600, description="How often counts of requests move to the database"
     )
+    audit_folder: Path | None = Field(
+        default=None, description="Folder of the audit log, which replicas may share; in `home` when unset"
+    )
+    audit_share: float = Field(
+        default=0.01, ge=0, le=1, description="Share of answered inference requests that the audit log records"
+    )
+    audit_checkpoint_s: float = Field(
+        default=60.0, gt=0, le=3600, description="Longest time between signed checkpoints of the audit log"
+    )
+    audit_min_free_mib: int = Field(
+        default=64, ge=0, description="Disk space below which administrative calls are refused, as when it is full"
+    )
     ready_file: Path | None = Field(default=None, description="File that gets the address and process ids once serving")
 
     @field_validator("listen")

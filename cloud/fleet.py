@@ -28,6 +28,7 @@ from cloud.admission import Admission
 from cloud.catalog import unknown_model
 from cloud.conductor import Conductor
 from cloud.identity import Identities
+from cloud.recorder import Recorder
 from cloud.revocations import Revocations
 from cloud.rollout import matches
 from cloud.roster import Device, Roster, Told
@@ -70,6 +71,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         token_ttl_s: Life of the access tokens.
         tenants: Returns the names of the cloud's tenants.
         clock: Returns Unix seconds.
+        recorder: Hears of versions that failed on devices.
     """
 
     def __init__(
@@ -86,10 +88,11 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         token_ttl_s: int = 900,
         tenants: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.time,
+        recorder: Recorder | None = None,
     ) -> None:
         self._conductor, self._issuer, self._admission = conductor, issuer, admission
         self._identities = Identities(database, authority, issuer.audience, clock)
-        self._revocations = revocations or Revocations(database, Guard())
+        self._revocations, self._recorder = revocations or Revocations(database, Guard()), recorder or Recorder()
         self._device_address, self._unbound_tokens = device_address, unbound_tokens
         self._token_ttl_s, self._tenants, self._clock = token_ttl_s, tenants, clock
 
@@ -239,12 +242,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             IdentityError: The device is not enrolled here.
             InputError: The report says nothing, or something that cannot be.
         """
-        del context
         claims = current_claims()
         if not self._conductor.roster.may_see(claims, request.model):
             raise InputError(f"there is no model {request.model[:80]!r} to report on")
         report = _checked_report(request)
         await self._conductor.report(claims.subject, report, claims.tenant)
+        self._recorder.device_reports(report, context)
         state = fleet_pb2.UpdateState.Name(report.state)
         log.info("device reports", device=claims.subject, model=report.model, version=report.version, state=state)
         return fleet_pb2.ReportResponse()

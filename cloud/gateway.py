@@ -28,15 +28,18 @@ from cloud.catalog import Catalog
 from cloud.counters import ANSWERED, GatewayCounters
 from cloud.heavy import HeavyId
 from cloud.metering import Call, Meter
+from cloud.recorder import Recorder
 from cloud.replicas import Replicas
 from cloud.response_cache import ResponseCache, cache_key
 from cloud.shadow import Shadows
 from cloud.traffic import Shadow
 from cloud.traffic_desk import Route, TrafficDesk
+from cloud.unsealer import Unsealer
 from isthmus import __version__
-from isthmus.errors import IsthmusError, NotFoundError, QuotaError
+from isthmus.errors import InputError, IsthmusError, NotFoundError, QuotaError
 from isthmus.oip import SERVICE, service_pb2, set_parameter
 from isthmus.oip_head import RequestHead, read_head
+from isthmus.sealed import SEALED
 from security.interceptors import current_claims
 from security.tokens import Claims
 
@@ -71,15 +74,25 @@ class Gateway:
         replicas: The Tritons with the heavy models.
         inference: What chooses versions, compares, keeps and counts answers.
         default_deadline_s: For requests that come without a deadline.
+        recorder: Hears of answered requests.
+        unsealer: Opens sealed inputs; None refuses them.
     """
 
     def __init__(
-        self, catalog: Catalog, replicas: Replicas, inference: Inference, *, default_deadline_s: float = 30.0
+        self,
+        catalog: Catalog,
+        replicas: Replicas,
+        inference: Inference,
+        *,
+        default_deadline_s: float = 30.0,
+        recorder: Recorder | None = None,
+        unsealer: Unsealer | None = None,
     ) -> None:
         self._catalog, self._replicas = catalog, replicas
         self._desk, self._shadows = inference.desk, inference.shadows
         self._cache, self._counters = inference.cache, inference.counters
         self._admission, self._meter = inference.admission, inference.meter
+        self._recorder, self._unsealer = recorder or Recorder(), unsealer
         self._default_deadline_s = default_deadline_s
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -142,13 +155,16 @@ class Gateway:
         finally:
             counters.outcomes[route.version, route.assignment, outcome] += 1
         counters.latency.note(time.perf_counter() - started)
+        sealed = SEALED in head.parameters()
+        self._recorder.answered(head.model_name, route.version, head.id[:_MAX_ID], sealed=sealed, context=context)
         return answer
 
     async def _answer(self, raw: bytes, head: RequestHead, route: Route, call: Call, context: _Context) -> bytes:
         """Return what was answered before, or what a Triton answers; the names and versions are the caller's."""
         counters, policy, tenant = self._counters.of(head.model_name), route.policy, call.claims.tenant
         suffix = _suffix(head.model_name, route.version, route.assignment)
-        key = cache_key(tenant, route.heavy, head) if policy.cache_s else None
+        sealed = SEALED in head.parameters()
+        key = cache_key(tenant, route.heavy, head) if policy.cache_s and not sealed else None
         if key is not None:
             kept = await self._cache.get(tenant, key)
             if kept is not None:
@@ -158,14 +174,21 @@ class Gateway:
                 return whole
             counters.cache_misses += 1
         timeout_s = self._time_left(head, context)
+        # Opened here and nowhere before: what is cached, logged or kept on the way is the envelope.
+        plain = self._opened(raw, call.claims) if sealed else raw
         call.sent()
-        answer = await self._replicas.infer(route.heavy, raw, timeout_s=timeout_s)
+        answer = await self._replicas.infer(route.heavy, plain, timeout_s=timeout_s)
         call.answered(len(answer) + len(suffix))
         if key is not None:
             await self._cache.put(tenant, key, answer, policy.cache_s)
         if policy.shadow is not None and not head.model_version:
-            self._copy(policy.shadow, head.model_name, route, raw, answer)
+            self._copy(policy.shadow, head.model_name, route, plain, answer)
         return answer + suffix
+
+    def _opened(self, raw: bytes, claims: Claims) -> bytes:
+        if self._unsealer is None:
+            raise InputError(f"{SEALED}: sealed inputs are not opened here", reason="sealed-unknown-key")
+        return self._unsealer.open(service_pb2.ModelInferRequest.FromString(raw), claims)
 
     def _copy(self, shadow: Shadow, model: str, route: Route, raw: bytes, answer: bytes) -> None:
         heavy = self._catalog.heavy(model, shadow.version)

@@ -34,6 +34,7 @@ from edge.response_cache import ResponseCache
 from edge.retry import QuotaPause, RetryBudget
 from edge.router import Router
 from edge.runtimes import RUNTIMES, is_installed
+from edge.sealing import InputSealer
 from edge.server import AgentServer, InferenceService, is_local, may_use_all
 from edge.shadow import Shadow
 from edge.spool import Spool
@@ -86,8 +87,15 @@ def build_agent(settings: EdgeSettings) -> Agent:
     audit, shadow = _audit(settings, uplink, updaters), Shadow()
     imports = _imports(settings, home, channel, token, desired, models)
     updaters |= _updaters(settings, home, enrolment, imports, models, fleet, audit, shadow)
+    sealer = _sealer(settings, home, channel, token)
     spools = {
-        name: Spool(home.spool(name), limit_bytes=settings.capture_mib << 20) for name in names if settings.capture
+        name: Spool(
+            home.spool(name),
+            limit_bytes=settings.capture_mib << 20,
+            seal=partial(sealer.seal_capture, name) if sealer is not None and sealer.concerns(name) else None,
+        )
+        for name in names
+        if settings.capture
     }
     spool_full = asyncio.Event()
     deferred = _deferred(settings, home, uplink)
@@ -103,6 +111,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         cache=cache,
         audit=audit,
         shadow=shadow,
+        sealer=sealer,
     )
     credentials, interceptors = _protection(settings, home, verifier, enrolment.tenant)
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use
@@ -137,8 +146,17 @@ def build_agent(settings: EdgeSettings) -> Agent:
         deferred=deferred,
         audit=audit,
         imports=imports,
+        sealer=sealer,
         metrics=_metrics(settings, enrolment.device_id, models, uplink, spools, cache, audit, updaters),
     )
+
+
+def _sealer(
+    settings: EdgeSettings, home: DeviceHome, channel: grpc.aio.Channel, token: AccessToken
+) -> InputSealer | None:
+    if not settings.seal_inputs:
+        return None
+    return InputSealer(settings.seal_inputs, home.sealing, home.ca, channel, token.wait)
 
 
 def _audit(settings: EdgeSettings, uplink: Uplink, updaters: Mapping[str, Updater]) -> Audit | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from edge.trial import Terms
 from edge.window import parse_window
@@ -15,6 +15,10 @@ from isthmus.settings import Settings
 def _check_window(text: str) -> str:
     parse_window(text)
     return text
+
+
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
 
 
 class UpdateSettings(BaseModel):
@@ -104,6 +108,10 @@ class EdgeSettings(Settings):
     )
     response_cache_mib: int = Field(
         default=0, ge=0, le=1 << 16, description="Memory for answers to requests that come again, MiB; 0 for none."
+    )
+    seal_inputs: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+        default=(),
+        description='Inputs that only the gateway may read: "text", "triage/text" for one model, "*" for all.',
     )
     capture: bool = Field(default=False, description="Keep escalated requests with the cloud's answers.")
     capture_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for captures, MiB a model.")

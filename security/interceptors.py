@@ -43,6 +43,11 @@ def current_claims() -> Claims:
     return claims
 
 
+def known_claims() -> Claims | None:
+    """Return the claims of the caller of the running method, as far as anybody asked; they may not have been enough."""
+    return _claims.get(None)
+
+
 class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Lets a call pass when its token has the scope that the method asks for.
 
@@ -79,7 +84,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             claims = self._admit(method, handler_call_details.invocation_metadata or ())
         except IsthmusError as error:
             log.info("call refused", method=method, reason=error.reason)
-            return _refusal(error)
+            return _refusal(error, _claims.get(None))
         return handler if claims is None else _with_claims(self._guard.wrap(handler, claims), claims)
 
     def _admit(self, method: str, metadata: Any) -> Claims | None:
@@ -89,6 +94,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         if needed == PUBLIC:
             return None
         claims = self._authenticator.verify(_bearer_token(metadata), _tenant(metadata))
+        _claims.set(claims)  # whoever records a refusal wants to know whose it is
         if self._tenant not in (None, claims.tenant):
             raise PermissionDeniedError("this is not for callers of another tenant", reason="wrong-tenant")
         self._guard.admit(claims)
@@ -118,9 +124,11 @@ def _tenant(metadata: Any) -> str:
     return check_tenant(values[0]) if values else ""
 
 
-def _refusal(error: IsthmusError) -> grpc.RpcMethodHandler[Any, Any]:
+def _refusal(error: IsthmusError, claims: Claims | None) -> grpc.RpcMethodHandler[Any, Any]:
     async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
         del requests
+        if claims is not None:
+            _claims.set(claims)
         await context.abort(status_of(error), error.message, trailing_metadata(error))
         yield b""  # never reached: it makes this function a stream
 

@@ -111,6 +111,13 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "ListQuotas": USAGE_READ,
         "ClearQuota": ACCESS_ADMIN,
     },
+    "isthmus.v1.AuditService": {
+        "SearchRecords": AUDIT_READ,
+        "ExportRecords": AUDIT_READ,
+        "GetHeads": AUDIT_READ,
+    },
+    # Public keys, and what the caller is called here: whoever may send anything may seal it.
+    "isthmus.v1.SealingService": {"GetSealingKeys": AUTHENTICATED},
     "isthmus.v1.AgentService": {
         "GetStatus": INFER,
         # The caller's own queues only: the agent tells them apart by the token's subject.

@@ -46,6 +46,7 @@ GROUPS: Final = {
     "device": Group("cloud.operator_cli:device_app", "Invite, list, label, pin and retry devices."),
     "quota": Group("cloud.usage_cli:quota_app", "Set, show and clear what tenants, devices and models may ask."),
     "usage": Group("cloud.usage_cli:usage_app", "Show what was asked of the cloud, as a table, CSV or JSON."),
+    "audit": Group("cloud.audit_cli:app", "Verify, search and export the audit log.", "cloud"),
     "edge": Group("edge.cli:app", "Enrol a device and run its agent.", "edge-openvino"),
     "delta": Group("isthmus.delta.cli:app", "Make, apply and inspect deltas of files."),
     "config": Group("isthmus.config_cli:app", "Show where each setting's value comes from."),
