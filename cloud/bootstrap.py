@@ -45,7 +45,9 @@ from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
 from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc
 from security.enrolment import IssuingCa
+from security.guard import CallGuard
 from security.interceptors import AuthInterceptor
+from security.listener import Listener
 from security.repository import CloudRepository
 from security.tls import server_credentials
 from security.tokens import TokenIssuer
@@ -208,15 +210,11 @@ async def _start_triton(
 def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Server, str]:
     """Return a server that is bound to its address, and that address."""
     check_free(settings.listen, "listen")
-    server = grpc.aio.server(
-        interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())),
-        options=(
-            ("grpc.max_receive_message_length", settings.max_message_bytes),
-            ("grpc.max_send_message_length", settings.max_message_bytes),
-            ("grpc.so_reuseport", 0),  # or a second cloud would silently share the port
-            ("grpc.keepalive_time_ms", 60_000),  # finds watchers that went away without a word
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ),
+    server = Listener(
+        settings.listener,
+        message_bytes=settings.max_message_bytes,
+        calls=settings.concurrent_calls,
+        interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier()), CallGuard(settings.listener)),
     )
     credentials = server_credentials(settings.home / "server.key", settings.home / "server.pem")
     try:
