@@ -53,6 +53,8 @@ class CallGuard(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = str(handler_call_details.method)
+        if (size := _size(handler_call_details.invocation_metadata or ())) > self._limits.metadata_bytes:
+            return _too_large(size, self._limits.metadata_bytes)
         known, guarded = self._handlers.get(method, (None, None))
         if known is not handler:
             guarded = self._guarded(method, handler)
@@ -140,6 +142,22 @@ class _Place:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._guard.leave(self._caller, public=self._public)
+
+
+def _size(metadata: Any) -> int:
+    """Return the size of metadata as HTTP/2 counts it."""
+    return sum(len(key) + len(value) + 32 for key, value in metadata)
+
+
+def _too_large(size: int, limit: int) -> grpc.RpcMethodHandler[Any, Any]:
+    """Refuse metadata that gRPC's core let through: it looks at each frame of a header block by itself."""
+
+    async def refuse(_requests: Any, _context: Any) -> AsyncIterator[bytes]:
+        raise OverloadedError(f"metadata: expected at most {limit} bytes, got {size}", reason="metadata-too-large")
+        yield b""  # never reached: it makes this function a stream
+
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)
+    return handler
 
 
 def _caller(context: Any) -> tuple[str, bool]:

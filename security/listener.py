@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import grpc
 import structlog
-from grpc._cython import cygrpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # compiled, without types
 from pydantic import BaseModel, ConfigDict, Field
 
 from security.scopes import METHOD_SCOPES
@@ -183,7 +183,7 @@ class Listener(grpc.aio.Server):
         self._methods = tuple(methods)
         self._generic: list[Any] = []
 
-    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         """Add services; those of their methods that are not in the table do not exist."""
         self._generic.extend(generic_rpc_handlers)
 
@@ -219,6 +219,11 @@ class Listener(grpc.aio.Server):
     async def wait_for_termination(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - grpc's interface
         """Wait until the server has stopped; return whether the time ran out before that."""
         return bool(await self._server.wait_for_termination(timeout))
+
+    def __del__(self) -> None:
+        """Stop what nobody stopped, as grpc.aio's own server does: the core must not outlive its event loop."""
+        if hasattr(self, "_server") and self._server.is_running() and not self._loop.is_closed():
+            cygrpc.schedule_coro_threadsafe(self._server.shutdown(None), self._loop)
 
 
 def _bound(address: str, port: int) -> int:

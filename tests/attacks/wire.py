@@ -90,10 +90,15 @@ def message(data: bytes) -> bytes:
 
 
 class Wire:
-    """A connection that the test drives frame by frame."""
+    """A connection that the test drives frame by frame.
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+    Args:
+        sock: What it goes over.
+        polite: Answer the server's SETTINGS and PINGs, as HTTP/2 demands.
+    """
+
+    def __init__(self, sock: socket.socket, *, polite: bool = True) -> None:
+        self.sock, self.polite = sock, polite
         self._buffer = bytearray()
         self._stream = -1
 
@@ -146,10 +151,10 @@ class Wire:
             kind, flags, stream = self._buffer[3], self._buffer[4], int.from_bytes(self._buffer[5:9]) & 0x7FFFFFFF
             payload = bytes(self._buffer[9 : 9 + length])
             del self._buffer[: 9 + length]
-            if kind == SETTINGS and not flags & ACK:
+            if self.polite and kind == SETTINGS and not flags & ACK:
                 with contextlib.suppress(OSError):
                     self.send(frame(SETTINGS, ACK))
-            if kind == PING and not flags & ACK:
+            if self.polite and kind == PING and not flags & ACK:
                 with contextlib.suppress(OSError):
                     self.send(frame(PING, ACK, payload=payload))
             yield Frame(kind, flags, stream, payload)
