@@ -81,7 +81,9 @@ from security.audit.writer import AuditLog, Terms
 from security.authenticator import Authenticator
 from security.binding import Guard
 from security.enrolment import IssuingCa
+from security.guard import CallGuard
 from security.interceptors import AuthInterceptor
+from security.listener import Listener
 from security.oidc import OidcIssuers
 from security.roles import AccessBook
 from security.tenants import TenantRepositories
@@ -187,7 +189,8 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             settings,
             RefusalAudit(trail, refusals),
             AuthInterceptor(authenticator, guard=guard),
-            ActionAudit(trail),
+            CallGuard(settings.listener),
+            ActionAudit(trail),  # sees requests that were read and parsed
         )
         counters = GatewayCounters()
         shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
@@ -320,15 +323,11 @@ async def _start_limits(settings: CloudSettings, database: Database, state: Path
 
 def _server(settings: CloudSettings, *interceptors: grpc.aio.ServerInterceptor) -> tuple[grpc.aio.Server, str, str]:
     """Return a server that is bound to its two addresses, and these: for everybody, and for devices."""
-    server = grpc.aio.server(
+    server = Listener(
+        settings.listener,
+        message_bytes=settings.max_message_bytes,
+        calls=settings.concurrent_calls,
         interceptors=(StatusInterceptor(), *interceptors),
-        options=(
-            ("grpc.max_receive_message_length", settings.max_message_bytes),
-            ("grpc.max_send_message_length", settings.max_message_bytes),
-            ("grpc.so_reuseport", 0),  # or a second cloud would silently share the port
-            ("grpc.keepalive_time_ms", 60_000),  # finds watchers that went away without a word
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ),
     )
     key, chain = settings.home / "server.key", settings.home / "server.pem"
     address = _bind(server, "listen", settings.listen, server_credentials(key, chain))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from cloud.quotas import Defaults, Limits, parse_rate, parse_size
 from isthmus.errors import InputError
 from isthmus.settings import Settings
+from security.listener import ListenerLimits
 from security.oidc import OidcConfig
 
 
@@ -63,6 +64,12 @@ class QuotasSettings(BaseModel):
         return Defaults(self.tenant.limits, self.device.limits, self.model.limits)
 
 
+class CloudListener(ListenerLimits):
+    """The limits of the gateway's listener: one connection for each device, and those of operators and clients."""
+
+    connections: int = Field(default=4096, ge=1, le=1 << 20, description="Open connections; more are closed at once.")
+
+
 class CloudSettings(Settings):
     """Everything that `isthmus cloud serve` can be told."""
 
@@ -100,6 +107,10 @@ class CloudSettings(Settings):
         default=5.0, gt=0, description="Seconds that Triton may take to stop before it is killed"
     )
     max_message_bytes: int = Field(default=64 << 20, ge=1 << 20, le=1 << 30, description="Largest inference message")
+    concurrent_calls: int = Field(
+        default=8192, ge=1, le=1 << 20, description="Calls in progress, one for each device among them"
+    )
+    listener: CloudListener = Field(default=CloudListener(), description="What the listener takes from callers")
     default_deadline_s: float = Field(default=30.0, gt=0, description="Deadline of requests that come without one")
     token_ttl_s: int = Field(default=900, ge=60, le=86400, description="Life of the access tokens that devices get")
     drain_s: float = Field(default=5.0, ge=0, description="Seconds that running requests get when the cloud stops")

@@ -47,10 +47,13 @@ from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
 from isthmus.policies import check_serving
+from isthmus.status import StatusInterceptor
 from isthmus.stick import Stick
 from isthmus.tensors import Array
 from isthmus.v1 import fleet_pb2
+from security.guard import CallGuard
 from security.interceptors import AuthInterceptor, current_claims
+from security.listener import ListenerLimits
 from security.tls import server_credentials
 from security.tokens import TokenVerifier
 
@@ -126,6 +129,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         interceptors=interceptors,
         concurrent_calls=settings.concurrent_calls,
         message_bytes=settings.message_mib << 20,
+        limits=_limits(settings),
     )
     return Agent(
         lock=lock,
@@ -314,7 +318,13 @@ def _protection(
 ) -> tuple[grpc.ServerCredentials | None, tuple[grpc.aio.ServerInterceptor, ...]]:
     if is_local(settings.listen):
         return None, ()
-    return server_credentials(home.key, home.certificate), (AuthInterceptor(verifier, tenant=tenant),)
+    guards = (StatusInterceptor(), AuthInterceptor(verifier, tenant=tenant), CallGuard(settings.listener))
+    return server_credentials(home.key, home.certificate), guards
+
+
+def _limits(settings: EdgeSettings) -> ListenerLimits:
+    """Return the listener's limits; streams of this machine's own programs may last as long as they like."""
+    return settings.listener.model_copy(update={"age_s": 0.0}) if is_local(settings.listen) else settings.listener
 
 
 def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink) -> Deferred | None:

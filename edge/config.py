@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from edge.trial import Terms
 from edge.window import parse_window
 from isthmus.settings import Settings
+from security.listener import ListenerLimits
 
 
 def _check_window(text: str) -> str:
@@ -39,6 +40,16 @@ class UpdateSettings(BaseModel):
         default=Terms(soak_s=60.0, max_error_rate=0.02, max_latency_ratio=3.0),
         description="How versions prove themselves, where the cloud does not say.",
     )
+
+
+class EdgeListener(ListenerLimits):
+    """The limits of a device's listener: `[listener]`."""
+
+    connections: int = Field(default=256, ge=1, le=1 << 20, description="Open connections; more are closed at once.")
+    streams: int = Field(default=128, ge=1, le=1 << 16, description="Calls in progress on one connection.")
+    caller_calls: int = Field(default=96, ge=1, le=1 << 16, description="Calls in progress of one token's subject.")
+    stranger_calls: int = Field(default=16, ge=1, le=1 << 16, description="Calls in progress without a token, in all.")
+    peer_calls: int = Field(default=8, ge=1, le=1 << 16, description="Calls in progress of one address, no token.")
 
 
 class EdgeSettings(Settings):
@@ -75,6 +86,7 @@ class EdgeSettings(Settings):
     model_calls: int = Field(
         default=128, ge=1, le=4096, description="Requests of one model in progress; more are refused."
     )
+    listener: EdgeListener = Field(default=EdgeListener(), description="What the listener takes from callers.")
     message_mib: int = Field(default=64, ge=1, le=1024, description="Largest message, MiB.")
     allow_non_finite: bool = Field(default=False, description="Accept NaN and infinity in inputs.")
     stream_requests: int = Field(
