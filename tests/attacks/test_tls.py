@@ -35,7 +35,7 @@ LOCAL = ("localhost", "127.0.0.1")
 # -- servers that pose as the cloud ---------------------------------------------------------------------------------
 
 
-class _Trap:
+class _Trap(fleet_pb2_grpc.FleetServiceServicer):
     """A fleet service of somebody else, who would like to have a code."""
 
     def __init__(self) -> None:
@@ -48,8 +48,9 @@ class _Trap:
 
 @asynccontextmanager
 async def _trap(key: Path, chain: Path) -> AsyncIterator[tuple[str, _Trap]]:
-    trap, server = _Trap(), grpc.aio.server()
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(trap, server)  # type: ignore[arg-type]
+    trap = _Trap()  # type: ignore[abstract]
+    server = grpc.aio.server()
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(trap, server)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(key, chain))
     await server.start()
     try:

@@ -1,6 +1,7 @@
 """Certificates and token keys are rotated under load at a cloud process, and no request fails.
 
-`python -m tests.cloud.test_rotation SECONDS` is the same for as long as one likes, and prints the figures.
+The same for as long as one likes:
+python -c "import tests.conftest; from tests.cloud.test_rotation import *; print(rotate_under_load(Path('FOLDER'), 300))"
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ import asyncio
 import json
 import socket
 import ssl
-import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -160,11 +159,3 @@ def test_no_request_fails_while_certificate_and_token_keys_are_rotated(tmp_path:
     assert tally.rotations >= 2
     assert len(tally.serials) >= 2, "new certificates were served"
     assert len(tally.kids) >= 2, "new keys signed, and tokens of the first one stayed good"
-
-
-if __name__ == "__main__":
-    from isthmus import tls13
-
-    tls13.enforce()
-    with tempfile.TemporaryDirectory() as place:
-        print(rotate_under_load(Path(place), float(sys.argv[1])))  # noqa: T201
