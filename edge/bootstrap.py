@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping
 from functools import partial
 
@@ -137,7 +136,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         server=server,
         models=models,
         token=token,
-        certificate=CertificateKeeper(home, channel, token, connect, clock=time.time),
+        certificate=CertificateKeeper(home, channel, token, connect),
         uplink=uplink,
         fleet=fleet,
         desired=desired,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Final
 
 import grpc
@@ -23,6 +23,7 @@ from isthmus.errors import IsthmusError
 from security.authority import load_certificate
 
 LOOK_S: Final = 3600.0  # clocks are set, and machines sleep
+_REST_S: Final = 60.0  # after a renewal, whatever the clocks say
 _RENEW_AT: Final = 2 / 3  # of its life
 _SPREAD: Final = 0.05  # of its life, so that devices that were enrolled on one day do not come on one day
 
@@ -37,7 +38,6 @@ class CertificateKeeper:
         channel: To the cloud.
         token: Gets a new token along with a new certificate.
         connect: Opens the channel that shows the certificate that is on the disk then.
-        clock: Seconds since the epoch.
         spread: A number in [0, 1) that is the device's own.
     """
 
@@ -48,11 +48,9 @@ class CertificateKeeper:
         token: AccessToken,
         connect: Callable[[], grpc.aio.Channel],
         *,
-        clock: Callable[[], float],
         spread: float | None = None,
     ) -> None:
         self._home, self._channel, self._token, self._connect = home, channel, token, connect
-        self._clock = clock
         self._spread = random.random() if spread is None else spread  # noqa: S311
         self._backoff = Backoff(first_s=1.0, longest_s=600.0)
 
@@ -80,6 +78,7 @@ class CertificateKeeper:
                 await self._backoff.pause()
                 continue
             self._backoff.reset()
+            await self._backoff.sleep(_REST_S)
 
     async def follow(self) -> None:
         """Find the cloud again when it is not where it was, until cancelled."""
@@ -115,5 +114,4 @@ class CertificateKeeper:
         log.info("certificate renewed", until=load_certificate(self._home.certificate).not_valid_after_utc.isoformat())
 
     def _is_due(self) -> bool:
-        now = datetime.fromtimestamp(self._clock(), UTC)
-        return now >= self.due_at() - timedelta(seconds=1)
+        return datetime.fromtimestamp(self._token.now(), UTC) >= self.due_at()

@@ -279,7 +279,7 @@ class AccessToken:
 
     def current(self) -> str | None:
         """Return the token, None when there is none that is still valid."""
-        return self._token if self._clock() < self._expires_at else None
+        return self._token if self.now() < self._expires_at else None
 
     async def wait(self) -> str:
         """Return the token, as soon as there is a first one."""
@@ -288,7 +288,7 @@ class AccessToken:
 
     def renew_soon(self) -> None:
         """Renew now rather than when due, because the cloud does not accept the token."""
-        if self._clock() - self._obtained_at > _YOUNG_S:  # a new one would not be accepted either
+        if self.now() - self._obtained_at > _YOUNG_S:  # a new one would not be accepted either
             self._backoff.wake()
 
     def connected(self) -> None:
@@ -306,7 +306,7 @@ class AccessToken:
                 await self._backoff.pause()
                 continue
             self._backoff.reset()
-            await self._backoff.sleep(max(1.0, (self._expires_at - self._clock()) * _RENEW_AT))
+            await self._backoff.sleep(max(1.0, (self._expires_at - self.now()) * _RENEW_AT))
 
     async def change_over(self, channel: grpc.aio.Channel, replace: Callable[[], None]) -> None:
         """Get a token for a new connection, which is the only one that it is good on, and use both from then on.
@@ -328,7 +328,7 @@ class AccessToken:
         Raises:
             ConfigError: The device's key cannot be used.
         """
-        now = datetime.fromtimestamp(self._clock(), UTC)
+        now = datetime.fromtimestamp(self.now(), UTC)
         return make_assertion(self._home.key, self._enrolment.device_id, self._enrolment.token_audience, now)
 
     async def ask_where(self) -> None:
@@ -358,7 +358,8 @@ class AccessToken:
             raise
         return response
 
-    def _clock(self) -> float:
+    def now(self) -> float:
+        """Return what time it is, for the cloud as far as that is known; seconds since the epoch."""
         return self._local_clock() + self._ahead_s
 
     def _orient(self, metadata: Any) -> None:
@@ -379,7 +380,7 @@ class AccessToken:
         return await self.oriented(stub.IssueToken(request, timeout=TOKEN_TIMEOUT_S))
 
     def _take(self, response: Any) -> None:
-        self._token, self._obtained_at = response.access_token, self._clock()
+        self._token, self._obtained_at = response.access_token, self.now()
         self._expires_at = response.expires_at.ToMicroseconds() / 1e6
         self._first.set()
         if response.jwks_json and response.jwks_json != self._home.jwks.read_bytes():
