@@ -239,8 +239,10 @@ def test_a_role_reaches_its_methods_and_no_others(site: Site, role: str) -> None
     for method, needed in METHOD_SCOPES.items():
         if method not in METHODS or needed in (PUBLIC, AUTHENTICATED) or METHODS[method].client_streaming:
             continue
-        answer = site.call(method, site.asked(method), token)
         allowed = needed in SCOPES_OF_ROLE[role]
+        if allowed and method.endswith("Watch"):  # it would not end
+            continue
+        answer = site.call(method, site.asked(method), token)
         assert (dict(answer.trailing).get(REASON_KEY) == "missing-scope") is not allowed or (
             answer.code is grpc.StatusCode.UNIMPLEMENTED
         ), method
