@@ -1,7 +1,7 @@
 """What it costs to know who calls, on the warm path: a token, a token of grants, an API key, an external token.
 
 Each request brings its credential as a new string, as gRPC hands metadata over, so its hash is computed every time.
-Nothing is sent: what is measured is the work between the metadata and the claims.
+Nothing is sent: what is measured is the processor time between the metadata and the claims.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def _cost(work: Callable[[str], object], credential: str, calls: int) -> float:
     first, rest = credential[:10], credential[10:]
     gc.collect()
     gc.disable()
-    started = time.perf_counter_ns()
+    started = time.thread_time_ns()
     for _ in range(calls):
         work(first + rest)
-    spent = time.perf_counter_ns() - started
+    spent = time.thread_time_ns() - started
     gc.enable()
     return spent / calls / 1000
 
