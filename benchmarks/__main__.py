@@ -19,6 +19,7 @@ NAMES: Final = (
     "tuning",
     "fleet",
     "gateway",
+    "authentication",
 )
 
 folder = Path("build/benchmarks")

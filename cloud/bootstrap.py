@@ -394,8 +394,7 @@ async def _keep_fresh(repositories: TenantRepositories) -> None:
     """Re-sign the metadata that is about to expire, now and every hour."""
     while True:
         try:
-            for tenant in repositories.names():
-                await asyncio.to_thread(repositories.of(tenant).refresh_if_due, datetime.now(UTC))
+            await asyncio.to_thread(repositories.refresh_if_due, datetime.now(UTC))
         except (IsthmusError, OSError) as error:  # a disk may be full for a while
             log.exception("signed metadata not renewed", reason=getattr(error, "reason", "disk"))
             await asyncio.sleep(_REFRESH_AGAIN_S)

@@ -30,7 +30,7 @@ from security.tenancy import DEFAULT_TENANT
 from security.tokens import ALL_MODELS, Claims, TokenVerifier
 
 if TYPE_CHECKING:  # a device has no use for what speaks to issuers
-    from security.oidc import Identity, OidcIssuers
+    from security.oidc import OidcIssuer, OidcIssuers
 
 _REMEMBERED: Final = 4096
 _ONLY_GRANTED: Final = frozenset({GRANTED})
@@ -63,6 +63,7 @@ class Authenticator:
     ) -> None:
         self._tokens, self._book, self._issuers = tokens, book or AccessBook(), issuers
         self._clock = clock
+        self._ours: set[str] = set()
         self._known: OrderedDict[tuple[str | bytes, str], _Known] = OrderedDict()
 
     def verify(self, credential: str, tenant: str = "") -> Claims:
@@ -78,14 +79,16 @@ class Authenticator:
         """
         if credential.startswith(SCHEME):
             return self._api_key(credential, tenant)
-        known = self._remembered((credential, tenant))
-        if known is not None:
-            return known
-        if self._issuers is not None and (issuer := self._issuers.of(credential)) is not None:
-            return self._granted(credential, tenant, issuer.verify(credential, self._clock()))
-        claims = self._tokens.verify(credential)
+        if credential not in self._ours:
+            known = self._remembered((credential, tenant))
+            if known is not None:
+                return known
+            if self._issuers is not None and (issuer := self._issuers.of(credential)) is not None:
+                return self._external(credential, tenant, issuer)
+        claims = self._tokens.verify(credential)  # which remembers, too, and knows what has been revoked
+        self._note_ours(credential)
         if claims.scopes == _ONLY_GRANTED:
-            return self._granted_token(claims, tenant)
+            return self._granted_token(credential, claims, tenant)
         if tenant and tenant != claims.tenant:
             return _acting_in(claims, tenant)
         return claims
@@ -106,17 +109,29 @@ class Authenticator:
             claims = _acting_in(claims, tenant)
         return self._remember((digest, tenant), claims, key.expires_at)
 
-    def _granted_token(self, claims: Claims, tenant: str) -> Claims:
+    def _note_ours(self, credential: str) -> None:
+        """Remember that a valid token is no external one: its text, which says so, does not change."""
+        if len(self._ours) >= _REMEMBERED:
+            self._ours.clear()
+        self._ours.add(credential)
+
+    def _granted_token(self, credential: str, claims: Claims, tenant: str) -> Claims:
         """Return what a token of this cloud is worth by grants."""
+        known = self._remembered((credential, tenant))
+        if known is not None:
+            return known
         grants = self._book.grants_of((f"subject:{claims.subject}",), claims.tenant)
         worth = claims_of(
             grants, claims.subject, claims.tenant, claims.expires_at,
             token_id=claims.token_id, thumbprint=claims.thumbprint,
         )  # fmt: skip
         worth = limited(worth, claims.models)
-        return _acting_in(worth, tenant) if tenant and tenant != claims.tenant else worth
+        if tenant and tenant != claims.tenant:
+            worth = _acting_in(worth, tenant)
+        return self._remember((credential, tenant), worth, claims.expires_at.timestamp() + EXPIRY_LEEWAY_S)
 
-    def _granted(self, credential: str, tenant: str, identity: Identity) -> Claims:
+    def _external(self, credential: str, tenant: str, issuer: OidcIssuer) -> Claims:
+        identity = issuer.verify(credential, self._clock())
         tenants = self._book.tenants_of(identity.principals)
         if tenant in tenants:
             chosen = tenant

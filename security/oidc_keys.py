@@ -131,8 +131,12 @@ class IssuerKeys:
 
     async def refresh(self) -> None:
         """Fetch the keys; keep the old ones when that fails."""
+        await asyncio.to_thread(self.load)
+
+    def load(self) -> None:
+        """Fetch the keys; keep the old ones when that fails. Blocks; the new ones take the old ones' place at once."""
         try:
-            keys = parse_keys(await asyncio.to_thread(self._source.read))
+            keys = parse_keys(self._source.read())
         except IsthmusError as error:
             log.warning("keys of an issuer not fetched", issuer=self._name, reason=error.reason, error=error.message)
             return

@@ -19,7 +19,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from isthmus.errors import ConfigError, ConflictError, InputError, NotFoundError
+from isthmus.errors import ConfigError, ConflictError, InputError, IsthmusError, NotFoundError
 from security.keyfiles import make_private_folder, read_file, replace_file, save_private_key, sync_folder
 from security.repository import CloudRepository, create_repository
 from security.tenancy import DEFAULT_TENANT, check_tenant
@@ -59,6 +59,22 @@ class TenantRepositories:
                     raise NotFoundError(f"there is no tenant {tenant!r}", reason="unknown-tenant")
                 found = self._open[tenant] = CloudRepository(folder, clock=self._clock)
             return found
+
+    def refresh_if_due(self, now: datetime) -> None:
+        """Sign anew what is about to expire, of every tenant; what is wrong with one does not keep it from the others.
+
+        Raises:
+            IsthmusError: The files of a tenant cannot be used.
+            OSError: The disk does not take them.
+        """
+        failed: Exception | None = None
+        for tenant in self.names():
+            try:
+                self.of(tenant).refresh_if_due(now)
+            except (IsthmusError, OSError) as error:
+                failed = error
+        if failed is not None:
+            raise failed
 
     def names(self) -> list[str]:
         """Return the names of all tenants, the default one first."""
