@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.registry import Collector
 
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
@@ -34,6 +35,7 @@ from cloud.counters import GatewayCounters
 from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway, Inference
+from cloud.metrics import GatewayCollector, cloud_registry
 from cloud.publish import Publisher
 from cloud.registry import RegistryService
 from cloud.replicas import Replicas
@@ -47,6 +49,7 @@ from cloud.traffic_service import TrafficService
 from cloud.tritons import open_replicas, start_replicas
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
 from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc, traffic_pb2_grpc
@@ -77,6 +80,7 @@ class Cloud:
 
     address: str
     pool: Replicas
+    metrics: str | None  # where Prometheus reads, if anywhere
     _stack: AsyncExitStack
 
     @property
@@ -127,7 +131,8 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         counters = GatewayCounters()
         shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
         stack.push_async_callback(shadows.close)
-        inference = Inference(desk, shadows, MemoryCache(settings.cache_bytes), counters)
+        cache = MemoryCache(settings.cache_bytes)
+        inference = Inference(desk, shadows, cache, counters)
         gateway = Gateway(catalog, replicas, inference, default_deadline_s=settings.default_deadline_s)
         server.add_generic_rpc_handlers([gateway.handler()])
         services: Any = _Services(server)
@@ -149,12 +154,14 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
         await stack.enter_async_context(_background(desk.follow(), name="traffic"))
         await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
+        metrics = await _listen_for_metrics(settings, [GatewayCollector(counters, replicas, cache)], stack)
+        ready_file.metrics = metrics
         servicer = await _listen(server, settings.drain_s, stack)
         await stack.enter_async_context(_background(_report_health(servicer, replicas), name="health"))
         stack.callback(conductor.close)
         ready_file.write()
-        log.info("cloud serves", address=address, models=catalog.models)
-        return Cloud(address, replicas, stack.pop_all())
+        log.info("cloud serves", address=address, metrics=metrics, models=catalog.models)
+        return Cloud(address, replicas, metrics, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -189,7 +196,7 @@ def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Serv
     """Return a server that is bound to its address, and that address."""
     check_free(settings.listen, "listen")
     server = grpc.aio.server(
-        interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())),
+        interceptors=(AuthInterceptor(issuer.verifier()), StatusInterceptor()),
         options=(
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -243,6 +250,17 @@ async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack
     return servicer
 
 
+async def _listen_for_metrics(
+    settings: CloudSettings, collectors: Sequence[Collector], stack: AsyncExitStack
+) -> str | None:
+    if settings.metrics_listen is None:
+        return None
+    server = MetricsServer(settings.metrics_listen, cloud_registry(*collectors), public=settings.metrics_public)
+    address = await server.start()
+    stack.push_async_callback(server.stop)
+    return address
+
+
 async def _report_health(servicer: health.aio.HealthServicer, replicas: Replicas) -> None:
     """Say NOT_SERVING of inference, and of inference only, while Triton is away: devices still get tokens and updates.
 
@@ -289,6 +307,7 @@ class _ReadyFile:
     def __init__(self, path: Path | None, address: str, replicas: Replicas) -> None:
         self._path, self._address, self._replicas = path, address, replicas
         self._written = False
+        self.metrics: str | None = None
 
     def check(self) -> None:
         """Check that the file can be written, before anything is started.
@@ -307,7 +326,7 @@ class _ReadyFile:
             return
         pids = [replica.server.pid for replica in self._replicas if replica.server is not None]
         record = {"address": self._address, "pid": os.getpid(), "triton_pid": pids[0] if pids else 0}
-        record |= {"triton_pids": pids}
+        record |= {"triton_pids": pids} | ({} if self.metrics is None else {"metrics": self.metrics})
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(record) + "\n")
         temporary.replace(self._path)
