@@ -142,7 +142,7 @@ class Gateway:
         answer = await self._replicas.infer(route.heavy, raw, timeout_s=self._time_left(head, context))
         if key is not None:
             await self._cache.put(tenant, key, answer, policy.cache_s)
-        if policy.shadow is not None and not head.model_version:
+        if policy.shadow is not None:
             self._copy(policy.shadow, head.model_name, route, raw, answer)
         return answer + _suffix(head.model_name, route.version, route.assignment)
 
