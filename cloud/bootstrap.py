@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.registry import Collector
 
 from cloud.access_service import AccessService
 from cloud.access_store import AccessStore
@@ -40,6 +41,7 @@ from cloud.fleet import FleetService
 from cloud.gateway import Gateway, Inference
 from cloud.journal import Journal
 from cloud.metering import Meter
+from cloud.metrics import GatewayCollector, cloud_registry
 from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
 from cloud.quota_follow import QuotaFollower
@@ -63,6 +65,7 @@ from cloud.usage import UsageService
 from cloud.usage_rows import QuotaTable, UsageTable
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
 from isthmus.v1 import (
@@ -128,6 +131,7 @@ class Cloud:
     device_address: str  # where devices call, with their certificates
     pool: Replicas
     limits: Limits
+    metrics: str | None  # where Prometheus reads, if anywhere
     _stack: AsyncExitStack
 
     @property
@@ -195,9 +199,8 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         counters = GatewayCounters()
         shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
         stack.push_async_callback(shadows.close)
-        inference = Inference(
-            desk, shadows, MemoryCache(settings.cache_bytes), counters, limits.admission, limits.meter
-        )
+        cache = MemoryCache(settings.cache_bytes)
+        inference = Inference(desk, shadows, cache, counters, limits.admission, limits.meter)
         unsealer = Unsealer(settings.home)
         gateway = Gateway(
             catalog, replicas, inference,
@@ -241,12 +244,14 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(desk.follow(), name="traffic"))
         await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
         await stack.enter_async_context(_background(_sum_up(trail, refusals), name="audit-summaries"))
+        metrics = await _listen_for_metrics(settings, [GatewayCollector(counters, replicas, cache)], stack)
+        ready_file.metrics = metrics
         servicer = await _listen(server, settings.drain_s, stack)
         await stack.enter_async_context(_background(_report_health(servicer, replicas), name="health"))
         stack.callback(conductor.close)
         ready_file.write()
-        log.info("cloud serves", address=address, device_address=device_address, models=catalog.models)
-        return Cloud(address, device_address, replicas, limits, stack.pop_all())
+        log.info("cloud serves", address=address, device_address=device_address, metrics=metrics, models=catalog.models)
+        return Cloud(address, device_address, replicas, limits, metrics, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -362,6 +367,17 @@ async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack
     return servicer
 
 
+async def _listen_for_metrics(
+    settings: CloudSettings, collectors: Sequence[Collector], stack: AsyncExitStack
+) -> str | None:
+    if settings.metrics_listen is None:
+        return None
+    server = MetricsServer(settings.metrics_listen, cloud_registry(*collectors), public=settings.metrics_public)
+    address = await server.start()
+    stack.push_async_callback(server.stop)
+    return address
+
+
 async def _report_health(servicer: health.aio.HealthServicer, replicas: Replicas) -> None:
     """Say NOT_SERVING of inference, and of inference only, while Triton is away: devices still get tokens and updates.
 
@@ -419,6 +435,7 @@ class _ReadyFile:
     def __init__(self, path: Path | None, address: str, device_address: str, replicas: Replicas) -> None:
         self._path, self._address, self._device_address, self._replicas = path, address, device_address, replicas
         self._written = False
+        self.metrics: str | None = None
 
     def check(self) -> None:
         """Check that the file can be written, before anything is started.
@@ -443,6 +460,7 @@ class _ReadyFile:
             "triton_pid": pids[0] if pids else 0,
             "triton_pids": pids,
         }
+        record |= {} if self.metrics is None else {"metrics": self.metrics}
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(record) + "\n")
         temporary.replace(self._path)

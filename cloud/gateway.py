@@ -181,7 +181,7 @@ class Gateway:
         call.answered(len(answer) + len(suffix))
         if key is not None:
             await self._cache.put(tenant, key, answer, policy.cache_s)
-        if policy.shadow is not None and not head.model_version:
+        if policy.shadow is not None:
             self._copy(policy.shadow, head.model_name, route, plain, answer)
         return answer + suffix
 

@@ -17,7 +17,6 @@ import contextlib
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +73,8 @@ class _Loaded:
     broken: bool = False
     retry_at: float = 0.0  # loop time after which loading a broken one is tried again
     expected: bool = False  # it was to be loaded while Triton was away
+    running: int = 0  # requests
+    idle: asyncio.Event | None = None  # set when the last of them ends, where somebody waits for that
 
 
 class HeavyPool:
@@ -102,8 +103,6 @@ class HeavyPool:
         self._load_s, self._drain_s = load_s, drain_s
         self._count_stubs = count_stubs
         self._loaded: dict[HeavyId, _Loaded] = {}
-        self._running: Counter[HeavyId] = Counter()
-        self._draining: dict[HeavyId, asyncio.Event] = {}
         self._lock = asyncio.Lock()
         self._repairs: set[asyncio.Task[None]] = set()
         self._restoring = False
@@ -134,7 +133,7 @@ class HeavyPool:
         if state is None or state.broken:
             raise NotAcceptedError("the heavy model is not available now", reason="heavy-not-loaded")
         generation = state.generation
-        self._running[heavy] += 1
+        state.running += 1
         try:
             request = override_fields(request, model_name=heavy.name, model_version="1")
             return await self._client.infer(request, timeout_s=timeout_s)
@@ -143,14 +142,9 @@ class HeavyPool:
                 self._repair_soon(heavy, generation)
             raise
         finally:
-            self._leave(heavy)
-
-    def _leave(self, heavy: HeavyId) -> None:
-        self._running[heavy] -= 1
-        if self._running[heavy] == 0:
-            del self._running[heavy]
-            if heavy in self._draining:
-                self._draining[heavy].set()
+            state.running -= 1
+            if state.idle is not None and not state.running:
+                state.idle.set()
 
     async def metadata(self, heavy: HeavyId) -> Any:
         """Return the ModelMetadataResponse of a heavy version, under Triton's name of it.
@@ -232,9 +226,10 @@ class HeavyPool:
     async def retire(self, heavy: HeavyId) -> None:
         """Unload a heavy version once its running requests are answered; nothing happens when it is not loaded."""
         async with self._lock:
-            if self._loaded.pop(heavy, None) is None:
+            state = self._loaded.pop(heavy, None)
+            if state is None:
                 return
-            await self._drain(heavy)
+            await self._drain(heavy, state)
             with contextlib.suppress(UnavailableError):  # a Triton that is down has nothing loaded
                 await self._client.unload(heavy.name)
             log.info("heavy model retired", heavy=heavy.name)
@@ -247,16 +242,14 @@ class HeavyPool:
                 if folder.name not in wanted:
                     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
-    async def _drain(self, heavy: HeavyId) -> None:
-        if not self._running[heavy]:
+    async def _drain(self, heavy: HeavyId, state: _Loaded) -> None:
+        if not state.running:
             return
-        idle = self._draining[heavy] = asyncio.Event()
+        state.idle = asyncio.Event()
         try:
-            await asyncio.wait_for(idle.wait(), self._drain_s)
+            await asyncio.wait_for(state.idle.wait(), self._drain_s)
         except TimeoutError:
-            log.warning("heavy model retired while requests run", heavy=heavy.name, requests=self._running[heavy])
-        finally:
-            del self._draining[heavy]
+            log.warning("heavy model retired while requests run", heavy=heavy.name, requests=state.running)
 
     async def restore(self) -> None:
         """Check a Triton that has just started, and load everything that was loaded.

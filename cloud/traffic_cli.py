@@ -84,7 +84,7 @@ def show(
     from cloud.traffic_client import TrafficClient
 
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
-        records = TrafficClient(client).list(model)
+        records = TrafficClient(client).reports(model)
     if as_json:
         show_table("traffic", records, as_json=True)
         return

@@ -30,7 +30,7 @@ class TrafficClient:
         answer = self._client.call(f"roll back traffic of {model}", self._stub.RollbackTraffic, request)
         return policy_record(answer.policy) | {"released": answer.released}
 
-    def list(self, model: str = "") -> list[dict[str, Any]]:
+    def reports(self, model: str = "") -> list[dict[str, Any]]:
         """Return a record for each model that has a policy."""
         request = traffic_pb2.ListTrafficRequest(model=model)
         answer = self._client.call("list traffic", self._stub.ListTraffic, request)

@@ -160,7 +160,7 @@ def test_requests_whose_callers_have_gone_are_not_run_where_triton_batches(tmp_p
                 asked = [asyncio.create_task(pool.infer(heavy, slow, timeout_s=timeout_s)) for _ in range(6)]
 
                 async def reached_triton() -> bool:
-                    return (await counts(heavy))[0] + pool._running[heavy] > 0
+                    return pool._loaded[heavy].running == 6
 
                 await eventually(reached_triton, "the requests are there")
                 await asyncio.wait(asked, timeout=0.1)  # Triton has begun with the first

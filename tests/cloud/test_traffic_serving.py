@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import signal
+import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cloud.bootstrap import Cloud
 from cloud.replicas import Replica
@@ -50,7 +52,7 @@ class Stage:
 
     def report(self) -> dict[str, Any]:
         with self.workspace.client(self.cloud) as client:
-            return TrafficClient(client).list("triage")[0]
+            return TrafficClient(client).reports("triage")[0]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("traffic")
     workspace = make_workspace(folder / "workspace")
     with asyncio.Runner() as runner:
-        running = serving(workspace, triton_children=2)
+        running = serving(workspace, triton_children=2, metrics_listen="127.0.0.1:0")
         cloud = runner.run(running.__aenter__())
 
         async def publish() -> None:
@@ -220,12 +222,42 @@ def test_equal_requests_get_the_kept_answer_under_their_own_id(stage: Stage) -> 
     stage.runner.run(story())
 
 
+def scrape(stage: Stage) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{stage.cloud.metrics}/metrics", timeout=20) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {
+        f"{sample.name}{sorted(sample.labels.items())}" if sample.labels else sample.name: sample.value
+        for sample in samples
+    }
+
+
+def test_metrics_tell_what_was_counted(stage: Stage) -> None:
+    async def story() -> None:
+        await asyncio.to_thread(stage.set, split=split((2, 1.0)))
+        before = await asyncio.to_thread(scrape, stage)
+        async with load(stage, callers=2) as counted:
+            await more(counted, 50)
+        after = await asyncio.to_thread(scrape, stage)
+        labels = [("assignment", "canary"), ("model", "triage"), ("outcome", "answered"), ("version", "2")]
+        name = f"isthmus_gateway_requests_total{labels}"
+        assert after[name] - before.get(name, 0.0) == counted.answers.total()
+        count = "isthmus_gateway_seconds_count[('model', 'triage')]"
+        assert after[count] - before.get(count, 0.0) == counted.answers.total()
+        assert after["isthmus_triton_state[('state', 'serving'), ('triton', 'child-1')]"] == 1
+        sent = [f"isthmus_triton_requests_total[('triton', 'child-{number}')]" for number in (1, 2)]
+        assert sum(after[name] - before[name] for name in sent) == counted.answers.total()
+        await asyncio.to_thread(stage.roll_back)
+
+    stage.runner.run(story())
+
+
 def test_a_version_that_does_not_exist_is_no_canary(stage: Stage) -> None:
     async def story() -> None:
         with pytest.raises(NotFoundError, match="no version 9"):
             await asyncio.to_thread(stage.set, split=split((9, 0.1)))
         with stage.workspace.client(stage.cloud) as client:
-            reports = await asyncio.to_thread(TrafficClient(client).list)
+            reports = await asyncio.to_thread(TrafficClient(client).reports)
         assert not any(report["shares"] for report in reports)
 
     stage.runner.run(story())
@@ -237,7 +269,7 @@ def test_a_caller_that_leaves_takes_its_request_along(stage: Stage) -> None:
         slow = encode_request("triage", {"x": np.array([[-2, 0, 0, 0]], np.float32)})
 
         async def under_way(count: int) -> bool:
-            return sum(replica.under_way for replica in stage.cloud.pool) == count
+            return bool(sum(replica.under_way for replica in stage.cloud.pool) == count)
 
         async with stage.workspace.channel(stage.cloud) as channel:
             inference = service_pb2_grpc.GRPCInferenceServiceStub(channel)
