@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
 from cloud.supervisor import TritonServer
 from cloud.triton import TritonClient, check_link
+from cloud.triton_usage import TritonUsage
 from cloud.usage import UsageService
 from cloud.usage_rows import QuotaTable, UsageTable
 from isthmus.address import check_free
@@ -134,7 +136,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
         )
-        limits = await _start_limits(settings, database, state, stack)
+        limits = await _start_limits(settings, database, state, client, stack)
         server, address = _server(settings, issuer)
         gateway = Gateway(
             catalog, pool, client, limits.admission, limits.meter, default_deadline_s=settings.default_deadline_s
@@ -195,7 +197,9 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
     return state
 
 
-async def _start_limits(settings: CloudSettings, database: Database, state: Path, stack: AsyncExitStack) -> Limits:
+async def _start_limits(
+    settings: CloudSettings, database: Database, state: Path, client: TritonClient, stack: AsyncExitStack
+) -> Limits:
     """Start what counts requests; when the cloud stops, it ends after the last request and before the database."""
     book, table = QuotaBook(settings.quotas.defaults), QuotaTable(database)
     usage = UsageTable(database)
@@ -212,8 +216,16 @@ async def _start_limits(settings: CloudSettings, database: Database, state: Path
     follower = QuotaFollower(table, book)
     await follower.refresh()
     await stack.enter_async_context(_background(follower.run(), name="quotas"))
+    # A Triton of our own is another one each time; one that is shared keeps its name.
+    source = client.address if settings.triton else f"{client.address} of {uuid.uuid4().hex}"
+
+    async def tritons() -> dict[str, list[Any]]:
+        return {source: await client.statistics()}
+
+    compute = TritonUsage(database, tritons, every_s=settings.metering_flush_s)
+    await stack.enter_async_context(_background(compute.run(), name="compute"))
     admission = Admission(book, store, streams=settings.device_streams)
-    return Limits(admission, store, meter, UsageService(usage, table, meter, follower))
+    return Limits(admission, store, meter, UsageService(usage, table, meter, compute, follower))
 
 
 def _triton(settings: CloudSettings, state: Path, stack: AsyncExitStack) -> tuple[TritonServer | None, TritonClient]:
