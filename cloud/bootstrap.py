@@ -49,6 +49,7 @@ from cloud.supervisor import TritonServer
 from cloud.triton import TritonClient, check_link
 from cloud.triton_usage import TritonUsage
 from cloud.usage import UsageService
+from cloud.usage_metrics import UsageCollector
 from cloud.usage_rows import QuotaTable, UsageTable
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
@@ -81,6 +82,10 @@ class Limits:
     store: QuotaStore
     meter: Meter
     service: UsageService
+
+    def collector(self) -> UsageCollector:
+        """Return what tells Prometheus of them."""
+        return UsageCollector(self.meter, self.admission, self.store)
 
 
 @dataclass(frozen=True, slots=True)

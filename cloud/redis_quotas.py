@@ -30,9 +30,9 @@ from isthmus.errors import ConfigError, MissingExtraError
 
 LEASE_S: Final = 30.0
 _RENEW_S: Final = 5.0
-_TIMEOUT_S: Final = 0.5  # of one answer; Redis needs a hundredth of a millisecond
+_TIMEOUT_S: Final = 1.0  # of one answer; Redis needs a tenth of a millisecond
 _AWAY_S: Final = 1.0  # how long Redis is left alone after it failed
-_CONNECTIONS: Final = 64
+_CONNECTIONS: Final = 8  # and so as many questions at a time; the others wait here, not in Redis
 _LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 
 # ARGV: lease, end of its life in ms from now, microseconds now or "", then for each key its kind and numbers.
@@ -120,9 +120,8 @@ def connect(address: str, *, ca: Path | None = None, plaintext: bool = False) ->
 
         secure = {"ssl_min_version": ssl.TLSVersion.TLSv1_3} | ({"ssl_ca_certs": str(ca)} if ca else {})
     try:
-        pool = redis.BlockingConnectionPool.from_url(
-            address, max_connections=_CONNECTIONS, timeout=_TIMEOUT_S, socket_timeout=_TIMEOUT_S,
-            socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), 0), **secure,
+        pool = redis.ConnectionPool.from_url(
+            address, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), 0), **secure
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"not an address of Redis: {error}", hint="redis://HOST:PORT/0 or unix:///PATH") from error
@@ -156,6 +155,7 @@ class RedisQuotas:
         self._lease_ms = round(lease_s * 1000)
         self._local = MemoryQuotas()
         self._held: dict[str, tuple[Scope, ...]] = {}  # scopes of the leases of requests that run
+        self._slots = asyncio.Semaphore(_CONNECTIONS)
         self._away_until = 0.0
         self._nothing = Grant(self)
         self.failures = 0  # times that Redis did not answer
@@ -168,11 +168,12 @@ class RedisQuotas:
 
     async def take(self, rules: Sequence[Rule], size: int) -> Grant | Refusal:
         """Count one request of `size` bytes against all `rules`, or against none of them."""
-        if self.up:
-            try:
-                return await self._take_shared(rules, size)
-            except self._errors as error:
-                self._fail(error)
+        async with self._slots:
+            if self.up:
+                try:
+                    return await self._take_shared(rules, size)
+                except self._errors as error:
+                    self._fail(error)
         self.local_requests += 1
         return await self._local.take(rules, size)
 
@@ -212,7 +213,7 @@ class RedisQuotas:
         if self._held.pop(grant.lease, None) is None or not self.up:
             return
         try:
-            async with self._client.pipeline(transaction=False) as pipeline:
+            async with self._slots, self._client.pipeline(transaction=False) as pipeline:
                 for scope in grant.scopes:
                     pipeline.zrem(_lease_key(scope), grant.lease)
                 await pipeline.execute()

@@ -16,9 +16,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from cloud.bootstrap import Cloud
 from cloud.client import Address, CloudClient
+from cloud.redis_quotas import RedisQuotas
 from edge.breaker import Breaker
 from edge.uplink import Answer, Failure, Uplink, open_channel
 from isthmus.errors import IsthmusError, NotFoundError, PermissionDeniedError, QuotaError
@@ -175,7 +177,7 @@ def test_as_many_run_as_may(stage: Stage) -> None:
             pending = [asyncio.ensure_future(infer(slow)) for _ in range(2)]
 
             async def both_run() -> bool:
-                return sum(stage.cloud.pool._running.values()) == 2
+                return stage.cloud.pool._running.total() == 2
 
             await eventually(both_run, "two requests run")
             assert await infer() == "too-many-requests"
@@ -184,7 +186,7 @@ def test_as_many_run_as_may(stage: Stage) -> None:
             await asyncio.gather(*pending, return_exceptions=True)
 
             async def has_room() -> bool:
-                return await infer() == "answered"
+                return bool(await infer() == "answered")
 
             await eventually(has_room, "those that were cancelled have left")
 
@@ -229,6 +231,27 @@ def test_an_agent_waits_as_long_as_it_is_told(stage: Stage) -> None:
 
     stage.runner.run(story())
     assert stage.usage("patient")["limited"] == 1
+
+
+def test_tells_prometheus(stage: Stage) -> None:
+    stage.set("scraped", rate="0/s", burst=3)
+
+    async def story() -> str:
+        async with caller(stage.workspace, stage.cloud.address, "a", "scraped") as infer:
+            assert [await infer() for _ in range(5)].count("answered") == 3
+        registry = CollectorRegistry(auto_describe=True)
+        registry.register(stage.cloud.limits.collector())
+        return generate_latest(registry).decode()
+
+    lines = stage.runner.run(story()).splitlines()
+    series = 'tenant="scraped",version="1"'
+    assert f'isthmus_gateway_requests_total{{model="triage",outcome="answered",{series}}} 3.0' in lines
+    assert f'isthmus_gateway_requests_total{{model="triage",outcome="limited",{series}}} 2.0' in lines
+    assert f'isthmus_gateway_calls_total{{model="triage",{series}}} 3.0' in lines
+    assert f'isthmus_gateway_request_bytes_total{{model="triage",{series}}} {5.0 * len(REQUEST)}' in lines
+    assert 'isthmus_quota_refusals_total{reason="quota-exceeded",tenant="scraped"} 2.0' in lines
+    shared = isinstance(stage.cloud.limits.store, RedisQuotas)
+    assert ("isthmus_quota_redis_up 1.0" in lines) is shared
 
 
 def test_a_request_that_is_larger_than_ever_allowed_is_refused_for_good(stage: Stage) -> None:
