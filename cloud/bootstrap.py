@@ -210,7 +210,13 @@ async def _start_limits(
     usage = UsageTable(database)
     store: QuotaStore = MemoryQuotas()
     if address := settings.redis.get_secret_value():
-        shared = RedisQuotas(connect(address, ca=settings.redis_ca, plaintext=settings.redis_plaintext))
+        client_of_redis = connect(
+            address,
+            ca=settings.redis_ca,
+            plaintext=settings.redis_plaintext,
+            timeout_s=settings.redis_timeout_s,
+        )
+        shared = RedisQuotas(client_of_redis)
         await stack.enter_async_context(_background(shared.renew(), name="leases"))
         store = shared
     stack.push_async_callback(store.close)

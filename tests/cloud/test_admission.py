@@ -90,7 +90,7 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     workspace = make_workspace(folder / "workspace")
     redis = request.getfixturevalue("redis_address") if request.param == "redis" else ""
     with asyncio.Runner() as runner:
-        running = serving(workspace, redis=redis)
+        running = serving(workspace, redis=redis, redis_timeout_s=60)
         cloud = runner.run(running.__aenter__())
 
         async def publish() -> None:
@@ -372,6 +372,7 @@ def test_two_gateways_share_one_redis_to_the_request(tmp_path: Path) -> None:
     with redis_process(_made(tmp_path / "redis")) as (address, redis), ExitStack() as stack:
         shared = {
             "ISTHMUS_CLOUD_REDIS": address,
+            "ISTHMUS_CLOUD_REDIS_TIMEOUT_S": "60",
             "ISTHMUS_CLOUD_DATABASE": f"sqlite:///{tmp_path / 'shared.db'}",
             "ISTHMUS_CLOUD_BLOBS": str(tmp_path / "blobs"),
             "ISTHMUS_CLOUD_TRITON_STOP_S": "0.2",

@@ -25,7 +25,7 @@ def rule(device: str = "", **limits: Any) -> Rule:
 
 @asynccontextmanager
 async def gateway(address: str, **settings: Any) -> AsyncIterator[tuple[RedisQuotas, Any]]:
-    client = connect(address)
+    client = connect(address, timeout_s=60)
     await client.flushall()
     store = RedisQuotas(client, **settings)
     try:
@@ -79,7 +79,7 @@ def test_leases_of_a_gateway_that_died_end_by_themselves(redis_address: str) -> 
         async with gateway(redis_address, lease_s=0.3) as (dead, _):
             assert await take(dead, quota)
             assert await take(dead, quota)
-            living = RedisQuotas(connect(redis_address))
+            living = RedisQuotas(connect(redis_address, timeout_s=60))
             assert isinstance(await living.take((quota,), 0), Refusal)
 
             async def has_room() -> bool:
@@ -115,7 +115,7 @@ def test_without_redis_requests_are_counted_here_and_then_there_again(tmp_path: 
     async def story() -> None:
         quota = rule(rate="0/s", burst=3, concurrency=10)
         with redis_process(tmp_path) as (address, process):
-            store = RedisQuotas(connect(address), seconds=lambda: seconds[0])
+            store = RedisQuotas(connect(address, timeout_s=60), seconds=lambda: seconds[0])
             held = await store.take((quota,), 0)
             assert isinstance(held, Grant)
             process.kill()
@@ -163,7 +163,7 @@ def test_two_gateways_admit_no_more_than_one(redis_address: str, tries: int) -> 
     async def story() -> None:
         quotas = (rule(rate="0/s", burst=77), rule("camera", rate="0/s", burst=60))
         async with gateway(redis_address) as (one, _):
-            other = RedisQuotas(connect(redis_address))
+            other = RedisQuotas(connect(redis_address, timeout_s=60))
             admitted = await asyncio.gather(*(take(store, *quotas) for store in (one, other) for _ in range(tries)))
             assert sum(admitted) == 60
             assert (
