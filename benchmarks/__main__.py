@@ -20,6 +20,7 @@ NAMES: Final = (
     "fleet",
     "gateway",
     "authentication",
+    "limits",
 )
 
 folder = Path("build/benchmarks")

@@ -92,7 +92,9 @@ class Admission:
     async def give_back(self, grant: Grant, took_s: float) -> None:
         """Note that a request that held leases has ended."""
         self._mean_s += _MEAN_WEIGHT * (took_s - self._mean_s)
-        await grant.store.release(grant)
+        released = grant.store.release(grant)
+        # A caller that goes away while this runs must not leave its place taken.
+        await (asyncio.shield(released) if grant.store.remote else released)
 
     def _explain(self, refusal: Refusal, size: int) -> QuotaError | InputError:
         scope, limits = refusal.rule.scope, refusal.rule.limits
@@ -141,5 +143,4 @@ class Admitted:
         del kind, error, trace
         if self._grant is not None and self._grant.lease:
             took_s = asyncio.get_running_loop().time() - self._started
-            # A caller that goes away while this runs must not leave its place taken.
-            await asyncio.shield(self._admission.give_back(self._grant, took_s))
+            await self._admission.give_back(self._grant, took_s)

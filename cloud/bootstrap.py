@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import time
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -59,12 +60,14 @@ from cloud.shadow import Shadows
 from cloud.supervisor import TritonServer
 from cloud.traffic_desk import Serving, TrafficDesk
 from cloud.traffic_service import TrafficService
+from cloud.triton_usage import TritonUsage
 from cloud.tritons import open_replicas, start_replicas
 from cloud.unsealer import SealingService, Unsealer
 from cloud.usage import UsageService
+from cloud.usage_metrics import UsageCollector
 from cloud.usage_rows import QuotaTable, UsageTable
 from isthmus.address import check_free
-from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
 from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
@@ -121,6 +124,10 @@ class Limits:
     store: QuotaStore
     meter: Meter
     service: UsageService
+
+    def collector(self) -> UsageCollector:
+        """Return what tells Prometheus of them."""
+        return UsageCollector(self.meter, self.admission, self.store)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +194,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         guard, verifier = Guard(), issuer.verifier()
         revocations = Revocations(database, guard)
         await revocations.refresh()
-        limits = await _start_limits(settings, database, state, stack)
+        limits = await _start_limits(settings, database, state, replicas, stack)
         authenticator = Authenticator(verifier, book=book, issuers=issuers)
         server, address, device_address = _server(
             settings,
@@ -305,13 +312,21 @@ async def _sum_up(trail: AuditLog, refusals: Budget) -> None:
             trail.note(event)
 
 
-async def _start_limits(settings: CloudSettings, database: Database, state: Path, stack: AsyncExitStack) -> Limits:
+async def _start_limits(
+    settings: CloudSettings, database: Database, state: Path, replicas: Replicas, stack: AsyncExitStack
+) -> Limits:
     """Start what counts requests; when the cloud stops, it ends after the last request and before the database."""
     book, table = QuotaBook(settings.quotas.defaults), QuotaTable(database)
     usage = UsageTable(database)
     store: QuotaStore = MemoryQuotas()
     if address := settings.redis.get_secret_value():
-        shared = RedisQuotas(connect(address, ca=settings.redis_ca, plaintext=settings.redis_plaintext))
+        client_of_redis = connect(
+            address,
+            ca=settings.redis_ca,
+            plaintext=settings.redis_plaintext,
+            timeout_s=settings.redis_timeout_s,
+        )
+        shared = RedisQuotas(client_of_redis)
         await stack.enter_async_context(_background(shared.renew(), name="leases"))
         store = shared
     stack.push_async_callback(store.close)
@@ -322,8 +337,21 @@ async def _start_limits(settings: CloudSettings, database: Database, state: Path
     follower = QuotaFollower(table, book)
     await follower.refresh()
     await stack.enter_async_context(_background(follower.run(), name="quotas"))
+    run = uuid.uuid4().hex
+
+    async def tritons() -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for replica in replicas:
+            # A Triton of our own is another one each time; one that is shared keeps its name.
+            source = replica.client.address if replica.server is None else f"{replica.client.address} of {run}"
+            with contextlib.suppress(UnavailableError):
+                found[source] = await replica.client.statistics()
+        return found
+
+    compute = TritonUsage(database, tritons, every_s=settings.metering_flush_s)
+    await stack.enter_async_context(_background(compute.run(), name="compute"))
     admission = Admission(book, store, streams=settings.device_streams)
-    return Limits(admission, store, meter, UsageService(usage, table, meter, follower))
+    return Limits(admission, store, meter, UsageService(usage, table, meter, compute, follower))
 
 
 def _server(settings: CloudSettings, *interceptors: grpc.aio.ServerInterceptor) -> tuple[grpc.aio.Server, str, str]:

@@ -560,6 +560,10 @@ class CloudClient:
         except grpc.RpcError as error:
             raise self._explained(error, "cannot read usage") from error
 
+    def compute(self, request: Any) -> list[Any]:
+        """Return the rows of a GetComputeRequest."""
+        return list(self._call("read Triton's usage", self._usage.GetCompute, request).rows)
+
     def set_quota(self, quota: Any) -> None:
         """Set a quota."""
         self._call("set the quota", self._usage.SetQuota, usage_pb2.SetQuotaRequest(quota=quota))

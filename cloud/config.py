@@ -155,6 +155,9 @@ class CloudSettings(Settings):
     )
     redis_ca: Path | None = Field(default=None, description="CA of a Redis at rediss://; without it the system's")
     redis_plaintext: bool = Field(default=False, description="Allow plain text to a Redis that is not on this machine")
+    redis_timeout_s: float = Field(
+        default=1.0, gt=0, le=60, description="How long Redis may take to answer before requests are counted here"
+    )
     metering_flush_s: float = Field(
         default=10.0, ge=0.1, le=3600, description="How often counts of requests move to the database"
     )

@@ -291,6 +291,36 @@ class UsageRun(Base):
     segment: Mapped[int] = mapped_column(BigInteger)
 
 
+class TritonUsage(Base):
+    """What Tritons did for a heavy model in an hour; `cloud.triton_usage` says what the columns mean."""
+
+    __tablename__ = "triton_usage"
+    hour: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)  # of the heavy half
+    answered: Mapped[int] = mapped_column(BigInteger)
+    failed: Mapped[int] = mapped_column(BigInteger)
+    inferences: Mapped[int] = mapped_column(BigInteger)
+    executions: Mapped[int] = mapped_column(BigInteger)
+    queue_ns: Mapped[int] = mapped_column(BigInteger)
+    compute_ns: Mapped[int] = mapped_column(BigInteger)
+
+
+class TritonMark(Base):
+    """The sums of a model in a Triton when they were last looked at."""
+
+    __tablename__ = "triton_marks"
+    source: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    answered: Mapped[int] = mapped_column(BigInteger)
+    failed: Mapped[int] = mapped_column(BigInteger)
+    inferences: Mapped[int] = mapped_column(BigInteger)
+    executions: Mapped[int] = mapped_column(BigInteger)
+    queue_ns: Mapped[int] = mapped_column(BigInteger)
+    compute_ns: Mapped[int] = mapped_column(BigInteger)
+    last_ms: Mapped[int] = mapped_column(BigInteger)
+
+
 class Database:
     """Sessions on one database.
 

@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from cloud.quotas import Bucket, Kind, Rule, Scope
+from cloud.quotas import Kind, Part, Rule
 
 NEVER: Final = None
+_Level = tuple[int, int, Part]  # units, at a time
 _SWEEP_AT: Final = 10_000  # buckets in memory after which those that are full again are dropped
 
 
@@ -37,11 +38,16 @@ class Grant:
 
     store: QuotaStore
     lease: str = ""  # "" when no quota limits how many may run
-    scopes: tuple[Scope, ...] = ()
+    keys: tuple[str, ...] = ()  # of the quotas that do
 
 
 class QuotaStore(Protocol):
     """Counts requests against quotas."""
+
+    @property
+    def remote(self) -> bool:
+        """Return whether `release` waits for another program, and so could be torn off half-way."""
+        ...
 
     async def take(self, rules: Sequence[Rule], size: int) -> Grant | Refusal:
         """Count one request of `size` bytes against all `rules`, or against none of them."""
@@ -70,74 +76,76 @@ class MemoryQuotas:
 
     def __init__(self, clock: Callable[[], int] = monotonic_us) -> None:
         self._clock = clock
-        self._levels: dict[tuple[Scope, Kind, Bucket], tuple[int, int]] = {}  # units at a time
-        self._running: dict[Scope, int] = {}
+        self._levels: dict[str, _Level] = {}
+        self._running: dict[str, int] = {}
         self._sweep_at = _SWEEP_AT
         self._nothing = Grant(self)
 
+    @property
+    def remote(self) -> bool:
+        """Nothing waits."""
+        return False
+
     async def take(self, rules: Sequence[Rule], size: int) -> Grant | Refusal:
         """Count one request of `size` bytes against all `rules`, or against none of them."""
-        now = self._clock()
-        left: list[tuple[tuple[Scope, Kind, Bucket], int]] = []
+        now, levels = self._clock(), self._levels
+        left: list[tuple[Part, int]] = []
+        held: tuple[str, ...] = ()
         refusal: Refusal | None = None
-        held: tuple[Scope, ...] = ()
         for rule in rules:
-            limits = rule.limits
-            if limits.concurrency is not None:
-                held += (rule.scope,)
-                if self._running.get(rule.scope, 0) >= limits.concurrency:
-                    refusal = later(refusal, Refusal(rule, "concurrency", NEVER))
-            for kind, bucket, amount in (("requests", limits.requests, 1), ("bytes", limits.bytes, size)):
-                if bucket is None:
+            for part in rule.parts:
+                if part.kind == "concurrency":
+                    held += (part.key,)
+                    if self._running.get(part.key, 0) >= part.most:
+                        refusal = later(refusal, Refusal(rule, part.kind, NEVER))
                     continue
-                key: tuple[Scope, Kind, Bucket] = (rule.scope, kind, bucket)  # type: ignore[assignment]
-                level, cost = self._level(key, bucket, now), amount * bucket.cost
+                cost = part.cost if part.kind == "requests" else part.cost * size
+                known = levels.get(part.key)
+                level = part.capacity if known is None else _level(known, part, now)
                 if level >= cost:
-                    left.append((key, level - cost))
+                    left.append((part, level - cost))
                 else:
-                    refusal = later(refusal, Refusal(rule, key[1], wait_us(bucket, level, cost)))
+                    refusal = later(refusal, Refusal(rule, part.kind, wait_us(part, level, cost)))
         if refusal is not None:
             return refusal
-        for key, level in left:
-            self._levels[key] = (level, now)
-        if len(self._levels) >= self._sweep_at:
+        for part, level in left:
+            levels[part.key] = (level, now, part)
+        if len(levels) >= self._sweep_at:
             self._sweep(now)
         if not held:
             return self._nothing
-        for scope in held:
-            self._running[scope] = self._running.get(scope, 0) + 1
+        for key in held:
+            self._running[key] = self._running.get(key, 0) + 1
         return Grant(self, "memory", held)
 
     async def release(self, grant: Grant) -> None:
         """Note that the request has ended."""
-        for scope in grant.scopes:
-            self._running[scope] -= 1
-            if not self._running[scope]:
-                del self._running[scope]
+        for key in grant.keys:
+            self._running[key] -= 1
+            if not self._running[key]:
+                del self._running[key]
 
     async def close(self) -> None:
         """Nothing to let go of."""
 
-    def _level(self, key: tuple[Scope, Kind, Bucket], bucket: Bucket, now: int) -> int:
-        known = self._levels.get(key)
-        if known is None:
-            return bucket.capacity
-        level, at = known
-        return min(bucket.capacity, level + max(now - at, 0) * bucket.gain)
-
     def _sweep(self, now: int) -> None:
         """Drop the buckets that are full: they are as good as new ones."""
-        full = [key for key in self._levels if self._level(key, key[2], now) >= key[2].capacity]
+        full = [key for key, known in self._levels.items() if _level(known, known[2], now) >= known[2].capacity]
         for key in full:
             del self._levels[key]
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._levels))
 
 
-def wait_us(bucket: Bucket, level: int, cost: int) -> int | None:
-    """Return the microseconds until a bucket that holds `level` holds `cost`; NEVER when it cannot."""
-    if cost > bucket.capacity or not bucket.gain:
+def _level(known: _Level, part: Part, now: int) -> int:
+    gained = (now - known[1]) * part.gain
+    return min(part.capacity, known[0] + gained) if gained > 0 else known[0]
+
+
+def wait_us(part: Part, level: int, cost: int) -> int | None:
+    """Return the microseconds until a bucket that holds `level` units holds `cost`; NEVER when it cannot."""
+    if cost > part.capacity or not part.gain:
         return NEVER
-    return -(-(cost - level) // bucket.gain)
+    return -(-(cost - level) // part.gain)
 
 
 def later(first: Refusal | None, second: Refusal) -> Refusal:

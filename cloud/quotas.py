@@ -13,11 +13,12 @@ the doubles of Redis' Lua, as long as a full bucket is below 2**53 units, which 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from itertools import product
 from typing import Final, Literal
+from urllib.parse import quote
 
 from isthmus.errors import InputError
 
@@ -91,16 +92,6 @@ class Bucket:
         """Return the units of a full one."""
         return self.burst * self.cost
 
-    @property
-    def refill_us(self) -> int | None:
-        """Return the microseconds until an empty one is full; None when it never is."""
-        return -(-self.capacity // self.gain) if self.gain else None
-
-    @property
-    def mark(self) -> str:
-        """Return what tells it from another one: a quota that was changed starts with a full bucket."""
-        return f"{self.gain}/{self.cost}/{self.burst}"
-
 
 def _bucket(rate: Rate | None, burst: int | None, what: str) -> Bucket | None:
     if rate is None:
@@ -165,11 +156,41 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One thing that a rule limits, ready to be counted under its key."""
+
+    kind: Kind
+    key: str
+    gain: int = 0  # of a bucket, as its capacity and cost
+    capacity: int = 0
+    cost: int = 0
+    most: int = 0  # requests in progress
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """A quota that a request meets: of whom, and what it allows."""
 
     scope: Scope  # never with "*": each tenant, device or model has its own
     limits: Limits
+    parts: tuple[Part, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self._parts()))
+
+    def _parts(self) -> Iterator[Part]:
+        # One tenant's keys share their {}, and with it the slot of a Redis cluster.
+        tenant, device, model = (
+            quote(name, safe="") for name in (self.scope.tenant, self.scope.device, self.scope.model)
+        )
+        prefix, limits = f"isthmus:quota:{{{tenant}}}:{device}:{model}", self.limits
+        if limits.concurrency is not None:
+            yield Part("concurrency", f"{prefix}:running", most=limits.concurrency)
+        kinds: tuple[tuple[Kind, Bucket | None], ...] = (("requests", limits.requests), ("bytes", limits.bytes))
+        for kind, bucket in kinds:
+            if bucket is not None:  # a quota that was changed has another key, and so starts with a full bucket
+                key = f"{prefix}:{kind}:{bucket.gain}/{bucket.cost}/{bucket.burst}"
+                yield Part(kind, key, bucket.gain, bucket.capacity, bucket.cost)
 
 
 @dataclass(frozen=True, slots=True)

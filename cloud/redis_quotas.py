@@ -20,22 +20,23 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import structlog
 
 from cloud.quota_store import Grant, MemoryQuotas, Refusal
-from cloud.quotas import Bucket, Kind, Rule, Scope
+from cloud.quotas import Kind, Rule
 from isthmus.errors import ConfigError, MissingExtraError
 
 LEASE_S: Final = 30.0
 _RENEW_S: Final = 5.0
-_TIMEOUT_S: Final = 0.5  # of one answer; Redis needs a hundredth of a millisecond
+TIMEOUT_S: Final = 1.0  # of one answer; Redis needs a tenth of a millisecond
 _AWAY_S: Final = 1.0  # how long Redis is left alone after it failed
-_CONNECTIONS: Final = 64
+_CONNECTIONS: Final = 8  # and so as many questions at a time; the others wait here, not in Redis
 _LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 
-# ARGV: lease, end of its life in ms from now, microseconds now or "", then for each key its kind and numbers.
+# ARGV: lease, end of its life in ms from now, microseconds now or "" (keys only expire by Redis' own clock), then for
+# each key its kind and numbers.
 _TAKE: Final = """
 local now = tonumber(ARGV[3])
 if not now then local t = redis.call('TIME'); now = t[1] * 1000000 + t[2] end
@@ -67,7 +68,7 @@ for i, key in ipairs(KEYS) do
   if left[i] then
     local level, gain, capacity = left[i][1], left[i][2], left[i][3]
     redis.call('HSET', key, 'level', string.format('%.0f', level), 'at', string.format('%.0f', now))
-    if gain > 0 then
+    if gain > 0 and ARGV[3] == '' then
       redis.call('PEXPIRE', key, string.format('%.0f', math.ceil((capacity - level) / gain / 1000) + 1))
     end
   else
@@ -90,7 +91,7 @@ end
 log = structlog.get_logger(__name__)
 
 
-def connect(address: str, *, ca: Path | None = None, plaintext: bool = False) -> Any:
+def connect(address: str, *, ca: Path | None = None, plaintext: bool = False, timeout_s: float = TIMEOUT_S) -> Any:
     """Return a client of the Redis at `redis://`, `rediss://` (TLS 1.3) or `unix://`; it connects when it is used.
 
     Raises:
@@ -120,9 +121,8 @@ def connect(address: str, *, ca: Path | None = None, plaintext: bool = False) ->
 
         secure = {"ssl_min_version": ssl.TLSVersion.TLSv1_3} | ({"ssl_ca_certs": str(ca)} if ca else {})
     try:
-        pool = redis.BlockingConnectionPool.from_url(
-            address, max_connections=_CONNECTIONS, timeout=_TIMEOUT_S, socket_timeout=_TIMEOUT_S,
-            socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), 0), **secure,
+        pool = redis.ConnectionPool.from_url(
+            address, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0), **secure
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"not an address of Redis: {error}", hint="redis://HOST:PORT/0 or unix:///PATH") from error
@@ -155,11 +155,17 @@ class RedisQuotas:
         self._renew: Any = client.register_script(_RENEW)
         self._lease_ms = round(lease_s * 1000)
         self._local = MemoryQuotas()
-        self._held: dict[str, tuple[Scope, ...]] = {}  # scopes of the leases of requests that run
+        self._held: dict[str, tuple[str, ...]] = {}  # keys of the leases of requests that run
+        self._slots = asyncio.Semaphore(_CONNECTIONS)
         self._away_until = 0.0
         self._nothing = Grant(self)
         self.failures = 0  # times that Redis did not answer
         self.local_requests = 0  # requests that were counted here because of that
+
+    @property
+    def remote(self) -> bool:
+        """Redis is another program."""
+        return True
 
     @property
     def up(self) -> bool:
@@ -168,11 +174,12 @@ class RedisQuotas:
 
     async def take(self, rules: Sequence[Rule], size: int) -> Grant | Refusal:
         """Count one request of `size` bytes against all `rules`, or against none of them."""
-        if self.up:
-            try:
-                return await self._take_shared(rules, size)
-            except self._errors as error:
-                self._fail(error)
+        async with self._slots:
+            if self.up:
+                try:
+                    return await self._take_shared(rules, size)
+                except self._errors as error:
+                    self._fail(error)
         self.local_requests += 1
         return await self._local.take(rules, size)
 
@@ -180,22 +187,17 @@ class RedisQuotas:
         keys: list[str] = []
         numbers: list[int | str] = []
         parts: list[tuple[Rule, Kind]] = []
-        held: tuple[Scope, ...] = ()
+        held: tuple[str, ...] = ()
         for rule in rules:
-            limits = rule.limits
-            if limits.concurrency is not None:
-                held += (rule.scope,)
-                keys.append(_lease_key(rule.scope))
-                numbers += ("c", limits.concurrency)
-                parts.append((rule, "concurrency"))
-            if limits.requests is not None:
-                keys.append(_bucket_key(rule.scope, "requests", limits.requests))
-                numbers += ("b", limits.requests.gain, limits.requests.capacity, limits.requests.cost)
-                parts.append((rule, "requests"))
-            if limits.bytes is not None:
-                keys.append(_bucket_key(rule.scope, "bytes", limits.bytes))
-                numbers += ("b", limits.bytes.gain, limits.bytes.capacity, limits.bytes.cost * size)
-                parts.append((rule, "bytes"))
+            for part in rule.parts:
+                keys.append(part.key)
+                parts.append((rule, part.kind))
+                if part.kind == "concurrency":
+                    held += (part.key,)
+                    numbers += ("c", part.most)
+                else:
+                    cost = part.cost if part.kind == "requests" else part.cost * size
+                    numbers += ("b", part.gain, part.capacity, cost)
         lease = uuid.uuid4().hex if held else ""
         now = "" if self._clock is None else self._clock()
         index, wait_us = await self._take(keys=keys, args=[lease, self._lease_ms, now, *numbers])
@@ -212,9 +214,9 @@ class RedisQuotas:
         if self._held.pop(grant.lease, None) is None or not self.up:
             return
         try:
-            async with self._client.pipeline(transaction=False) as pipeline:
-                for scope in grant.scopes:
-                    pipeline.zrem(_lease_key(scope), grant.lease)
+            async with self._slots, self._client.pipeline(transaction=False) as pipeline:
+                for key in grant.keys:
+                    pipeline.zrem(key, grant.lease)
                 await pipeline.execute()
         except self._errors as error:  # the lease ends by itself
             self._fail(error)
@@ -227,7 +229,7 @@ class RedisQuotas:
 
     async def renew_now(self) -> None:
         """Prolong the leases of requests that still run."""
-        held = [(_lease_key(scope), lease) for lease, scopes in self._held.items() for scope in scopes]
+        held = [(key, lease) for lease, keys in self._held.items() for key in keys]
         for start in range(0, len(held), 500):
             some = held[start : start + 500]
             try:
@@ -246,16 +248,3 @@ class RedisQuotas:
         if self.up:
             log.warning("Redis does not answer; quotas are counted in this process alone", error=type(error).__name__)
         self._away_until = self._seconds() + _AWAY_S
-
-
-def _lease_key(scope: Scope) -> str:
-    return f"{_prefix(scope)}:running"
-
-
-def _bucket_key(scope: Scope, kind: Kind, bucket: Bucket) -> str:
-    return f"{_prefix(scope)}:{kind}:{bucket.mark}"
-
-
-def _prefix(scope: Scope) -> str:
-    tenant, device, model = (quote(name, safe="") for name in (scope.tenant, scope.device, scope.model))
-    return f"isthmus:quota:{{{tenant}}}:{device}:{model}"

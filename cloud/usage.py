@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, Final
 
 import structlog
@@ -16,8 +17,9 @@ from cloud.journal import Counts
 from cloud.metering import Meter
 from cloud.quota_follow import QuotaFollower
 from cloud.quotas import Limits, Scope, parse_rate
+from cloud.triton_usage import Sums, TritonUsage
 from cloud.usage_rows import GROUPS, Question, QuotaTable, UsageTable
-from isthmus.errors import InputError, NotFoundError, PermissionDeniedError
+from isthmus.errors import InputError, NotFoundError, PermissionDeniedError, UnavailableError
 from isthmus.v1 import usage_pb2, usage_pb2_grpc
 from security.interceptors import current_claims
 from security.scopes import ACCESS_ADMIN
@@ -35,6 +37,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         usage: The counts.
         quotas: The quotas that are set.
         meter: Counts that are not in the database yet.
+        compute: What Triton did.
         follower: Makes a change of quotas count.
         clock: Unix seconds.
     """
@@ -44,12 +47,13 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         usage: UsageTable,
         quotas: QuotaTable,
         meter: Meter,
+        compute: TritonUsage,
         follower: QuotaFollower,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._usage, self._quotas, self._meter, self._follower = usage, quotas, meter, follower
-        self._clock = clock
+        self._compute, self._clock = compute, clock
 
     async def GetUsage(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Stream usage, this gateway's up to this moment.
@@ -59,12 +63,13 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             PermissionDeniedError: It is another tenant's.
         """
         del context
+        since, until = _times(request)
         question = Question(
             tenant=_visible(request.tenant),
             device=request.device,
             model=request.model,
-            since=request.since.seconds if request.HasField("since") else None,
-            until=request.until.seconds if request.HasField("until") else None,
+            since=since,
+            until=until,
             by=_groups(request.by),
         )
         with suppress(SQLAlchemyError, OSError):  # what is there can be read
@@ -73,6 +78,14 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         for start in range(0, len(rows), _ROWS):
             some = rows[start : start + _ROWS]
             yield usage_pb2.GetUsageResponse(rows=[_row(question.by, group, counts) for group, counts in some])
+
+    async def GetCompute(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Return what Triton computed, up to this moment where it answers."""
+        del context
+        with suppress(SQLAlchemyError, UnavailableError):
+            await self._compute.look()
+        rows = await asyncio.to_thread(self._compute.read, *_times(request))
+        return usage_pb2.GetComputeResponse(rows=[_compute_row(*row) for row in rows])
 
     async def SetQuota(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Set a quota, here at once and on other gateways within a second or so.
@@ -129,6 +142,11 @@ def _visible(tenant: str) -> str:
     return claims.tenant
 
 
+def _times(request: Any) -> tuple[int | None, int | None]:
+    since, until = (getattr(request, name) if request.HasField(name) else None for name in ("since", "until"))
+    return since.seconds if since else None, until.seconds if until else None
+
+
 def _groups(by: Any) -> tuple[str, ...]:
     wanted = tuple(dict.fromkeys(by))
     unknown = [name for name in wanted if name not in GROUPS]
@@ -143,6 +161,12 @@ def _row(by: tuple[str, ...], group: tuple[Any, ...], counts: Counts) -> Any:
         named["hour"] = Timestamp(seconds=named["hour"])
     told = {name: getattr(counts, name) for name in Counts.__dataclass_fields__}
     return usage_pb2.UsageRow(**named, **told)
+
+
+def _compute_row(model: str, version: int, sums: Sums) -> Any:
+    told = asdict(sums)
+    del told["last_ms"]
+    return usage_pb2.ComputeRow(model=model, heavy_version=version, **told)
 
 
 def _scope(message: Any) -> Scope:

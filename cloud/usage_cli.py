@@ -108,6 +108,9 @@ def usage(
     by: Annotated[
         str, typer.Option(help="What each row is for: some of tenant, device, model, version, hour.")
     ] = "tenant,model",
+    of_triton: Annotated[
+        bool, typer.Option("--triton", help="Instead: what Triton computed, by model and heavy version (admins only).")
+    ] = False,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="Write CSV to this file; - is standard output.")
     ] = None,
@@ -123,22 +126,29 @@ def usage(
     from isthmus.v1 import usage_pb2
 
     groups = [name.strip() for name in by.split(",") if name.strip()]
-    request = usage_pb2.GetUsageRequest(
-        tenant=tenant,
-        device=device,
-        model=model,
-        since=Timestamp(seconds=_hour("--since", since)) if since else None,
-        until=Timestamp(seconds=_hour("--until", until)) if until else None,
-        by=groups,
-    )
+    times = {
+        "since": Timestamp(seconds=_hour("--since", since)) if since else None,
+        "until": Timestamp(seconds=_hour("--until", until)) if until else None,
+    }
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
-        rows = [_usage_row(groups, row) for row in client.usage(request)]
+        if of_triton:
+            names = list(_COMPUTE)
+            found = client.compute(usage_pb2.GetComputeRequest(**times))
+            rows = [_compute_row(row) for row in found if model in ("", row.model)]
+        else:
+            names = [*groups, *_SHOWN]
+            request = usage_pb2.GetUsageRequest(tenant=tenant, device=device, model=model, by=groups, **times)
+            rows = [_usage_row(groups, row) for row in client.usage(request)]
     if csv_file is not None:
-        _write_csv(csv_file, rows, [*groups, *_SHOWN])
+        _write_csv(csv_file, rows, names)
         return
-    show_table("usage", rows, as_json=as_json)
+    show_table("Triton" if of_triton else "usage", rows, as_json=as_json)
 
 
+_COMPUTE: Final = (
+    "model", "heavy_version", "answered", "failed", "inferences", "executions", "queue_s", "compute_s",
+    "mean_compute_ms",
+)  # fmt: skip
 _SHOWN: Final = ("requests", *_COUNTS, "call_s", "mean_call_ms")
 
 
@@ -168,6 +178,15 @@ def _usage_row(groups: Sequence[str], row: Any) -> dict[str, Any]:
         "mean_call_ms": round(row.call_us / row.calls / 1e3, 3) if row.calls else None,
     }
     return named | {"requests": requests} | counts | times
+
+
+def _compute_row(row: Any) -> dict[str, Any]:
+    values = (
+        row.model, row.heavy_version, row.answered, row.failed, row.inferences, row.executions,
+        round(row.queue_ns / 1e9, 6), round(row.compute_ns / 1e9, 6),
+        round(row.compute_ns / row.answered / 1e6, 3) if row.answered else None,
+    )  # fmt: skip
+    return dict(zip(_COMPUTE, values, strict=True))
 
 
 def _hour(flag: str, text: str) -> int:

@@ -56,7 +56,7 @@ class UsageTable:
                 for key, counts in usage.items()
             ]
             for start in range(0, len(rows), _AT_ONCE):
-                _add_rows(session, db.Usage, _KEYS, _COUNTS, rows[start : start + _AT_ONCE])
+                add_rows(session, db.Usage, _KEYS, _COUNTS, rows[start : start + _AT_ONCE])
 
     def read(self, question: Question) -> list[tuple[tuple[Any, ...], Counts]]:
         """Return the groups that were asked for, each with its counts, in order."""
@@ -79,7 +79,7 @@ class UsageTable:
 _KEYS: Final = ("hour", "tenant", "device", "model", "version")
 
 
-def _add_rows(
+def add_rows(
     session: Session, table: type[db.Base], keys: Sequence[str], sums: Sequence[str], rows: list[dict[str, Any]]
 ) -> None:
     """Insert rows, or add to those that are there."""

@@ -107,6 +107,7 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "isthmus.v1.UsageService": {
         "GetUsage": USAGE_READ,
+        "GetCompute": ACCESS_ADMIN,
         "SetQuota": ACCESS_ADMIN,
         "ListQuotas": USAGE_READ,
         "ClearQuota": ACCESS_ADMIN,

@@ -16,9 +16,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from cloud.bootstrap import Cloud
 from cloud.client import Address, CloudClient
+from cloud.redis_quotas import RedisQuotas
 from edge.breaker import Breaker
 from edge.uplink import Answer, Failure, Uplink, open_channel
 from isthmus.errors import IsthmusError, NotFoundError, PermissionDeniedError, QuotaError
@@ -73,10 +75,10 @@ class Stage:
 
         self.runner.run(story())
 
-    def usage(self, **where: str) -> dict[str, int]:
+    def usage(self, tenant: str) -> dict[str, int]:
         async def story() -> list[Any]:
             with admin(self.workspace, self.cloud.address) as client:
-                return await asyncio.to_thread(client.usage, usage_pb2.GetUsageRequest(**where))
+                return await asyncio.to_thread(client.usage, usage_pb2.GetUsageRequest(tenant=tenant))
 
         (row,) = self.runner.run(story())
         return {name: getattr(row, name) for name in ("answered", "limited", "refused", "failed", "cancelled", "calls")}
@@ -88,7 +90,7 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     workspace = make_workspace(folder / "workspace")
     redis = request.getfixturevalue("redis_address") if request.param == "redis" else ""
     with asyncio.Runner() as runner:
-        running = serving(workspace, redis=redis)
+        running = serving(workspace, redis=redis, redis_timeout_s=60)
         cloud = runner.run(running.__aenter__())
 
         async def publish() -> None:
@@ -142,7 +144,7 @@ def test_of_ten_thousand_requests_the_burst_is_answered_and_not_one_more(stage: 
     stage.set("exact", rate="0/s", burst=2345)
     outcomes = stage.runner.run(flood(stage.workspace, [stage.cloud.address], REQUESTS, "exact"))
     assert outcomes == {"answered": 2345, "quota-exceeded": REQUESTS - 2345}
-    counted = stage.usage(tenant="exact")
+    counted = stage.usage("exact")
     assert (counted["answered"], counted["limited"], counted["calls"]) == (2345, REQUESTS - 2345, 2345)
     assert sum(counted.values()) - counted["calls"] == REQUESTS
 
@@ -184,7 +186,7 @@ def test_as_many_run_as_may(stage: Stage) -> None:
             await asyncio.gather(*pending, return_exceptions=True)
 
             async def has_room() -> bool:
-                return await infer() == "answered"
+                return bool(await infer() == "answered")
 
             await eventually(has_room, "those that were cancelled have left")
 
@@ -228,7 +230,28 @@ def test_an_agent_waits_as_long_as_it_is_told(stage: Stage) -> None:
         assert (uplink.counters.attempts, uplink.counters.skipped) == (2, 2)
 
     stage.runner.run(story())
-    assert stage.usage(tenant="patient")["limited"] == 1
+    assert stage.usage("patient")["limited"] == 1
+
+
+def test_tells_prometheus(stage: Stage) -> None:
+    stage.set("scraped", rate="0/s", burst=3)
+
+    async def story() -> str:
+        async with caller(stage.workspace, stage.cloud.address, "a", "scraped") as infer:
+            assert [await infer() for _ in range(5)].count("answered") == 3
+        registry = CollectorRegistry(auto_describe=True)
+        registry.register(stage.cloud.limits.collector())
+        return generate_latest(registry).decode()
+
+    lines = stage.runner.run(story()).splitlines()
+    series = 'tenant="scraped",version="1"'
+    assert f'isthmus_gateway_requests_total{{model="triage",outcome="answered",{series}}} 3.0' in lines
+    assert f'isthmus_gateway_requests_total{{model="triage",outcome="limited",{series}}} 2.0' in lines
+    assert f'isthmus_gateway_calls_total{{model="triage",{series}}} 3.0' in lines
+    assert f'isthmus_gateway_request_bytes_total{{model="triage",{series}}} {5.0 * len(REQUEST)}' in lines
+    assert 'isthmus_quota_refusals_total{reason="quota-exceeded",tenant="scraped"} 2.0' in lines
+    shared = isinstance(stage.cloud.limits.store, RedisQuotas)
+    assert ("isthmus_quota_redis_up 1.0" in lines) is shared
 
 
 def test_a_request_that_is_larger_than_ever_allowed_is_refused_for_good(stage: Stage) -> None:
@@ -246,7 +269,7 @@ def test_a_request_that_is_larger_than_ever_allowed_is_refused_for_good(stage: S
             await method(REQUEST, metadata=metadata, timeout=20)
 
     stage.runner.run(story())
-    assert stage.usage(tenant="small")["limited"] == 1
+    assert stage.usage("small")["limited"] == 1
 
 
 def test_a_quota_that_is_cleared_counts_no_more(stage: Stage) -> None:
@@ -349,6 +372,7 @@ def test_two_gateways_share_one_redis_to_the_request(tmp_path: Path) -> None:
     with redis_process(_made(tmp_path / "redis")) as (address, redis), ExitStack() as stack:
         shared = {
             "ISTHMUS_CLOUD_REDIS": address,
+            "ISTHMUS_CLOUD_REDIS_TIMEOUT_S": "60",
             "ISTHMUS_CLOUD_DATABASE": f"sqlite:///{tmp_path / 'shared.db'}",
             "ISTHMUS_CLOUD_BLOBS": str(tmp_path / "blobs"),
             "ISTHMUS_CLOUD_TRITON_STOP_S": "0.2",

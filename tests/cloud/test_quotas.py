@@ -61,7 +61,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(scope="module")
 def redis_client(runner: asyncio.Runner, redis_address: str) -> Iterator[Any]:
-    client = connect(redis_address)
+    client = connect(redis_address, timeout_s=60)
     yield client
     runner.run(client.aclose())
 

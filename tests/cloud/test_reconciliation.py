@@ -135,6 +135,14 @@ class Site:
         counts = model.inference_stats
         return counts.success.count - self.before[0], counts.fail.count - self.before[1]
 
+    async def compute(self) -> Any:
+        """Return what the cloud has kept of Triton's sums."""
+        file = self.workspace.root / "admin.token"
+        file.write_text(self.bearer("boss", "admin"))
+        with CloudClient(Address(self.cloud.address, self.workspace.trust, file), timeout_s=20.0) as client:
+            (row,) = await asyncio.to_thread(client.compute, usage_pb2.GetComputeRequest())
+        return row
+
     async def usage(self, *by: str) -> dict[tuple[str, ...], Any]:
         file = self.workspace.root / "admin.token"
         file.write_text(self.bearer("boss", "admin"))
@@ -206,6 +214,12 @@ def test_agents_gateway_and_triton_count_the_same(tmp_path: Path) -> None:
 
             await eventually(settled, f"Triton counts {expected}, and now {await stage.triton()}")
             assert total.answered + total.failed + total.cancelled == sum(expected)
+            compute = await stage.compute()
+            assert (compute.model, compute.answered - stage.before[0], compute.failed - stage.before[1]) == (
+                "triage",
+                *expected,
+            )
+            assert 0 < compute.compute_ns / 1000 < total.call_us
 
     asyncio.run(story())
 

@@ -50,4 +50,18 @@ def upgrade() -> None:
         sa.Column("run", sa.String, primary_key=True),
         sa.Column("segment", sa.BigInteger, nullable=False),
     )
+    sums = ("answered", "failed", "inferences", "executions", "queue_ns", "compute_ns")
+    op.create_table(
+        "triton_usage",
+        sa.Column("hour", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("model", sa.String, primary_key=True),
+        sa.Column("version", sa.BigInteger, primary_key=True, autoincrement=False),
+        *(sa.Column(name, sa.BigInteger, nullable=False) for name in sums),
+    )
+    op.create_table(
+        "triton_marks",
+        sa.Column("source", sa.String, primary_key=True),
+        sa.Column("name", sa.String, primary_key=True),
+        *(sa.Column(name, sa.BigInteger, nullable=False) for name in (*sums, "last_ms")),
+    )
     op.execute("UPDATE schema SET version = 5")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16isthmus/v1/usage.proto\x12\nisthmus.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa2\x01\n\x0fGetUsageRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\n\n\x02\x62y\x18\x06 \x03(\t\"6\n\x10GetUsageResponse\x12\"\n\x04rows\x18\x01 \x03(\x0b\x32\x14.isthmus.v1.UsageRow\"\xa0\x02\n\x08UsageRow\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12(\n\x04hour\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61nswered\x18\x06 \x01(\x03\x12\x0e\n\x06\x63\x61\x63hed\x18\x07 \x01(\x03\x12\x0f\n\x07refused\x18\x08 \x01(\x03\x12\x0f\n\x07limited\x18\t \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\n \x01(\x03\x12\x11\n\tcancelled\x18\x0b \x01(\x03\x12\x10\n\x08\x62ytes_in\x18\x0c \x01(\x03\x12\x11\n\tbytes_out\x18\r \x01(\x03\x12\r\n\x05\x63\x61lls\x18\x0e \x01(\x03\x12\x0f\n\x07\x63\x61ll_us\x18\x0f \x01(\x03\";\n\nQuotaScope\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"\xa1\x01\n\x0bQuotaLimits\x12\x0c\n\x04rate\x18\x01 \x01(\t\x12\x12\n\x05\x62urst\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nbytes_rate\x18\x03 \x01(\t\x12\x18\n\x0b\x62ytes_burst\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x18\n\x0b\x63oncurrency\x18\x05 \x01(\x03H\x02\x88\x01\x01\x42\x08\n\x06_burstB\x0e\n\x0c_bytes_burstB\x0e\n\x0c_concurrency\"W\n\x05Quota\x12%\n\x05scope\x18\x01 \x01(\x0b\x32\x16.isthmus.v1.QuotaScope\x12\'\n\x06limits\x18\x02 \x01(\x0b\x32\x17.isthmus.v1.QuotaLimits\"3\n\x0fSetQuotaRequest\x12 \n\x05quota\x18\x01 \x01(\x0b\x32\x11.isthmus.v1.Quota\"\x12\n\x10SetQuotaResponse\"#\n\x11ListQuotasRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"7\n\x12ListQuotasResponse\x12!\n\x06quotas\x18\x01 \x03(\x0b\x32\x11.isthmus.v1.Quota\":\n\x11\x43learQuotaRequest\x12%\n\x05scope\x18\x01 \x01(\x0b\x32\x16.isthmus.v1.QuotaScope\"\x14\n\x12\x43learQuotaResponse2\xb8\x02\n\x0cUsageService\x12G\n\x08GetUsage\x12\x1b.isthmus.v1.GetUsageRequest\x1a\x1c.isthmus.v1.GetUsageResponse0\x01\x12\x45\n\x08SetQuota\x12\x1b.isthmus.v1.SetQuotaRequest\x1a\x1c.isthmus.v1.SetQuotaResponse\x12K\n\nListQuotas\x12\x1d.isthmus.v1.ListQuotasRequest\x1a\x1e.isthmus.v1.ListQuotasResponse\x12K\n\nClearQuota\x12\x1d.isthmus.v1.ClearQuotaRequest\x1a\x1e.isthmus.v1.ClearQuotaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16isthmus/v1/usage.proto\x12\nisthmus.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa2\x01\n\x0fGetUsageRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\n\n\x02\x62y\x18\x06 \x03(\t\"6\n\x10GetUsageResponse\x12\"\n\x04rows\x18\x01 \x03(\x0b\x32\x14.isthmus.v1.UsageRow\"\xa0\x02\n\x08UsageRow\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12(\n\x04hour\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61nswered\x18\x06 \x01(\x03\x12\x0e\n\x06\x63\x61\x63hed\x18\x07 \x01(\x03\x12\x0f\n\x07refused\x18\x08 \x01(\x03\x12\x0f\n\x07limited\x18\t \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\n \x01(\x03\x12\x11\n\tcancelled\x18\x0b \x01(\x03\x12\x10\n\x08\x62ytes_in\x18\x0c \x01(\x03\x12\x11\n\tbytes_out\x18\r \x01(\x03\x12\r\n\x05\x63\x61lls\x18\x0e \x01(\x03\x12\x0f\n\x07\x63\x61ll_us\x18\x0f \x01(\x03\"i\n\x11GetComputeRequest\x12)\n\x05since\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\x12GetComputeResponse\x12$\n\x04rows\x18\x01 \x03(\x0b\x32\x16.isthmus.v1.ComputeRow\"\xa2\x01\n\nComputeRow\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rheavy_version\x18\x02 \x01(\x03\x12\x10\n\x08\x61nswered\x18\x03 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x03\x12\x12\n\ninferences\x18\x05 \x01(\x03\x12\x12\n\nexecutions\x18\x06 \x01(\x03\x12\x10\n\x08queue_ns\x18\x07 \x01(\x03\x12\x12\n\ncompute_ns\x18\x08 \x01(\x03\";\n\nQuotaScope\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"\xa1\x01\n\x0bQuotaLimits\x12\x0c\n\x04rate\x18\x01 \x01(\t\x12\x12\n\x05\x62urst\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nbytes_rate\x18\x03 \x01(\t\x12\x18\n\x0b\x62ytes_burst\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x18\n\x0b\x63oncurrency\x18\x05 \x01(\x03H\x02\x88\x01\x01\x42\x08\n\x06_burstB\x0e\n\x0c_bytes_burstB\x0e\n\x0c_concurrency\"W\n\x05Quota\x12%\n\x05scope\x18\x01 \x01(\x0b\x32\x16.isthmus.v1.QuotaScope\x12\'\n\x06limits\x18\x02 \x01(\x0b\x32\x17.isthmus.v1.QuotaLimits\"3\n\x0fSetQuotaRequest\x12 \n\x05quota\x18\x01 \x01(\x0b\x32\x11.isthmus.v1.Quota\"\x12\n\x10SetQuotaResponse\"#\n\x11ListQuotasRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"7\n\x12ListQuotasResponse\x12!\n\x06quotas\x18\x01 \x03(\x0b\x32\x11.isthmus.v1.Quota\":\n\x11\x43learQuotaRequest\x12%\n\x05scope\x18\x01 \x01(\x0b\x32\x16.isthmus.v1.QuotaScope\"\x14\n\x12\x43learQuotaResponse2\x85\x03\n\x0cUsageService\x12G\n\x08GetUsage\x12\x1b.isthmus.v1.GetUsageRequest\x1a\x1c.isthmus.v1.GetUsageResponse0\x01\x12K\n\nGetCompute\x12\x1d.isthmus.v1.GetComputeRequest\x1a\x1e.isthmus.v1.GetComputeResponse\x12\x45\n\x08SetQuota\x12\x1b.isthmus.v1.SetQuotaRequest\x1a\x1c.isthmus.v1.SetQuotaResponse\x12K\n\nListQuotas\x12\x1d.isthmus.v1.ListQuotasRequest\x1a\x1e.isthmus.v1.ListQuotasResponse\x12K\n\nClearQuota\x12\x1d.isthmus.v1.ClearQuotaRequest\x1a\x1e.isthmus.v1.ClearQuotaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,24 +38,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETUSAGERESPONSE']._serialized_end=290
   _globals['_USAGEROW']._serialized_start=293
   _globals['_USAGEROW']._serialized_end=581
-  _globals['_QUOTASCOPE']._serialized_start=583
-  _globals['_QUOTASCOPE']._serialized_end=642
-  _globals['_QUOTALIMITS']._serialized_start=645
-  _globals['_QUOTALIMITS']._serialized_end=806
-  _globals['_QUOTA']._serialized_start=808
-  _globals['_QUOTA']._serialized_end=895
-  _globals['_SETQUOTAREQUEST']._serialized_start=897
-  _globals['_SETQUOTAREQUEST']._serialized_end=948
-  _globals['_SETQUOTARESPONSE']._serialized_start=950
-  _globals['_SETQUOTARESPONSE']._serialized_end=968
-  _globals['_LISTQUOTASREQUEST']._serialized_start=970
-  _globals['_LISTQUOTASREQUEST']._serialized_end=1005
-  _globals['_LISTQUOTASRESPONSE']._serialized_start=1007
-  _globals['_LISTQUOTASRESPONSE']._serialized_end=1062
-  _globals['_CLEARQUOTAREQUEST']._serialized_start=1064
-  _globals['_CLEARQUOTAREQUEST']._serialized_end=1122
-  _globals['_CLEARQUOTARESPONSE']._serialized_start=1124
-  _globals['_CLEARQUOTARESPONSE']._serialized_end=1144
-  _globals['_USAGESERVICE']._serialized_start=1147
-  _globals['_USAGESERVICE']._serialized_end=1459
+  _globals['_GETCOMPUTEREQUEST']._serialized_start=583
+  _globals['_GETCOMPUTEREQUEST']._serialized_end=688
+  _globals['_GETCOMPUTERESPONSE']._serialized_start=690
+  _globals['_GETCOMPUTERESPONSE']._serialized_end=748
+  _globals['_COMPUTEROW']._serialized_start=751
+  _globals['_COMPUTEROW']._serialized_end=913
+  _globals['_QUOTASCOPE']._serialized_start=915
+  _globals['_QUOTASCOPE']._serialized_end=974
+  _globals['_QUOTALIMITS']._serialized_start=977
+  _globals['_QUOTALIMITS']._serialized_end=1138
+  _globals['_QUOTA']._serialized_start=1140
+  _globals['_QUOTA']._serialized_end=1227
+  _globals['_SETQUOTAREQUEST']._serialized_start=1229
+  _globals['_SETQUOTAREQUEST']._serialized_end=1280
+  _globals['_SETQUOTARESPONSE']._serialized_start=1282
+  _globals['_SETQUOTARESPONSE']._serialized_end=1300
+  _globals['_LISTQUOTASREQUEST']._serialized_start=1302
+  _globals['_LISTQUOTASREQUEST']._serialized_end=1337
+  _globals['_LISTQUOTASRESPONSE']._serialized_start=1339
+  _globals['_LISTQUOTASRESPONSE']._serialized_end=1394
+  _globals['_CLEARQUOTAREQUEST']._serialized_start=1396
+  _globals['_CLEARQUOTAREQUEST']._serialized_end=1454
+  _globals['_CLEARQUOTARESPONSE']._serialized_start=1456
+  _globals['_CLEARQUOTARESPONSE']._serialized_end=1476
+  _globals['_USAGESERVICE']._serialized_start=1479
+  _globals['_USAGESERVICE']._serialized_end=1868
 # @@protoc_insertion_point(module_scope)

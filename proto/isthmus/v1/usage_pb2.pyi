@@ -163,6 +163,99 @@ class UsageRow(_message.Message):
 Global___UsageRow: _TypeAlias = UsageRow  # noqa: Y015
 
 @_typing.final
+class GetComputeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """hours that begin at or after it"""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """hours that begin before it"""
+
+    def __init__(
+        self,
+        *,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["since", b"since", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetComputeRequest: _TypeAlias = GetComputeRequest  # noqa: Y015
+
+@_typing.final
+class GetComputeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComputeRow]: ...
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[Global___ComputeRow] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetComputeResponse: _TypeAlias = GetComputeResponse  # noqa: Y015
+
+@_typing.final
+class ComputeRow(_message.Message):
+    """Triton's own sums of one heavy model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    HEAVY_VERSION_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    INFERENCES_FIELD_NUMBER: _builtins.int
+    EXECUTIONS_FIELD_NUMBER: _builtins.int
+    QUEUE_NS_FIELD_NUMBER: _builtins.int
+    COMPUTE_NS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    heavy_version: _builtins.int
+    """several versions of a bundle may share it"""
+    answered: _builtins.int
+    failed: _builtins.int
+    inferences: _builtins.int
+    """rows"""
+    executions: _builtins.int
+    """batches"""
+    queue_ns: _builtins.int
+    compute_ns: _builtins.int
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        heavy_version: _builtins.int = ...,
+        answered: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        inferences: _builtins.int = ...,
+        executions: _builtins.int = ...,
+        queue_ns: _builtins.int = ...,
+        compute_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "compute_ns", b"compute_ns", "executions", b"executions", "failed", b"failed", "heavy_version", b"heavy_version", "inferences", b"inferences", "model", b"model", "queue_ns", b"queue_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComputeRow: _TypeAlias = ComputeRow  # noqa: Y015
+
+@_typing.final
 class QuotaScope(_message.Message):
     """Whom a quota is for."""
 

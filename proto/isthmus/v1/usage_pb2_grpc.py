@@ -40,6 +40,11 @@ class UsageServiceStub(object):
                 request_serializer=isthmus_dot_v1_dot_usage__pb2.GetUsageRequest.SerializeToString,
                 response_deserializer=isthmus_dot_v1_dot_usage__pb2.GetUsageResponse.FromString,
                 _registered_method=True)
+        self.GetCompute = channel.unary_unary(
+                '/isthmus.v1.UsageService/GetCompute',
+                request_serializer=isthmus_dot_v1_dot_usage__pb2.GetComputeRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_usage__pb2.GetComputeResponse.FromString,
+                _registered_method=True)
         self.SetQuota = channel.unary_unary(
                 '/isthmus.v1.UsageService/SetQuota',
                 request_serializer=isthmus_dot_v1_dot_usage__pb2.SetQuotaRequest.SerializeToString,
@@ -63,6 +68,13 @@ class UsageServiceServicer(object):
 
     def GetUsage(self, request, context):
         """Streams usage, added up in groups. Scope: usage:read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCompute(self, request, context):
+        """Returns what Triton computed, of all tenants together. Scope: access:admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +108,11 @@ def add_UsageServiceServicer_to_server(servicer, server):
                     servicer.GetUsage,
                     request_deserializer=isthmus_dot_v1_dot_usage__pb2.GetUsageRequest.FromString,
                     response_serializer=isthmus_dot_v1_dot_usage__pb2.GetUsageResponse.SerializeToString,
+            ),
+            'GetCompute': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCompute,
+                    request_deserializer=isthmus_dot_v1_dot_usage__pb2.GetComputeRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_usage__pb2.GetComputeResponse.SerializeToString,
             ),
             'SetQuota': grpc.unary_unary_rpc_method_handler(
                     servicer.SetQuota,
@@ -141,6 +158,33 @@ class UsageService(object):
             '/isthmus.v1.UsageService/GetUsage',
             isthmus_dot_v1_dot_usage__pb2.GetUsageRequest.SerializeToString,
             isthmus_dot_v1_dot_usage__pb2.GetUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCompute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.UsageService/GetCompute',
+            isthmus_dot_v1_dot_usage__pb2.GetComputeRequest.SerializeToString,
+            isthmus_dot_v1_dot_usage__pb2.GetComputeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,8 @@ class UsageServiceStub:
     def __new__(cls, channel: _aio.Channel) -> UsageServiceAsyncStub: ...
     GetUsage: _grpc.UnaryStreamMultiCallable[_usage_pb2.GetUsageRequest, _usage_pb2.GetUsageResponse]
     """Streams usage, added up in groups. Scope: usage:read."""
+    GetCompute: _grpc.UnaryUnaryMultiCallable[_usage_pb2.GetComputeRequest, _usage_pb2.GetComputeResponse]
+    """Returns what Triton computed, of all tenants together. Scope: access:admin."""
     SetQuota: _grpc.UnaryUnaryMultiCallable[_usage_pb2.SetQuotaRequest, _usage_pb2.SetQuotaResponse]
     """Sets a quota; all of it is replaced. Scope: access:admin."""
     ListQuotas: _grpc.UnaryUnaryMultiCallable[_usage_pb2.ListQuotasRequest, _usage_pb2.ListQuotasResponse]
@@ -49,6 +51,8 @@ class UsageServiceAsyncStub(UsageServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetUsage: _aio.UnaryStreamMultiCallable[_usage_pb2.GetUsageRequest, _usage_pb2.GetUsageResponse]  # type: ignore[assignment]
     """Streams usage, added up in groups. Scope: usage:read."""
+    GetCompute: _aio.UnaryUnaryMultiCallable[_usage_pb2.GetComputeRequest, _usage_pb2.GetComputeResponse]  # type: ignore[assignment]
+    """Returns what Triton computed, of all tenants together. Scope: access:admin."""
     SetQuota: _aio.UnaryUnaryMultiCallable[_usage_pb2.SetQuotaRequest, _usage_pb2.SetQuotaResponse]  # type: ignore[assignment]
     """Sets a quota; all of it is replaced. Scope: access:admin."""
     ListQuotas: _aio.UnaryUnaryMultiCallable[_usage_pb2.ListQuotasRequest, _usage_pb2.ListQuotasResponse]  # type: ignore[assignment]
@@ -66,6 +70,14 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_usage_pb2.GetUsageResponse], _abc.AsyncIterator[_usage_pb2.GetUsageResponse]]:
         """Streams usage, added up in groups. Scope: usage:read."""
+
+    @_abc_1.abstractmethod
+    def GetCompute(
+        self,
+        request: _usage_pb2.GetComputeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_usage_pb2.GetComputeResponse, _abc.Awaitable[_usage_pb2.GetComputeResponse]]:
+        """Returns what Triton computed, of all tenants together. Scope: access:admin."""
 
     @_abc_1.abstractmethod
     def SetQuota(
