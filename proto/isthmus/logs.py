@@ -67,10 +67,10 @@ def configure(*, level: str = "info", json: bool | None = None) -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            _redact_fields,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
-            _redact_fields,
             *([structlog.processors.format_exc_info] if as_json else []),
             renderer,
             _redact_line,
