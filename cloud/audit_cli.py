@@ -150,17 +150,18 @@ def export(
     from security.audit.reading import Query, search
     from security.audit.records import canonical
 
-    query = Query(since=_time(since), until=_time(until))
+    query, count = Query(since=_time(since), until=_time(until)), 0
     with output.open("wb") as file:
         output.chmod(0o600)
         if home is not None or folder is not None:
             for record in search(_local(home, folder), query, all_kinds=True):
                 file.write(canonical(record) + b"\n")
+                count += 1
         else:
             with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
                 for lines in client.export_records(_times(query)):
                     file.write(lines)
-    count = sum(1 for _ in output.open("rb"))
+                    count += lines.count(b"\n")
     show_record("exported", {"file": str(output), "records": count}, as_json=as_json)
 
 

@@ -133,11 +133,12 @@ class InputSealer:
         keys = parse_keys(kept.document.encode(), self._ca)
         if self._keys is not None and keys.number < self._keys.number:
             raise TrustError(f"the cloud offers sealing keys {keys.number}, older than {self._keys.number}")
-        if self._keys is None or keys.number > self._keys.number or self._binding != Binding(kept.tenant, kept.subject):
-            data = kept.model_dump_json().encode() + b"\n"
-            await asyncio.to_thread(write_atomically, self._file, data)
+        binding = Binding(kept.tenant, kept.subject)
+        news = self._keys is None or keys.number > self._keys.number or self._binding != binding
+        self._keys, self._binding = keys, binding  # good for now, whatever the disk says
+        if news:
             log.info("sealing keys taken in", number=keys.number, key=keys.current.id)
-        self._keys, self._binding = keys, Binding(kept.tenant, kept.subject)
+            await asyncio.to_thread(write_atomically, self._file, kept.model_dump_json().encode() + b"\n")
 
     def _load(self) -> None:
         if not self._file.exists():

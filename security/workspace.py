@@ -35,6 +35,7 @@ from security.keyfiles import (
 )
 from security.metadata import PUBLISHER, expiry_of
 from security.repository import create_repository
+from security.sealing import FOLDER as SEALING_FOLDER
 from security.sealing import rotate_sealing_keys
 from security.signer import ALGORITHMS, EDDSA
 from security.tokens import TokenIssuer, create_token_issuer
@@ -193,6 +194,11 @@ def describe_workspace(root: Path) -> list[Entry]:
     entries = [_describe(root, root / file) for file in ROLES if (root / file).exists()]
     entries += [_describe(root, path) for path in _further_keys(root)]
     entries += _describe_tokens(root) if (root / "cloud/tokens/issuer.json").exists() else []
+    sealing = sorted((root / "cloud" / SEALING_FOLDER).glob("*.key"))
+    entries += [
+        Entry("opens sealed inputs", path.relative_to(root).as_posix(), "private key", "X25519", None)
+        for path in sealing
+    ]
     entries += _describe_metadata(root)
     if not entries:
         raise ConfigError(f"{root} holds no workspace", hint=f"isthmus keys init {root} --host NAME")

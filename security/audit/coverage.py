@@ -32,10 +32,12 @@ class Coverage(StrEnum):
 
 # Scopes of devices and clients; whoever needs any other scope is an administrator of something.
 _EVERYDAY: Final = frozenset({PUBLIC, AUTHENTICATED, INFER, REGISTRY_READ, DEVICE})
+_OURS: Final = "/isthmus."
 _READS: Final = ("Get", "List", "Find", "Search", "Export", "Read", "Show", "Upload")
 _EXCEPTIONS: Final[Mapping[str, Coverage]] = MappingProxyType(
     {
-        "/isthmus.v1.FleetService/Enrol": Coverage.STRANGER,  # the code is the proof
+        # Once in some minutes for each device; what comes of the token is recorded.
+        "/isthmus.v1.FleetService/IssueToken": Coverage.REFUSALS,
         "/inference.GRPCInferenceService/ModelInfer": Coverage.SAMPLE,
         "/inference.GRPCInferenceService/ModelStreamInfer": Coverage.SAMPLE,
     }
@@ -46,6 +48,9 @@ def coverage_of(method: str, scopes: Mapping[str, str] = METHOD_SCOPES) -> Cover
     """Return what is recorded of a method, by its full path; of one that is in no table, only that it was refused."""
     if method in _EXCEPTIONS:
         return _EXCEPTIONS[method]
-    if scopes.get(method, PUBLIC) in _EVERYDAY:
+    scope = scopes.get(method)
+    if scope == PUBLIC and method.startswith(_OURS):  # the request carries its own proof: a code, an assertion
+        return Coverage.STRANGER
+    if scope is None or scope in _EVERYDAY:
         return Coverage.REFUSALS
     return Coverage.LOOK if method.rpartition("/")[2].startswith(_READS) else Coverage.ACTION

@@ -22,6 +22,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from isthmus.errors import InputError, TrustError
+from isthmus.logs import redact
 
 GENESIS: Final = "0" * 64  # what the first record of a chain continues
 CHECKPOINT: Final = "checkpoint"
@@ -74,10 +75,10 @@ class Event:
             "model": self.model, "version": self.version, "device": self.device, "rollout": self.rollout,
             "request_id": self.request_id,
         }  # fmt: skip
-        body: dict[str, Any] = {name: _bounded(value) for name, value in named.items() if value}
+        body: dict[str, Any] = {name: _safe(name, value) for name, value in named.items() if value}
         if self.detail:
             few = sorted(self.detail.items())[:_MAX_DETAILS]
-            body["detail"] = {name[:64]: _bounded(value) for name, value in few}
+            body["detail"] = {name[:64]: _safe(name, value) for name, value in few}
         return body | {"kind": EVENT}
 
 
@@ -214,6 +215,13 @@ def key_id_of(key: ed25519.Ed25519PublicKey) -> str:
 
 def _statement(head: Head) -> bytes:
     return _HEAD_PREFIX + canonical({name: getattr(head, name) for name in _HEAD_FIELDS})
+
+
+def _safe(name: str, value: Value) -> Value:
+    """Return a value without secrets: a caller may call a request, or a device, by its own token."""
+    if name == "token_id" or isinstance(value, int):  # ids of foreign issuers may look like anything
+        return _bounded(value)
+    return _bounded(redact(value))
 
 
 def _bounded(value: Value) -> Value:

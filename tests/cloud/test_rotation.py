@@ -1,7 +1,7 @@
 """Certificates and token keys are rotated under load at a cloud process, and no request fails.
 
 The same for as long as one likes:
-python -c "import tests.conftest; from tests.cloud.test_rotation import *; print(rotate_under_load(Path('FOLDER'), 300))"
+python -c "import tests.conftest; from tests.cloud.test_rotation import *; print(rotate_under_load(Path('DIR'), 300))"
 """
 
 from __future__ import annotations

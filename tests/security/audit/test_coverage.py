@@ -9,7 +9,7 @@ from security.audit.budget import SUMMARY_S, Budget
 from security.audit.coverage import Coverage, coverage_of
 from security.audit.interceptors import fields_of
 from security.audit.records import Event
-from security.scopes import METHOD_SCOPES, SCOPES, SCOPES_OF_ROLE
+from security.scopes import METHOD_SCOPES, PUBLIC, SCOPES, SCOPES_OF_ROLE
 
 # What is recorded of each method; a new method must be put here by whoever adds it, after a look.
 ACTIONS = {
@@ -26,9 +26,13 @@ def test_every_method_that_needs_an_administrators_scope_is_recorded_when_it_is_
     covered = {method for method in METHOD_SCOPES if coverage_of(method) in (Coverage.ACTION, Coverage.LOOK)}
     assert administrative - covered == set()
     assert covered == administrative
-    assert [method for method in METHOD_SCOPES if coverage_of(method) is Coverage.STRANGER] == [
-        "/isthmus.v1.FleetService/Enrol"
-    ]
+
+
+def test_what_a_stranger_gets_with_a_proof_of_its_own_is_recorded_but_tokens_are_not() -> None:
+    public = {method for method, scope in METHOD_SCOPES.items() if scope == PUBLIC and method.startswith("/isthmus.")}
+    strangers = {method for method in METHOD_SCOPES if coverage_of(method) is Coverage.STRANGER}
+    assert strangers == public - {"/isthmus.v1.FleetService/IssueToken"}
+    assert "/isthmus.v1.FleetService/Enrol" in strangers
 
 
 def test_what_changes_something_is_recorded_before_it_runs() -> None:
@@ -40,7 +44,8 @@ def test_what_changes_something_is_recorded_before_it_runs() -> None:
 def test_what_is_only_looked_at_changes_nothing() -> None:
     looks = {method.rpartition("/")[2] for method in METHOD_SCOPES if coverage_of(method) is Coverage.LOOK}
     assert looks >= {"ListDevices", "GetDevice", "GetRollout", "ListRollouts", "FindMissing", "UploadBlob"}
-    assert all(name.startswith(("Get", "List", "Find", "Upload", "Search", "Export")) for name in looks), looks
+    verbs = ("Get", "List", "Find", "Upload", "Search", "Export", "Show", "Read")
+    assert all(name.startswith(verbs) for name in looks), looks
 
 
 def test_a_new_method_of_a_new_scope_is_an_action() -> None:
