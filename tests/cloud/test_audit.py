@@ -145,8 +145,8 @@ def test_enrolment_token_refusals_and_reports_are_recorded(stage: Stage, tmp_pat
         assert (again["decision"], again["reason"]) == ("refused", "wrong-code")
         (token,) = await stage.records(1, action="IssueToken")
         assert token["decision"] == "refused"
-        (report,) = await stage.records(1, action="device.report")
-        assert (report["device"], report["version"], report["reason"]) == ("press-2", 2, "crashed")
+        (failure,) = await stage.records(1, action="device.report")
+        assert (failure["device"], failure["version"], failure["reason"]) == ("press-2", 2, "crashed")
 
     stage.runner.run(story())
 
