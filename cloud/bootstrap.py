@@ -56,7 +56,7 @@ _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens
 _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
-_FOLLOW_S: Final = 1.0  # how often the files of token keys are looked at
+_FOLLOW_S: Final = 1.0  # how often the files of keys are looked at
 _SERVICES: Final = (SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService", "isthmus.v1.RolloutService")
 
 log = structlog.get_logger(__name__)
@@ -141,7 +141,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await conductor.refresh()
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
         await stack.enter_async_context(_background(revocations.run(), name="revocations"))
-        await stack.enter_async_context(_background(_follow_keys(issuer, verifier), name="token-keys"))
+        await stack.enter_async_context(_background(_follow_keys(issuer, verifier, authority), name="keys"))
         await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
         await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
         servicer = await _listen(server, settings.drain_s, stack)
@@ -303,11 +303,12 @@ async def _keep_fresh(repository: CloudRepository) -> None:
             await asyncio.sleep(_REFRESH_S)
 
 
-async def _follow_keys(issuer: TokenIssuer, verifier: TokenVerifier) -> None:
-    """Take up token keys that were rotated, and let go those whose time is over."""
+async def _follow_keys(issuer: TokenIssuer, verifier: TokenVerifier, authority: IssuingCa) -> None:
+    """Take up token keys and an issuing authority that were rotated, and let go keys whose time is over."""
     published = issuer.jwks
     while True:
         await asyncio.sleep(_FOLLOW_S)
+        authority.refresh()
         issuer.refresh()
         if (jwks := issuer.jwks) != published:  # in one step with the line above: nothing is signed that is not known
             verifier.use_keys(jwks)

@@ -14,6 +14,8 @@ from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 
 if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
     from security.ceremony import Progress
     from security.workspace import Entry
 
@@ -279,12 +281,20 @@ def rotate_server(
     from security.authority import Authority, replace_server_certificate
 
     certificate = replace_server_certificate(Authority.load(folder, "ca"), home, host or [], datetime.now(UTC))
-    record = {
-        "file": str(home / "server.pem"),
-        "serial": f"{certificate.serial_number:x}",
-        "expires": certificate.not_valid_after_utc.isoformat(),
-    }
-    show_record("Certificate", record, as_json=as_json)
+    _show_certificate(home / "server.pem", certificate, as_json=as_json)
+
+
+@keys_app.command("rotate-issuing")
+def rotate_issuing(
+    home: Annotated[Path, typer.Argument(metavar="CLOUD", help="The workspace's cloud folder, or a copy of it.")],
+    folder: DirOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a new authority certify devices; what the one before has certified stays good until it expires."""
+    from security.authority import Authority, replace_issuing_ca
+
+    certificate = replace_issuing_ca(Authority.load(folder, "ca"), home, datetime.now(UTC))
+    _show_certificate(home / "issuing-ca.pem", certificate, as_json=as_json)
 
 
 @keys_app.command("rotate-tokens")
@@ -310,6 +320,15 @@ def rotate_tokens(
     show_table("Token keys", rows, as_json=as_json)
     if stolen:
         note("devices get new tokens by themselves; everybody else needs one: isthmus token mint")
+
+
+def _show_certificate(file: Path, certificate: Certificate, *, as_json: bool) -> None:
+    record = {
+        "file": str(file),
+        "serial": f"{certificate.serial_number:x}",
+        "expires": certificate.not_valid_after_utc.isoformat(),
+    }
+    show_record("Certificate", record, as_json=as_json)
 
 
 def _instant(seconds: int | None) -> str | None:
