@@ -1,4 +1,4 @@
-"""Keys follow one another by the clock: what signs, what verifies, what is left on the disk, and what is ever printed."""
+"""Keys follow one another by the clock: what signs, what verifies, what is left on the disk, what is printed."""
 
 from __future__ import annotations
 
@@ -115,10 +115,11 @@ def test_one_rotation_at_a_time_unless_the_key_was_stolen(cloud: Path, clock: Cl
 
 
 def test_a_key_set_does_not_grow_beyond_what_can_be_read(cloud: Path, clock: Clock) -> None:
+    for _ in range(31):
+        rotate_token_keys(cloud / "tokens", clock.now, lead=timedelta(seconds=1))
+        clock.now += timedelta(seconds=2)
     with pytest.raises(ConflictError, match="32"):
-        for _ in range(40):
-            rotate_token_keys(cloud / "tokens", clock.now, lead=timedelta(seconds=1))
-            clock.now += timedelta(seconds=2)
+        rotate_token_keys(cloud / "tokens", clock.now)
     assert TokenIssuer(cloud, clock=clock).mint("ann", "client", ttl=HOUR, now=clock.now)
 
 
