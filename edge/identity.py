@@ -26,7 +26,7 @@ from edge.store import write_atomically
 from edge.uplink import open_channel
 from isthmus.address import split_address
 from isthmus.errors import ConfigError, ConflictError, IdentityError, IsthmusError, UnavailableError
-from isthmus.status import ADDRESS_KEY, TIME_KEY, from_rpc
+from isthmus.status import ADDRESS_KEY, REASON_KEY, TIME_KEY, from_rpc
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.assertions import make_assertion
 from security.authority import load_certificate
@@ -42,6 +42,8 @@ _HINTS: Final = {
 _UNNAMED: Final = "device"  # in the signing request only: the invitation says who the device is
 _YOUNG_S: Final = 5.0
 _SKEW_S: Final = 2.0  # a difference of clocks below which ours is used as it is: the way there and back takes time, too
+_FINAL: Final = frozenset({"revoked", "unknown-device"})
+_REFUSED_S: Final = 300.0  # between tries of a device that is not wanted
 _RENEW_AT: Final = 0.6  # of a token's life; leaves several retries before it ends
 
 log = structlog.get_logger(__name__)
@@ -295,7 +297,10 @@ class AccessToken:
                 self._take(await self._ask(self._stub))
             except (grpc.aio.AioRpcError, IsthmusError) as error:
                 log.warning("no access token", error=described(error))
-                await self._backoff.pause()
+                if _is_final(error):
+                    await self._backoff.sleep(_REFUSED_S)
+                else:
+                    await self._backoff.pause()
                 continue
             self._backoff.reset()
             await self._backoff.sleep(max(1.0, (self._expires_at - self.now()) * _RENEW_AT))
@@ -378,6 +383,12 @@ class AccessToken:
         if response.jwks_json and response.jwks_json != self._home.jwks.read_bytes():
             write_atomically(self._home.jwks, response.jwks_json)
             self._new_keys(response.jwks_json)
+
+
+def _is_final(error: Exception) -> bool:
+    """Return whether the cloud has said that this device gets no token, until an operator does something."""
+    told = dict(error.trailing_metadata() or ()) if isinstance(error, grpc.aio.AioRpcError) else {}
+    return told.get(REASON_KEY) in _FINAL
 
 
 def described(error: Exception) -> str:
