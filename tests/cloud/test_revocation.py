@@ -54,7 +54,7 @@ def test_an_administrator_revokes_and_the_record_says_so(tmp_path: Path) -> None
     database.close()
 
 
-def test_a_database_that_is_away_leaves_what_is_known_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_away_leaves_what_is_known_in_force(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "workspace")
     database = db.Database(f"sqlite:///{tmp_path / 'isthmus.db'}")
 
