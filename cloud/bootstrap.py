@@ -100,7 +100,7 @@ _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens
 _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
-_FOLLOW_S: Final = 1.0  # how often the files of token keys are looked at
+_FOLLOW_S: Final = 1.0  # how often the files of keys are looked at
 _SERVICES: Final = (
     SERVICE,
     "isthmus.v1.FleetService",
@@ -246,7 +246,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             await stack.enter_async_context(_background(external.keys.run(), name=f"oidc-{external.config.name}"))
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
         await stack.enter_async_context(_background(revocations.run(), name="revocations"))
-        await stack.enter_async_context(_background(_follow_keys(issuer, verifier), name="token-keys"))
+        await stack.enter_async_context(_background(_follow_keys(issuer, verifier, authority), name="keys"))
         await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
         await stack.enter_async_context(_background(desk.follow(), name="traffic"))
         await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
@@ -446,11 +446,12 @@ async def _keep_fresh(repositories: TenantRepositories) -> None:
             await asyncio.sleep(_REFRESH_S)
 
 
-async def _follow_keys(issuer: TokenIssuer, verifier: TokenVerifier) -> None:
-    """Take up token keys that were rotated, and let go those whose time is over."""
+async def _follow_keys(issuer: TokenIssuer, verifier: TokenVerifier, authority: IssuingCa) -> None:
+    """Take up token keys and an issuing authority that were rotated, and let go keys whose time is over."""
     published = issuer.jwks
     while True:
         await asyncio.sleep(_FOLLOW_S)
+        authority.refresh()
         issuer.refresh()
         if (jwks := issuer.jwks) != published:  # in one step with the line above: nothing is signed that is not known
             verifier.use_keys(jwks)

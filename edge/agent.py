@@ -21,13 +21,13 @@ from typing import Any, BinaryIO, Final, Protocol
 import grpc
 import structlog
 
+from edge.access import AccessToken
 from edge.audit import Audit
 from edge.backoff import Backoff
 from edge.certificate import CertificateKeeper
 from edge.conditions import PostponedError
 from edge.deferred.assembly import Deferred
 from edge.fleet import Desired, FleetLink
-from edge.identity import AccessToken
 from edge.model import ServedModels
 from edge.offline import Imports
 from edge.sealing import InputSealer

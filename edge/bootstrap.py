@@ -8,6 +8,7 @@ from functools import partial
 
 import grpc
 
+from edge.access import AccessToken
 from edge.agent import Agent, MetricsListener, describe_status
 from edge.audit import ALARM, Audit
 from edge.bench import read_choice
@@ -22,7 +23,7 @@ from edge.deferred.store import Limits
 from edge.fetcher import Pace, RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
 from edge.hedge import Hedge
-from edge.identity import AccessToken, DeviceHome, Enrolment
+from edge.identity import DeviceHome, Enrolment
 from edge.model import LiveModel, ServedModels, open_model
 from edge.offline import Imports, StickFetcher, StickManifests
 from edge.outbox import Outbox

@@ -18,7 +18,7 @@ import base64
 import hashlib
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, cast
@@ -35,6 +35,7 @@ from security.scopes import DEVICE
 from security.tokens import Claims
 
 DEVICE_URI: Final = "isthmus://device/"
+_GRACE_S: Final = 2.0
 _REMEMBERED: Final = 4096  # certificates, of devices that are connected
 
 log = structlog.get_logger(__name__)
@@ -66,6 +67,7 @@ class _Call:
     subject: str
     key_sha256: str
     revoked: bool = False
+    sending: bool = False  # gRPC has the call, and waits for the peer to take a message
 
 
 def peer_of(context: grpc.aio.ServicerContext[Any, Any]) -> Peer | None:
@@ -115,8 +117,19 @@ class Guard:
         for task, call in self._running.items():
             if not call.revoked and self._is_revoked(call.subject, call.key_sha256):
                 call.revoked = True
-                task.cancel()
+                self._end(task, call)
                 log.info("call ended", subject=call.subject, reason="revoked")
+
+    def _end(self, task: asyncio.Task[Any], call: _Call) -> None:
+        """End a call; one whose peer takes no messages hears why when it takes one, or is cut off after a grace."""
+        if call.sending:
+            asyncio.get_running_loop().call_later(_GRACE_S, self._cut_off, task)
+        else:
+            task.cancel()
+
+    def _cut_off(self, task: asyncio.Task[Any]) -> None:
+        if task in self._running:
+            task.cancel()
 
     def check_device(self, device_id: str, key_sha256: str) -> None:
         """Check that neither a device nor its key is revoked.
@@ -154,20 +167,25 @@ class Guard:
 
         def stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-                with self._watched(claims, context):
+                with self._watched(claims, context) as running:
                     result = behaviour(_parsed(request, parse), context)
                     if inspect.isawaitable(result):  # a method that calls context.write itself
                         await result
                         return
-                    async for response in result:
-                        yield response
+                    async with aclosing(result):
+                        async for response in result:
+                            running.sending = True
+                            yield response
+                            running.sending = False
+                            if running.revoked:
+                                raise _revoked()
 
             return call
 
         return wrap_handler(handler, unary, stream, unparsed=late)
 
     @contextmanager
-    def _watched(self, claims: Claims, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[None]:
+    def _watched(self, claims: Claims, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[_Call]:
         """Let a call run while its caller is not revoked.
 
         Raises:
@@ -180,7 +198,7 @@ class Guard:
         task = cast("asyncio.Task[Any]", asyncio.current_task())  # grpc runs each call in one
         self._running[task] = call
         try:
-            yield
+            yield call
         except asyncio.CancelledError:
             if not call.revoked:
                 raise

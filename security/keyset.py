@@ -21,7 +21,7 @@ from isthmus.errors import ConfigError, IdentityError
 from security.jws import PublicKey
 from security.signer import ALGORITHMS, EDDSA, ES256
 
-_MAX_KEYS: Final = 32
+MAX_KEYS: Final = 32
 _EXPECTED: Final = "expected Ed25519 or P-256 public keys with alg and kid in the key set"
 
 
@@ -84,8 +84,8 @@ def _entries(jwks: bytes) -> list[Mapping[str, Any]]:
         entries = json.loads(jwks)["keys"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError("expected a JSON Web Key Set with a list of keys") from error
-    if not isinstance(entries, list) or not 0 < len(entries) <= _MAX_KEYS:
-        raise ConfigError(f"expected a JSON Web Key Set of 1 to {_MAX_KEYS} keys")
+    if not isinstance(entries, list) or not 0 < len(entries) <= MAX_KEYS:
+        raise ConfigError(f"expected a JSON Web Key Set of 1 to {MAX_KEYS} keys")
     return entries
 
 

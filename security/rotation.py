@@ -19,12 +19,11 @@ from typing import Any, Final
 from isthmus.errors import ConfigError, ConflictError
 from security.jws import EXPIRY_LEEWAY_S
 from security.keyfiles import PRIVATE_MODE, make_private_folder, read_file, replace_file, save_private_key
-from security.keyset import public_jwk
+from security.keyset import MAX_KEYS, public_jwk
 from security.signer import ALGORITHMS, FileSigner, new_key
 
 LEAD: Final = timedelta(hours=1)  # devices learn new keys with each token, which is every few minutes
 MAX_TTL: Final = timedelta(days=30)  # of a token
-_MAX_KEYS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +62,8 @@ class Schedule:
             raise ConfigError(f"{path}: expected issuer, audience and algorithm to be text")
         if texts["algorithm"] not in ALGORITHMS:
             raise ConfigError(f"{path}: tokens are signed with {' or '.join(ALGORITHMS)}")
-        if not 0 < len(keys) <= _MAX_KEYS:
-            raise ConfigError(f"{path}: expected 1 to {_MAX_KEYS} keys")
+        if not 0 < len(keys) <= MAX_KEYS:
+            raise ConfigError(f"{path}: expected 1 to {MAX_KEYS} keys")
         return cls(texts["issuer"], texts["audience"], texts["algorithm"], keys)
 
     def write(self, path: Path) -> None:
@@ -121,7 +120,7 @@ def rotate_token_keys(folder: Path, now: datetime, *, lead: timedelta = LEAD, st
 
     Raises:
         ConfigError: The folder holds no issuer.
-        ConflictError: A rotation is under way already.
+        ConflictError: A rotation is under way already, or too many keys verify still.
     """
     path, now_s = folder / "issuer.json", int(now.timestamp())
     before = Schedule.read(path)
@@ -138,6 +137,11 @@ def rotate_token_keys(folder: Path, now: datetime, *, lead: timedelta = LEAD, st
         kept = tuple(
             KeyTerm(term.kid, term.signs_from, until if term == signing else term.verifies_until)
             for term in before.published(now_s)
+        )
+    if len(kept) >= MAX_KEYS:
+        raise ConflictError(
+            f"{len(kept)} earlier keys verify still, and {MAX_KEYS} is the most that a key set holds",
+            hint="an earlier key is left out 30 days after it signed last",
         )
     kid = _add_key(folder, before.algorithm, [term.kid for term in kept])
     after = Schedule(before.issuer, before.audience, before.algorithm, (*kept, KeyTerm(kid, signs_from)))

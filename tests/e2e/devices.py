@@ -18,11 +18,12 @@ import openvino
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from edge.access import AccessToken
 from edge.conditions import Conditions
 from edge.config import UpdateSettings
 from edge.fetcher import RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
-from edge.identity import AccessToken, DeviceHome, enrol
+from edge.identity import DeviceHome, enrol
 from edge.model import ServedModels, open_model
 from edge.outbox import Outbox
 from edge.outcome import Outcome
