@@ -38,6 +38,7 @@ from cloud.heavy import HeavyPool
 from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
 from cloud.registry import RegistryService
+from cloud.revocations import Revocations
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
 from cloud.supervisor import TritonServer
@@ -48,18 +49,20 @@ from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
 from isthmus.v1 import access_pb2_grpc, fleet_pb2_grpc, registry_pb2_grpc
 from security.authenticator import Authenticator
+from security.binding import Guard
 from security.enrolment import IssuingCa
 from security.interceptors import AuthInterceptor
 from security.oidc import OidcIssuers
 from security.roles import AccessBook
 from security.tenants import TenantRepositories
 from security.tls import server_credentials
-from security.tokens import TokenIssuer
+from security.tokens import TokenIssuer, TokenVerifier
 
 _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", "tuf/1.root.json")
 _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
+_FOLLOW_S: Final = 1.0  # how often the files of keys are looked at
 _SERVICES: Final = (
     SERVICE,
     "isthmus.v1.FleetService",
@@ -76,6 +79,7 @@ class Cloud:
     """A running cloud."""
 
     address: str
+    device_address: str  # where devices call, with their certificates
     pool: HeavyPool
     triton: TritonServer | None  # None where an external one is used
     _stack: AsyncExitStack
@@ -125,13 +129,19 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             poll_s=settings.rollout_poll_s,
         )
         access, issuers = AccessStore(database, book, poll_s=settings.access_poll_s), OidcIssuers(settings.oidc)
-        server, address = _server(settings, Authenticator(issuer.verifier(), book=book, issuers=issuers))
+        guard, verifier = Guard(), issuer.verifier()
+        revocations = Revocations(database, guard)
+        await revocations.refresh()
+        authenticator = Authenticator(verifier, book=book, issuers=issuers)
+        server, address, device_address = _server(settings, AuthInterceptor(authenticator, guard=guard))
         server.add_generic_rpc_handlers(
             [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
         )
         fleet = FleetService(
-            database, conductor, issuer, authority, token_ttl_s=settings.token_ttl_s, tenants=repositories.names
-        )
+            database, conductor, issuer, authority,
+            revocations=revocations, device_address=settings.device_address or f":{device_address.rpartition(':')[2]}",
+            unbound_tokens=settings.unbound_tokens, token_ttl_s=settings.token_ttl_s, tenants=repositories.names,
+        )  # fmt: skip
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryService(
@@ -142,7 +152,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(access), server)
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
 
-        ready_file = _ReadyFile(settings.ready_file, address, triton)
+        ready_file = _ReadyFile(settings.ready_file, address, device_address, triton)
         ready_file.check()
         stack.callback(ready_file.remove)
         await _start_triton(triton, client, pool, ready_file)
@@ -154,14 +164,16 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         for external in issuers.all:
             await stack.enter_async_context(_background(external.keys.run(), name=f"oidc-{external.config.name}"))
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
+        await stack.enter_async_context(_background(revocations.run(), name="revocations"))
+        await stack.enter_async_context(_background(_follow_keys(issuer, verifier, authority), name="keys"))
         await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
         await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
         servicer = await _listen(server, settings.drain_s, stack)
         await stack.enter_async_context(_background(_report_health(servicer, pool), name="health"))
         stack.callback(conductor.close)
         ready_file.write()
-        log.info("cloud serves", address=address, models=catalog.models)
-        return Cloud(address, pool, triton, stack.pop_all())
+        log.info("cloud serves", address=address, device_address=device_address, models=catalog.models)
+        return Cloud(address, device_address, pool, triton, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -230,11 +242,10 @@ async def _start_triton(
     await triton.start(on_started)
 
 
-def _server(settings: CloudSettings, authenticator: Authenticator) -> tuple[grpc.aio.Server, str]:
-    """Return a server that is bound to its address, and that address."""
-    check_free(settings.listen, "listen")
+def _server(settings: CloudSettings, access: AuthInterceptor) -> tuple[grpc.aio.Server, str, str]:
+    """Return a server that is bound to its two addresses, and these: for everybody, and for devices."""
     server = grpc.aio.server(
-        interceptors=(StatusInterceptor(), AuthInterceptor(authenticator)),
+        interceptors=(StatusInterceptor(), access),
         options=(
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -243,18 +254,25 @@ def _server(settings: CloudSettings, authenticator: Authenticator) -> tuple[grpc
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ),
     )
-    credentials = server_credentials(settings.home / "server.key", settings.home / "server.pem")
+    key, chain = settings.home / "server.key", settings.home / "server.pem"
+    address = _bind(server, "listen", settings.listen, server_credentials(key, chain))
+    asking = server_credentials(key, chain, settings.home / "issuing-ca.pem")
+    return server, address, _bind(server, "device_listen", settings.device_listener, asking)
+
+
+def _bind(server: grpc.aio.Server, setting: str, address: str, credentials: grpc.ServerCredentials) -> str:
+    check_free(address, setting)
     try:
-        port = server.add_secure_port(settings.listen, credentials)
+        port = server.add_secure_port(address, credentials)
     except RuntimeError:
         port = 0
     if port == 0:
         raise ConfigError(
-            f"listen: cannot listen on {settings.listen}",
-            hint="another program may have the port, or the address is not this machine's; --listen takes another one",
+            f"{setting}: cannot listen on {address}",
+            hint=f"another program may have it, or it is not this machine's; {setting} takes another address",
             reason="address-in-use",
         )
-    return server, f"{settings.listen.rpartition(':')[0]}:{port}"
+    return f"{address.rpartition(':')[0]}:{port}"
 
 
 async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack) -> health.aio.HealthServicer:
@@ -309,11 +327,23 @@ async def _keep_fresh(repositories: TenantRepositories) -> None:
             await asyncio.sleep(_REFRESH_S)
 
 
+async def _follow_keys(issuer: TokenIssuer, verifier: TokenVerifier, authority: IssuingCa) -> None:
+    """Take up token keys and an issuing authority that were rotated, and let go keys whose time is over."""
+    published = issuer.jwks
+    while True:
+        await asyncio.sleep(_FOLLOW_S)
+        authority.refresh()
+        issuer.refresh()
+        if (jwks := issuer.jwks) != published:  # in one step with the line above: nothing is signed that is not known
+            verifier.use_keys(jwks)
+            published = jwks
+
+
 class _ReadyFile:
     """Tells scripts where the cloud listens; exists while it serves."""
 
-    def __init__(self, path: Path | None, address: str, triton: TritonServer | None) -> None:
-        self._path, self._address, self._triton = path, address, triton
+    def __init__(self, path: Path | None, address: str, device_address: str, triton: TritonServer | None) -> None:
+        self._path, self._address, self._device_address, self._triton = path, address, device_address, triton
         self._written = False
 
     def check(self) -> None:
@@ -331,7 +361,12 @@ class _ReadyFile:
         """Write the file, whole or not at all."""
         if self._path is None:
             return
-        record = {"address": self._address, "pid": os.getpid(), "triton_pid": self._triton.pid if self._triton else 0}
+        record = {
+            "address": self._address,
+            "device_address": self._device_address,
+            "pid": os.getpid(),
+            "triton_pid": self._triton.pid if self._triton else 0,
+        }
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(record) + "\n")
         temporary.replace(self._path)

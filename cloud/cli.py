@@ -19,6 +19,9 @@ ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings
 def serve(
     home: Annotated[Path | None, typer.Option(help="The workspace's cloud folder.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = None,
+    device_listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT that asks for device certificates; default: the port after --listen.")
+    ] = None,
     blobs: Annotated[
         str | None, typer.Option(help="Folder or fsspec address, such as s3://bucket/folder, for bundles.")
     ] = None,
@@ -33,7 +36,14 @@ def serve(
     from cloud.bootstrap import serve_until_signal
     from cloud.config import CloudSettings
 
-    flags = {"home": home, "listen": listen, "blobs": blobs, "triton": triton, "database": database}
+    flags = {
+        "home": home,
+        "listen": listen,
+        "device_listen": device_listen,
+        "blobs": blobs,
+        "triton": triton,
+        "database": database,
+    }
     flags |= {"ready_file": ready_file}
     asyncio.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
 

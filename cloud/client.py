@@ -508,6 +508,16 @@ class CloudClient:
         request = fleet_pb2.RetryDeviceRequest(device_id=device_id, model=model)
         return int(self._call(f"have device {device_id} retry", self._fleet.RetryDevice, request).attempt)
 
+    def revoke(self, device_id: str, *, key_sha256: str = "", reason: str = "") -> dict[str, Any]:
+        """Refuse a device and its key, or one key, from now on."""
+        request = fleet_pb2.RevokeDeviceRequest(device_id=device_id, key_sha256=key_sha256, reason=reason)
+        answer = self._call(f"revoke {device_id or 'the key'}", self._fleet.RevokeDevice, request)
+        return {
+            "device": answer.device_id or None,
+            "key_sha256": answer.key_sha256,
+            "revoked_at": moment(answer.revoked_at),
+        }
+
     def start_rollout(self, request: Any) -> Any:
         """Start a rollout, or tell what it would do."""
         return self._call(

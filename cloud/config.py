@@ -18,6 +18,17 @@ class CloudSettings(Settings):
 
     home: Path = Field(default=Path("cloud"), description="The workspace's cloud folder, made by `isthmus keys init`")
     listen: str = Field(default="127.0.0.1:8443", description="HOST:PORT of the TLS listener; port 0 takes a free one")
+    device_listen: str = Field(
+        default="",
+        description="HOST:PORT of the listener that asks for device certificates; empty: the port after `listen`",
+    )
+    device_address: str = Field(
+        default="",
+        description="HOST:PORT that devices are told for it; empty: the host that they enrolled at, and its port",
+    )
+    unbound_tokens: bool = Field(
+        default=False, description="Give tokens to devices that show no certificate: agents of earlier releases"
+    )
     blobs: str = Field(
         default="", description="Folder or fsspec address, such as s3://bucket/folder, for bundles; empty: in `home`"
     )
@@ -68,10 +79,16 @@ class CloudSettings(Settings):
             raise ValueError("expected HOST:PORT, for example 127.0.0.1:8443")
         return value
 
-    @field_validator("triton")
+    @field_validator("triton", "device_listen", "device_address")
     @classmethod
     def _empty_or_address(cls, value: str) -> str:
         return cls._host_and_port(value) if value else value
+
+    @property
+    def device_listener(self) -> str:
+        """Return HOST:PORT of the listener for devices."""
+        host, _, port = self.listen.rpartition(":")
+        return self.device_listen or f"{host}:{int(port) + 1 if int(port) else 0}"
 
 
 class OperatorSettings(Settings):

@@ -90,6 +90,7 @@ class Device(Base):
     __tablename__ = "devices"
     id: Mapped[str] = mapped_column(primary_key=True)
     public_key_pem: Mapped[bytes]
+    key_sha256: Mapped[str] = mapped_column(default="", index=True)  # of the SubjectPublicKeyInfo, hexadecimal
     enrolled_at: Mapped[float]
     last_seen_at: Mapped[float]
     facts: Mapped[bytes] = mapped_column(default=b"")  # DeviceFacts, as the device sent them
@@ -130,6 +131,20 @@ class Invite(Base):
     expires_at: Mapped[float]
     used_at: Mapped[float | None]
     tenant: Mapped[str] = mapped_column(default=DEFAULT_TENANT)
+
+
+class Revocation(Base):
+    """A device, by its name, or a key, by its digest, that is refused until it is lifted; a key never is."""
+
+    __tablename__ = "revocations"
+    kind: Mapped[str] = mapped_column(primary_key=True)  # "device" or "key"
+    value: Mapped[str] = mapped_column(primary_key=True)
+    device_id: Mapped[str] = mapped_column(index=True)
+    reason: Mapped[str]
+    revoked_at: Mapped[float]
+    revoked_by: Mapped[str]
+    lifted_at: Mapped[float | None]
+    revision: Mapped[int] = mapped_column(BigInteger, index=True)
 
 
 class Report(Base):

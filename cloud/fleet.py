@@ -1,11 +1,11 @@
 """Devices: invited by an operator, enrolled once, given short-lived tokens, told what to run, heard what they run.
 
-This is the door; `cloud.conductor` keeps and decides.
+This is the door; `cloud.identity` and `cloud.conductor` keep and decide.
 
 Rules:
-1. An invitation code works once; two callers with the same code at the same time get one identity and one refusal.
-2. Wrong, used and expired codes get the same answer; an assertion works once.
-3. A device speaks for itself only: its name comes from its token, never from the message.
+1. Wrong, used and expired codes get the same answer. (`cloud.identity` has the rules for codes, keys and assertions.)
+2. A device speaks for itself only: its name comes from its token, never from the message.
+3. A token is bound to the certificate of the connection on which it was asked for.
 4. A Watch ends when its token does; the device comes back with a new one.
 """
 
@@ -22,28 +22,27 @@ from typing import Any, Final
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
-from sqlalchemy import CursorResult, delete, update
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
 from cloud import database as db
 from cloud.catalog import unknown_model
 from cloud.conductor import Conductor
+from cloud.identity import Identities
+from cloud.revocations import Revocations
 from cloud.rollout import matches
 from cloud.roster import Device, Roster, Told
-from isthmus.digests import sha256_bytes
 from isthmus.errors import IdentityError, InputError
+from isthmus.status import ADDRESS_KEY, TIME_KEY
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
-from security.enrolment import IssuingCa, check_device_id, public_key_of
+from security.binding import Guard, peer_of
+from security.enrolment import IssuingCa, check_device_id
 from security.interceptors import current_claims
 from security.tenancy import DEFAULT_TENANT, check_new_name
 from security.tls import negotiated
-from security.tokens import TokenIssuer, read_assertion_subject, verify_assertion
+from security.tokens import TokenIssuer
 
 DEFAULT_INVITE_S: Final = 3600
 MAX_INVITE_S: Final = 30 * 86400
 MAX_WATCHED: Final = 64  # models of one device
-_KEEP_ASSERTIONS_S: Final = 300  # beyond their expiry: more than any leeway
 _MAX_TEXT: Final = 500  # characters of a reason or detail that are kept
 _MAX_NUMBER: Final = 2**53  # as in a manifest; a database holds no more than 2**63 - 1
 _MAX_FACTS: Final = 4096  # bytes
@@ -63,6 +62,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         conductor: Knows and decides what devices run.
         issuer: Mints access tokens.
         authority: Signs device certificates.
+        revocations: Follows what was revoked.
+        device_address: HOST:PORT that devices are told to call, where certificates are asked for.
+        unbound_tokens: Whether a device without a certificate gets a token, too.
         token_ttl_s: Life of the access tokens.
         tenants: Returns the names of the cloud's tenants.
         clock: Returns Unix seconds.
@@ -75,12 +77,17 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         issuer: TokenIssuer,
         authority: IssuingCa,
         *,
+        revocations: Revocations | None = None,
+        device_address: str = "",
+        unbound_tokens: bool = False,
         token_ttl_s: int = 900,
         tenants: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._database, self._conductor = database, conductor
-        self._issuer, self._authority = issuer, authority
+        self._conductor, self._issuer = conductor, issuer
+        self._identities = Identities(database, authority, issuer.audience, clock)
+        self._revocations = revocations or Revocations(database, Guard())
+        self._device_address, self._unbound_tokens = device_address, unbound_tokens
         self._token_ttl_s, self._tenants, self._clock = token_ttl_s, tenants, clock
 
     async def Invite(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -96,7 +103,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         if ttl_s > MAX_INVITE_S:
             raise InputError(f"ttl_s: expected at most {MAX_INVITE_S} seconds, got {ttl_s}")
         code, expires_at = secrets.token_urlsafe(24), self._clock() + ttl_s
-        await asyncio.to_thread(self._add_invite, code, device_id, claims.tenant, expires_at)
+        await asyncio.to_thread(self._identities.invite, code, device_id, claims.tenant, expires_at)
         log.info("device invited", device=device_id, tenant=claims.tenant, by=claims.subject)
         return fleet_pb2.InviteResponse(code=code, expires_at=timestamp(expires_at))
 
@@ -108,11 +115,6 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         if device is not None and device.tenant != tenant:
             raise InputError(f"no device can be called {device_id!r}", reason="name-of-another")
 
-    def _add_invite(self, code: str, device_id: str, tenant: str, expires_at: float) -> None:
-        with self._database.write() as session:
-            session.execute(delete(db.Invite).where(db.Invite.expires_at < self._clock()))
-            session.add(db.Invite(code_sha256=_hash(code), device_id=device_id, tenant=tenant, expires_at=expires_at))
-
     async def Enrol(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Exchange a code for an identity.
 
@@ -121,7 +123,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             InputError: The certificate request is not acceptable; the code stays valid.
         """
         del context
-        device_id, tenant, chain = await asyncio.to_thread(self._enrol, request.code, request.csr_pem)
+        device_id, tenant, chain = await asyncio.to_thread(self._identities.enrol, request.code, request.csr_pem)
+        await self._revocations.refresh()
         await self._conductor.refresh()
         log.info("device enrolled", device=device_id, tenant=tenant)
         return fleet_pb2.EnrolResponse(
@@ -130,63 +133,81 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             jwks_json=self._issuer.jwks,
             token_issuer=self._issuer.issuer,
             token_audience=self._issuer.audience,
+            device_address=self._device_address,
             tenant=tenant,
         )
 
-    def _enrol(self, code: str, csr_pem: bytes) -> tuple[str, str, bytes]:
-        now = self._clock()
-        with self._database.write() as session:
-            device_id, tenant = _take_invite(session, code, now)
-            # A refused request raises here and undoes the line above: the code is not spent on a typing error.
-            chain = self._authority.sign(csr_pem, device_id, datetime.fromtimestamp(now, UTC))
-            key = public_key_of(csr_pem)
-            revision = db.next_revision(session)
-            session.merge(
-                db.Device(
-                    id=device_id,
-                    public_key_pem=key,
-                    enrolled_at=now,
-                    last_seen_at=now,
-                    revision=revision,
-                    tenant=tenant,
-                )
-            )
-            # It may begin anew with its reports, too: a device whose disk was replaced counts from 1.
-            session.execute(update(db.Report).where(db.Report.device_id == device_id).values(number=0))
-        return device_id, tenant, chain
-
     async def IssueToken(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Exchange a signed assertion for an access token.
+        """Exchange a signed assertion for an access token, bound to the certificate of the connection.
 
         Raises:
-            IdentityError: The assertion is not one of a known device, or was used before.
+            IdentityError: The assertion is not one of a known device, or was used before, or the connection has no
+                certificate, or another device's.
+        """
+        await self._orient(context)
+        peer = peer_of(context)
+        if peer is None and not self._unbound_tokens:
+            raise IdentityError(
+                "a token is bound to the device's certificate and this connection has none",
+                reason="certificate-required",
+                hint="call the cloud's device_listen address with the certificate; agents of this release do",
+            )
+        device_id, tenant = await asyncio.to_thread(self._identities.accept, request.assertion, peer)
+        token, expires_at = self._issuer.mint(
+            device_id,
+            "device",
+            ttl=timedelta(seconds=self._token_ttl_s),
+            now=datetime.fromtimestamp(self._clock(), UTC),
+            tenant=tenant,
+            thumbprint=peer.thumbprint if peer is not None else "",
+        )
+        return fleet_pb2.IssueTokenResponse(
+            access_token=token,
+            expires_at=timestamp(expires_at.timestamp()),
+            jwks_json=self._issuer.jwks,
+        )
+
+    async def RenewCertificate(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Exchange an assertion and a signing request for a new certificate.
+
+        Raises:
+            IdentityError: The assertion is not one of a known device, or was used before; the key is another one.
+            InputError: The certificate request is not acceptable.
+        """
+        await self._orient(context)
+        device_id, _ = await asyncio.to_thread(self._identities.accept, request.assertion, peer_of(context))
+        chain = await asyncio.to_thread(self._identities.renew, device_id, request.csr_pem)
+        log.info("device certificate renewed", device=device_id)
+        return fleet_pb2.RenewCertificateResponse(certificate_chain_pem=chain)
+
+    async def RevokeDevice(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Refuse a device or a key from now on.
+
+        Raises:
+            InputError: Neither is given, or the key's digest is none.
+            NotFoundError: There is no such device.
         """
         del context
-        device_id, tenant = await asyncio.to_thread(self._accept_assertion, request.assertion)
-        ttl = timedelta(seconds=self._token_ttl_s)
-        token, expires_at = self._issuer.mint(device_id, "device", ttl=ttl, tenant=tenant)
-        return fleet_pb2.IssueTokenResponse(access_token=token, expires_at=timestamp(expires_at.timestamp()))
+        by = current_claims().subject
+        done = await asyncio.to_thread(
+            self._identities.revoke,
+            request.device_id,
+            request.key_sha256,
+            _printable(request.reason),
+            by,
+            current_claims().tenant,
+        )
+        await self._revocations.refresh()
+        await self._conductor.refresh()
+        log.warning("device revoked", device=done.device_id, key_sha256=done.key_sha256, by=by)
+        return fleet_pb2.RevokeDeviceResponse(
+            device_id=done.device_id, key_sha256=done.key_sha256, revoked_at=timestamp(done.revoked_at)
+        )
 
-    def _accept_assertion(self, assertion: str) -> tuple[str, str]:
-        """Return the device that an assertion is of, and its tenant."""
-        now = self._clock()
-        device_id = read_assertion_subject(assertion)
-        with self._database.read() as session:
-            device = session.get(db.Device, device_id)
-        if device is None:
-            raise IdentityError("the assertion is not one of an enrolled device", reason="unknown-device")
-        moment = datetime.fromtimestamp(now, UTC)
-        verified = verify_assertion(assertion, device.public_key_pem, self._issuer.audience, moment)
-        spent = db.Assertion(device_id=device_id, jti=verified.jti, expires_at=verified.expires_at.timestamp())
-        try:
-            with self._database.write() as session:
-                session.execute(delete(db.Assertion).where(db.Assertion.expires_at < now - _KEEP_ASSERTIONS_S))
-                session.add(spent)
-                session.execute(update(db.Device).where(db.Device.id == device_id).values(last_seen_at=now))
-        except IntegrityError as error:
-            log.warning("assertion used twice", device=device_id)
-            raise IdentityError("the assertion was used before", reason="replayed-assertion") from error
-        return device_id, device.tenant
+    async def _orient(self, context: Any) -> None:
+        """Tell a device what it needs when it will be refused: the time here, and the address that it should call."""
+        metadata = ((TIME_KEY, str(round(self._clock() * 1000))), (ADDRESS_KEY, self._device_address))
+        await context.send_initial_metadata(metadata)
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Stream the version that each model should be at: now, and on every change.
@@ -317,6 +338,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     def _device_message(self, device: Device) -> Any:
         """Return a device as the caller may see it: with the models that it may use."""
         roster, claims = self._conductor.roster, current_claims()
+        revoked = self._revocations.of_devices.get(device.id)
         return fleet_pb2.Device(
             device_id=device.id,
             enrolled_at=timestamp(device.enrolled_at),
@@ -337,6 +359,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 if claims.may_use(model)
                 for told in (roster.told(device, model),)
             ],
+            key_sha256=device.key_sha256,
+            revoked_at=timestamp(revoked.revoked_at) if revoked is not None else None,
+            revoked_reason=revoked.reason if revoked is not None else "",
         )
 
     async def WhoAmI(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -349,33 +374,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         )  # fmt: skip
 
 
-def _take_invite(session: Session, code: str, now: float) -> tuple[str, str]:
-    """Mark an invitation as used and return its device and tenant; the database lets one caller through."""
-    is_open = (db.Invite.code_sha256 == _hash(code), db.Invite.used_at.is_(None), db.Invite.expires_at > now)
-    result = session.execute(update(db.Invite).where(*is_open).values(used_at=now))
-    invite = session.get(db.Invite, _hash(code))
-    known = session.get(db.Device, invite.device_id) if invite is not None else None
-    if (
-        not isinstance(result, CursorResult)
-        or result.rowcount != 1
-        or invite is None
-        or (known is not None and known.tenant != invite.tenant)  # two tenants were quick with one name
-    ):
-        raise IdentityError(
-            "the enrolment code is wrong, used or expired",
-            hint="ask the operator for a new one: isthmus device invite DEVICE",
-            reason="wrong-code",
-        )
-    return invite.device_id, invite.tenant
-
-
 def _printable(text: str) -> str:
     """Return a device's text as an operator's terminal may show it: no control characters, not endless."""
     return "".join(character if character.isprintable() else " " for character in text[:_MAX_TEXT])
-
-
-def _hash(code: str) -> str:
-    return sha256_bytes(code.encode())
 
 
 def _checked_report(request: Any) -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cloud.client import CloudClient
 
 model_app = typer.Typer(no_args_is_help=True, help="Publish, release and list model versions.")
-device_app = typer.Typer(no_args_is_help=True, help="Invite, list, label, pin and retry devices.")
+device_app = typer.Typer(no_args_is_help=True, help="Invite, revoke, list, label, pin and retry devices.")
 
 CloudOption = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")]
 TrustOption = Annotated[Path | None, typer.Option(help="Folder with ca.pem.")]
@@ -219,6 +219,27 @@ def invite(
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         record = client.invite(device, ttl_s=ttl_s)
     show_record("invitation", record, as_json=as_json)
+
+
+@device_app.command()
+def revoke(
+    device: Annotated[str, typer.Argument(help="The device's name; may be left out with --key.")] = "",
+    key: Annotated[
+        str, typer.Option(help="SHA-256 of one public key, as isthmus device show prints it.", metavar="DIGEST")
+    ] = "",
+    reason: Annotated[str, typer.Option(help="Why, for the record.", metavar="TEXT")] = "",
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Refuse DEVICE and its key within seconds, what it has open included. It comes back by a new invitation only."""
+    if not device and not key:
+        raise InputError("expected a device or --key", hint="isthmus device revoke camera-1 --reason stolen")
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        record = client.revoke(device, key_sha256=key, reason=reason)
+    show_record("revoked", record, as_json=as_json)
 
 
 @device_app.command("list")

@@ -61,6 +61,7 @@ class Device:
     enrolled_at: float
     last_seen_at: float
     tenant: str = DEFAULT_TENANT
+    key_sha256: str = ""
     facts_bytes: bytes = b""
     facts: Any = None
     labels: dict[str, str] = field(default_factory=dict)
@@ -191,6 +192,7 @@ class Roster:
             device = self.devices.setdefault(row.id, Device(row.id, row.enrolled_at, row.last_seen_at))
             device.tenant = row.tenant
             device.enrolled_at, device.last_seen_at = row.enrolled_at, max(device.last_seen_at, row.last_seen_at)
+            device.key_sha256 = row.key_sha256
             new_labels = labels.get(row.id, {})
             if device.facts_bytes != row.facts or device.labels != new_labels:
                 device.facts_bytes, device.labels = row.facts, new_labels
@@ -218,9 +220,7 @@ class Roster:
         """
         device = self.devices.get(device_id)
         if device is None or tenant not in (None, device.tenant):
-            raise NotFoundError(
-                f"there is no device {device_id[:80]!r}", hint="isthmus device list shows them", reason="unknown-device"
-            )
+            raise unknown_device(device_id)
         return device
 
     def may_see(self, claims: Claims, model: str) -> bool:
@@ -320,6 +320,13 @@ class Roster:
             if entry.heard is not None and entry.heard.serving_version:
                 counted[entry.heard.serving_version] = counted.get(entry.heard.serving_version, 0) + 1
         return counted
+
+
+def unknown_device(device_id: str) -> NotFoundError:
+    """Return the error for a device that does not exist, or that the caller must not know of: they look the same."""
+    return NotFoundError(
+        f"there is no device {device_id[:80]!r}", hint="isthmus device list shows them", reason="unknown-device"
+    )
 
 
 def misfit(variants: Iterable[Variant], facts: Any) -> str:

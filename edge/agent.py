@@ -23,6 +23,7 @@ import structlog
 
 from edge.audit import Audit
 from edge.backoff import Backoff
+from edge.certificate import CertificateKeeper
 from edge.conditions import PostponedError
 from edge.deferred.assembly import Deferred
 from edge.fleet import Desired, FleetLink
@@ -65,6 +66,7 @@ class Agent:
     server: AgentServer
     models: ServedModels
     token: AccessToken
+    certificate: CertificateKeeper
     uplink: Uplink
     fleet: FleetLink
     desired: Desired
@@ -117,6 +119,8 @@ class Agent:
         loops: dict[str, Callable[[], Awaitable[None]]] = {
             "connection": lambda: watch_connection(self.channel, self._connected),
             "token": self.token.keep,
+            "certificate": self.certificate.keep,
+            "cloud's address": self.certificate.follow,
             "watch": self.fleet.watch,
             "reports": self.fleet.send_reports,
         }
@@ -134,6 +138,7 @@ class Agent:
         log.info("connected to the cloud")
         self.uplink.nudge()
         self.token.connected()
+        self.certificate.connected()
         self.fleet.connected()
         if self.deferred is not None:
             self.deferred.sender.connected()

@@ -12,6 +12,8 @@ from edge.agent import Agent, MetricsListener, describe_status
 from edge.audit import ALARM, Audit
 from edge.bench import read_choice
 from edge.breaker import Breaker
+from edge.certificate import CertificateKeeper
+from edge.channel import RenewableChannel
 from edge.conditions import Conditions
 from edge.config import EdgeSettings, UpdateSettings
 from edge.deferred.assembly import Deferred, open_deferred
@@ -37,7 +39,7 @@ from edge.spool import Spool
 from edge.state import Order
 from edge.store import SlotStore
 from edge.updater import Updater
-from edge.uplink import Uplink, open_channel
+from edge.uplink import Uplink
 from isthmus import __version__
 from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
@@ -63,8 +65,10 @@ def build_agent(settings: EdgeSettings) -> Agent:
     enrolment = home.enrolment()
     names = _model_names(settings)
     lock = home.lock()  # two agents would remove each other's slots
-    channel = open_channel(enrolment.cloud, home.ca, message_bytes=settings.message_mib << 20)
-    token = AccessToken(home, enrolment, channel)
+    connect = partial(home.connect, message_bytes=settings.message_mib << 20)
+    channel = RenewableChannel(connect())
+    verifier = TokenVerifier(home.jwks.read_bytes(), enrolment.token_issuer, enrolment.token_audience)
+    token = AccessToken(home, enrolment, channel, new_keys=verifier.use_keys, moved=lambda: channel.replace(connect()))
     uplink = _uplink(settings, channel, token)
     desired = Desired(names)
     fleet = FleetLink(
@@ -99,7 +103,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         audit=audit,
         shadow=shadow,
     )
-    credentials, interceptors = _protection(settings, home, enrolment)
+    credentials, interceptors = _protection(settings, home, verifier, enrolment.tenant)
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use
     server = AgentServer(
         settings.listen,
@@ -119,6 +123,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         server=server,
         models=models,
         token=token,
+        certificate=CertificateKeeper(home, channel, token, connect),
         uplink=uplink,
         fleet=fleet,
         desired=desired,
@@ -286,12 +291,11 @@ def _choose(settings: EdgeSettings, home: DeviceHome, manifest: Manifest) -> Var
 
 
 def _protection(
-    settings: EdgeSettings, home: DeviceHome, enrolment: Enrolment
+    settings: EdgeSettings, home: DeviceHome, verifier: TokenVerifier, tenant: str
 ) -> tuple[grpc.ServerCredentials | None, tuple[grpc.aio.ServerInterceptor, ...]]:
     if is_local(settings.listen):
         return None, ()
-    verifier = TokenVerifier(home.jwks.read_bytes(), enrolment.token_issuer, enrolment.token_audience)
-    return server_credentials(home.key, home.certificate), (AuthInterceptor(verifier, tenant=enrolment.tenant),)
+    return server_credentials(home.key, home.certificate), (AuthInterceptor(verifier, tenant=tenant),)
 
 
 def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink) -> Deferred | None:

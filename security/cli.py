@@ -14,6 +14,8 @@ from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 
 if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
     from security.ceremony import Progress
     from security.workspace import Entry
 
@@ -62,12 +64,18 @@ def init(
     root_threshold: Annotated[int, typer.Option(help="How many of them must sign.")] = 1,
     targets_keys: Annotated[int, typer.Option(help="Keys that sign manifests, one for each holder.")] = 1,
     targets_threshold: Annotated[int, typer.Option(help="How many of them must sign.")] = 1,
+    signed: Annotated[
+        str, typer.Option("--token-algorithm", help="What tokens are signed with: EdDSA or ES256.")
+    ] = "EdDSA",
 ) -> None:
-    """Make a workspace: authorities, certificates, token and update keys."""
+    """Make a workspace: authorities, certificates, token and update keys.
+
+    Your own authority in place of the private one: docs/keys.md says which files to replace.
+    """
     from security.workspace import Holders, init_workspace
 
     holders = Holders(root_keys, root_threshold, targets_keys, targets_threshold)
-    init_workspace(root, host, name, datetime.now(UTC), holders=holders)
+    init_workspace(root, host, name, datetime.now(UTC), holders=holders, token_algorithm=signed)
     local = all(name in _LOOPBACK for name in host)
     listen = "" if local else f" --listen 0.0.0.0:{_PORT}"  # the default is reachable from this machine only
     note(_NEXT_STEPS.format(root=root, host=host[0], port=_PORT, listen=listen))
@@ -258,6 +266,73 @@ def undelegate(
     from security.ceremony import Ceremony
 
     _hand_over(Ceremony(folder, keys=key or ()).undelegate(name))
+
+
+@keys_app.command("rotate-server")
+def rotate_server(
+    home: Annotated[Path, typer.Argument(metavar="CLOUD", help="The workspace's cloud folder, or a copy of it.")],
+    folder: DirOption,
+    host: Annotated[
+        list[str] | None, typer.Option("--host", help="DNS name or IP address; repeat. Default: as before.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give the cloud a new TLS key and certificate; a running cloud takes them up and drops no connection."""
+    from security.authority import Authority, replace_server_certificate
+
+    certificate = replace_server_certificate(Authority.load(folder, "ca"), home, host or [], datetime.now(UTC))
+    _show_certificate(home / "server.pem", certificate, as_json=as_json)
+
+
+@keys_app.command("rotate-issuing")
+def rotate_issuing(
+    home: Annotated[Path, typer.Argument(metavar="CLOUD", help="The workspace's cloud folder, or a copy of it.")],
+    folder: DirOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a new authority certify devices; what the one before has certified stays good until it expires."""
+    from security.authority import Authority, replace_issuing_ca
+
+    certificate = replace_issuing_ca(Authority.load(folder, "ca"), home, datetime.now(UTC))
+    _show_certificate(home / "issuing-ca.pem", certificate, as_json=as_json)
+
+
+@keys_app.command("rotate-tokens")
+def rotate_tokens(
+    home: Annotated[Path, typer.Argument(metavar="CLOUD", help="The workspace's cloud folder.")],
+    lead: Annotated[
+        str, typer.Option(help="How long verifiers have to learn the new key; longer than a device's token lives.")
+    ] = "1h",
+    stolen: Annotated[
+        bool, typer.Option("--stolen", help="The keys so far, and all their tokens, count for nothing at once.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a new key sign tokens; both are published until the last token of the old one has expired."""
+    from security.durations import parse_duration
+    from security.rotation import rotate_token_keys
+
+    schedule = rotate_token_keys(home / "tokens", datetime.now(UTC), lead=parse_duration(lead), stolen=stolen)
+    rows = [
+        {"key": term.kid, "signs_from": _instant(term.signs_from), "verifies_until": _instant(term.verifies_until)}
+        for term in schedule.keys
+    ]
+    show_table("Token keys", rows, as_json=as_json)
+    if stolen:
+        note("devices get new tokens by themselves; everybody else needs one: isthmus token mint")
+
+
+def _show_certificate(file: Path, certificate: Certificate, *, as_json: bool) -> None:
+    record = {
+        "file": str(file),
+        "serial": f"{certificate.serial_number:x}",
+        "expires": certificate.not_valid_after_utc.isoformat(),
+    }
+    show_record("Certificate", record, as_json=as_json)
+
+
+def _instant(seconds: int | None) -> str | None:
+    return datetime.fromtimestamp(seconds, UTC).isoformat() if seconds else None
 
 
 def _tell(progress: Progress) -> None:

@@ -19,6 +19,7 @@ import structlog
 from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
 from isthmus.status import status_of, trailing_metadata, wrap_handler
 from security.authenticator import Authenticator
+from security.binding import Guard
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
 from security.tenancy import TENANT_HEADER, check_tenant
 from security.tokens import Claims, TokenVerifier
@@ -49,6 +50,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         verifier: Tells who calls; a verifier of tokens where tokens of this cloud are all there is.
         method_scopes: What each method asks for, by its full path.
         tenant: The only tenant whose callers are let in; None for all, each to what is its own.
+        guard: Knows who is revoked, and which tokens are good on which connection.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         method_scopes: Mapping[str, str] = METHOD_SCOPES,
         *,
         tenant: str | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._authenticator = verifier if isinstance(verifier, Authenticator) else Authenticator(verifier)
         self._method_scopes, self._tenant = method_scopes, tenant
+        self._guard = guard or Guard()
 
     async def intercept_service(
         self,
@@ -76,7 +80,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         except IsthmusError as error:
             log.info("call refused", method=method, reason=error.reason)
             return _refusal(error)
-        return handler if claims is None else _with_claims(handler, claims)
+        return handler if claims is None else _with_claims(self._guard.wrap(handler, claims), claims)
 
     def _admit(self, method: str, metadata: Any) -> Claims | None:
         needed = self._method_scopes.get(method)
@@ -87,6 +91,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         claims = self._authenticator.verify(_bearer_token(metadata), _tenant(metadata))
         if self._tenant not in (None, claims.tenant):
             raise PermissionDeniedError("this is not for callers of another tenant", reason="wrong-tenant")
+        self._guard.admit(claims)
         if needed != AUTHENTICATED and needed not in claims.scopes:
             raise PermissionDeniedError(
                 f"this method needs the scope {needed}",

@@ -57,6 +57,8 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "Invite": FLEET_ADMIN,
         "Enrol": PUBLIC,
         "IssueToken": PUBLIC,
+        "RenewCertificate": PUBLIC,
+        "RevokeDevice": ACCESS_ADMIN,
         "Watch": DEVICE,
         "Report": DEVICE,
         "ListDevices": FLEET_ADMIN,

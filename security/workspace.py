@@ -32,6 +32,7 @@ from security.keyfiles import (
 )
 from security.metadata import PUBLISHER, expiry_of
 from security.repository import create_repository
+from security.signer import ALGORITHMS, EDDSA
 from security.tokens import TokenIssuer, create_token_issuer
 
 MAX_KEYS: Final = 16  # of one role
@@ -90,7 +91,13 @@ class Holders:
 
 
 def init_workspace(
-    root: Path, hosts: Sequence[str], name: str, now: datetime, *, holders: Holders | None = None
+    root: Path,
+    hosts: Sequence[str],
+    name: str,
+    now: datetime,
+    *,
+    holders: Holders | None = None,
+    token_algorithm: str = EDDSA,
 ) -> None:
     """Make a workspace.
 
@@ -100,11 +107,14 @@ def init_workspace(
         name: The organisation's, for certificates and tokens.
         now: The time.
         holders: How many keys root and targets get; one each where it is not given.
+        token_algorithm: What access tokens are signed with, EdDSA or ES256; it stays so.
 
     Raises:
         ConflictError: There is something in the folder.
-        InputError: A host or the name is unusable.
+        InputError: A host, the name or the algorithm is unusable.
     """
+    if token_algorithm not in ALGORITHMS:
+        raise InputError(f"expected {' or '.join(ALGORITHMS)} for tokens, got {token_algorithm[:40]!r}")
     if not _NAME.fullmatch(name):
         raise InputError(f"expected a name of letters, digits, dots, dashes and underscores, got {name[:80]!r}")
     if not host_names(hosts):
@@ -120,7 +130,7 @@ def init_workspace(
             f"cannot make {root}: {error.strerror}", hint="choose a place where you may make folders"
         ) from error
     try:
-        _write(beside, hosts, name, now, holders)
+        _write(beside, hosts, name, now, holders, token_algorithm)
         beside.chmod(0o755)  # the secrets are in folders of their own, for their owner only
         beside.replace(root)
     except BaseException:
@@ -129,7 +139,7 @@ def init_workspace(
     sync_folder(root.parent)
 
 
-def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: Holders) -> None:
+def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: Holders, token_algorithm: str) -> None:
     operator, cloud, trust = root / "operator", root / "cloud", root / "trust"
     make_private_folder(operator)
     make_private_folder(cloud)
@@ -137,7 +147,12 @@ def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: 
     ca = create_ca(operator, name, now)
     create_issuing_ca(ca, cloud, name, now)
     issue_server_certificate(ca, cloud, hosts, now)
-    create_token_issuer(cloud / "tokens", issuer=f"isthmus://{name}/tokens", audience=f"isthmus://{name}/cloud")
+    create_token_issuer(
+        cloud / "tokens",
+        issuer=f"isthmus://{name}/tokens",
+        audience=f"isthmus://{name}/cloud",
+        algorithm=token_algorithm,
+    )
     for path in (
         *_key_files(operator, "root", holders.root_keys),
         *_key_files(operator, "targets", holders.targets_keys),
@@ -201,7 +216,7 @@ def _describe_tokens(root: Path) -> list[Entry]:
     current = TokenIssuer.load(root / "cloud").kid
     return [
         Entry(
-            "signs tokens" if path.stem == current else "signed tokens",
+            "signs tokens" if path.stem == current else "will sign tokens",
             path.relative_to(root).as_posix(),
             "private key",
             _algorithm(path),

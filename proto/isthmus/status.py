@@ -44,6 +44,10 @@ _KIND_OF: Final = {  # for codes that say enough; a peer that sends no class is 
     grpc.StatusCode.FAILED_PRECONDITION: errors.TrustError,
 }
 KIND_KEY: Final = "isthmus-error"  # the `reason` of the class in isthmus.errors
+# Initial metadata of answers to devices: what the time is for the server, Unix milliseconds, and where it asks for
+# certificates.
+TIME_KEY: Final = "isthmus-time"
+ADDRESS_KEY: Final = "isthmus-device-address"
 REASON_KEY: Final = "isthmus-reason"
 HINT_KEY: Final = "isthmus-hint"
 TOO_LATE: Final = "deadline-exceeded"  # the reason of an UnavailableError for which time ran out
@@ -127,8 +131,13 @@ def wrap_handler(
     handler: grpc.RpcMethodHandler[Any, Any],
     unary: Callable[[Callable[..., Any]], Callable[..., Any]],
     stream: Callable[[Callable[..., Any]], Callable[..., Any]],
+    *,
+    unparsed: bool = False,
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response."""
+    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response.
+
+    `unparsed` hands requests on as bytes, for a wrapper that parses them itself, after it has looked at the call.
+    """
     parts: Any = handler
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -142,7 +151,7 @@ def wrap_handler(
     wrapped = stream(behaviour) if parts.response_streaming else unary(behaviour)
     wrapped_handler: grpc.RpcMethodHandler[Any, Any] = make(
         wrapped,
-        request_deserializer=parts.request_deserializer,
+        request_deserializer=None if unparsed else parts.request_deserializer,
         response_serializer=parts.response_serializer,
     )
     return wrapped_handler

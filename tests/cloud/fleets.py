@@ -145,7 +145,7 @@ class Fleet:
 
     def connect(self, *names: str) -> None:
         """Let devices come online."""
-        trust = channel_credentials(self.workspace.trust / "ca.pem")
+        trust = self.workspace.trust / "ca.pem"
         for name in names or tuple(self.devices):
             self.tasks[name] = asyncio.create_task(self.devices[name].run(lambda: self.address, trust))
 
@@ -195,7 +195,9 @@ async def fleet_on(
     await access.refresh()
     authenticator = Authenticator(issuer.verifier(), book=book, clock=clock)
     server = grpc.aio.server(interceptors=(StatusInterceptor(), AuthInterceptor(authenticator)))
-    service = FleetService(database, conductor, issuer, IssuingCa.load(workspace.home), clock=clock)
+    service = FleetService(
+        database, conductor, issuer, IssuingCa.load(workspace.home), unbound_tokens=True, clock=clock
+    )
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
     fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
     access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(access), server)

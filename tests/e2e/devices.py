@@ -32,7 +32,6 @@ from edge.state import Order
 from edge.store import SlotStore
 from edge.trial import Terms
 from edge.updater import Updater
-from edge.uplink import open_channel
 from isthmus.bundle import GOLDEN, MANIFEST, Heavy, Variant, index_files, parse_manifest
 from isthmus.digests import tree_digest
 from isthmus.tensors import Array, encode_request
@@ -162,7 +161,7 @@ class CloudDevice:
     async def online(self) -> AsyncIterator[None]:
         """Start with what is on the disk, and be connected."""
         enrolment = self.home.enrolment()
-        async with open_channel(enrolment.cloud, self.home.ca) as channel:
+        async with self.home.connect() as channel:
             token = AccessToken(self.home, enrolment, channel)
             self._desired = Desired((MODEL,))
             link = FleetLink(channel, token.wait, (MODEL,), self._desired, outbox=Outbox(self.home.reports))

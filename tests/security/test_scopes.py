@@ -48,6 +48,7 @@ def test_only_what_carries_its_own_proof_is_public() -> None:
     assert {name for name in public if "Health" not in name} == {
         "/isthmus.v1.FleetService/Enrol",
         "/isthmus.v1.FleetService/IssueToken",
+        "/isthmus.v1.FleetService/RenewCertificate",
     }
 
 
