@@ -109,7 +109,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         if ttl_s > MAX_INVITE_S:
             raise InputError(f"ttl_s: expected at most {MAX_INVITE_S} seconds, got {ttl_s}")
         code, expires_at = secrets.token_urlsafe(24), self._clock() + ttl_s
-        await asyncio.to_thread(self._identities.invite, code, device_id, expires_at, claims.tenant)
+        await asyncio.to_thread(self._identities.invite, code, device_id, claims.tenant, expires_at)
         log.info("device invited", device=device_id, tenant=claims.tenant, by=claims.subject)
         return fleet_pb2.InviteResponse(code=code, expires_at=timestamp(expires_at))
 
@@ -164,8 +164,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             "device",
             ttl=timedelta(seconds=self._token_ttl_s),
             now=datetime.fromtimestamp(self._clock(), UTC),
-            thumbprint=peer.thumbprint if peer is not None else "",
             tenant=tenant,
+            thumbprint=peer.thumbprint if peer is not None else "",
         )
         return fleet_pb2.IssueTokenResponse(
             access_token=token,
@@ -194,9 +194,14 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device.
         """
         del context
-        by, tenant = current_claims().subject, current_claims().tenant
+        by = current_claims().subject
         done = await asyncio.to_thread(
-            self._identities.revoke, request.device_id, request.key_sha256, _printable(request.reason), by, tenant
+            self._identities.revoke,
+            request.device_id,
+            request.key_sha256,
+            _printable(request.reason),
+            by,
+            current_claims().tenant,
         )
         await self._revocations.refresh()
         await self._conductor.refresh()

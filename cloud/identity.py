@@ -25,6 +25,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
+from cloud.roster import unknown_device
 from isthmus.digests import sha256_bytes
 from isthmus.errors import IdentityError, InputError, NotFoundError
 from security.binding import Peer, Revoked, key_digest
@@ -65,14 +66,14 @@ class Identities:
     ) -> None:
         self._database, self._authority, self._audience, self._clock = database, authority, audience, clock
 
-    def invite(self, code: str, device_id: str, expires_at: float, tenant: str = DEFAULT_TENANT) -> None:
-        """Keep an invitation, by the digest of its code; the device will belong to the tenant."""
+    def invite(self, code: str, device_id: str, tenant: str, expires_at: float) -> None:
+        """Keep an invitation, by the digest of its code."""
         with self._database.write() as session:
             session.execute(delete(db.Invite).where(db.Invite.expires_at < self._clock()))
             session.add(db.Invite(code_sha256=_hash(code), device_id=device_id, tenant=tenant, expires_at=expires_at))
 
     def enrol(self, code: str, csr_pem: bytes) -> tuple[str, str, bytes]:
-        """Exchange a code for a certificate; return whose it is, the device's tenant and the chain.
+        """Exchange a code for a certificate; return the device, its tenant, and the chain.
 
         Raises:
             IdentityError: The code is wrong, used or expired, or the key was revoked.
@@ -108,7 +109,7 @@ class Identities:
         return device_id, tenant, chain
 
     def accept(self, assertion: str, peer: Peer | None) -> tuple[str, str]:
-        """Return the device whose assertion it is, and its tenant; never take it again.
+        """Return which device an assertion is of, and its tenant; never take it again.
 
         Args:
             assertion: As it came.
@@ -162,7 +163,7 @@ class Identities:
             )
         return chain
 
-    def revoke(self, device_id: str, key_sha256: str, reason: str, by: str, tenant: str = DEFAULT_TENANT) -> Revocation:
+    def revoke(self, device_id: str, key_sha256: str, reason: str, by: str, tenant: str) -> Revocation:
         """Refuse a device and its key, or one key, from now on.
 
         Args:
@@ -170,11 +171,12 @@ class Identities:
             key_sha256: One key; "" for the one that the device is enrolled with.
             reason: For the record.
             by: Who says so.
-            tenant: Whose device it must be; a key that no device has is for the default tenant to refuse.
+            tenant: Whose device it must be. A key that no device of the tenant has is for the cloud's own tenant only,
+                and not when it is another tenant's.
 
         Raises:
             InputError: Neither is given, or the key's digest is none.
-            NotFoundError: There is no such device.
+            NotFoundError: There is no such device or key.
         """
         if not device_id and not key_sha256:
             raise InputError("expected a device, a key, or both")
@@ -188,9 +190,9 @@ class Identities:
             device = session.scalars(select(db.Device).where(chosen)).first()
             if device is not None and device.tenant != tenant:
                 device = None
-            if device is None and (device_id or tenant != DEFAULT_TENANT):
-                what = f"device {device_id[:80]!r}" if device_id else "device with this key"
-                raise NotFoundError(f"there is no {what}", reason="unknown-device")
+            if device is None and device_id:
+                raise unknown_device(device_id)
+            _check_key_of(session, key_sha256, tenant)
             name = device_id or (device.id if device is not None else "")
             current = device.key_sha256 if device is not None else ""
             done = Revocation(name, key_sha256 or current, now, reason)
@@ -231,6 +233,15 @@ def _is_revoked(session: Session, device: db.Device) -> bool:
     of_key = (db.Revocation.kind == KEY) & (db.Revocation.value == device.key_sha256)
     found = select(db.Revocation).where(or_(of_device, of_key), db.Revocation.lifted_at.is_(None))
     return session.scalars(found).first() is not None
+
+
+def _check_key_of(session: Session, key_sha256: str, tenant: str) -> None:
+    """Check that a key may be revoked by a tenant: what is another tenant's looks like what nobody has."""
+    if not key_sha256:
+        return
+    owners = set(session.scalars(select(db.Device.tenant).where(db.Device.key_sha256 == key_sha256)))
+    if owners - {tenant} or (not owners and tenant != DEFAULT_TENANT):
+        raise NotFoundError("there is no device with this key", reason="unknown-device")
 
 
 def _take_invite(session: Session, code: str, now: float) -> tuple[str, str]:

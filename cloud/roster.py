@@ -220,9 +220,7 @@ class Roster:
         """
         device = self.devices.get(device_id)
         if device is None or tenant not in (None, device.tenant):
-            raise NotFoundError(
-                f"there is no device {device_id[:80]!r}", hint="isthmus device list shows them", reason="unknown-device"
-            )
+            raise unknown_device(device_id)
         return device
 
     def may_see(self, claims: Claims, model: str) -> bool:
@@ -322,6 +320,13 @@ class Roster:
             if entry.heard is not None and entry.heard.serving_version:
                 counted[entry.heard.serving_version] = counted.get(entry.heard.serving_version, 0) + 1
         return counted
+
+
+def unknown_device(device_id: str) -> NotFoundError:
+    """Return the error for a device that does not exist, or that the caller must not know of: they look the same."""
+    return NotFoundError(
+        f"there is no device {device_id[:80]!r}", hint="isthmus device list shows them", reason="unknown-device"
+    )
 
 
 def misfit(variants: Iterable[Variant], facts: Any) -> str:

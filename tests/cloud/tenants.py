@@ -164,11 +164,11 @@ async def _gather(tasks: list[asyncio.Task[None]]) -> None:
 
 def _start_rollouts(site: Site, tasks: list[asyncio.Task[None]]) -> None:
     """Let a device of each tenant run its model, and begin a rollout of a second version to it."""
-    trust = channel_credentials(site.workspace.trust / "ca.pem")
+    ca = site.workspace.trust / "ca.pem"
 
     async def connect(tenant: str, code: str) -> None:
         device = LightDevice(DEVICES[tenant], site.folder, MODELS[tenant], soak=lambda _seconds: 3600.0)
-        async with grpc.aio.secure_channel(site.cloud.address, trust) as channel:
+        async with grpc.aio.secure_channel(site.cloud.address, channel_credentials(ca)) as channel:
             await device.enrol(channel, code)
         tasks.append(asyncio.create_task(device.run(lambda: site.cloud.address, site.workspace.trust / "ca.pem")))
         await asyncio.wait_for(device.watching.wait(), 30)
