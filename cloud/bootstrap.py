@@ -35,6 +35,7 @@ from cloud.counters import GatewayCounters
 from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway, Inference
+from cloud.memory import give_back, limit_heaps
 from cloud.metrics import GatewayCollector, cloud_registry
 from cloud.publish import Publisher
 from cloud.registry import RegistryService
@@ -153,6 +154,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
         await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
         await stack.enter_async_context(_background(desk.follow(), name="traffic"))
+        await stack.enter_async_context(_background(give_back(), name="memory"))
         await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
         metrics = await _listen_for_metrics(settings, [GatewayCollector(counters, replicas, cache)], stack)
         ready_file.metrics = metrics
@@ -200,6 +202,10 @@ def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Serv
         options=(
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
+            # Buffers that every connection has; they grow with what comes.
+            ("grpc.tsi.max_frame_size", 4096),
+            ("grpc.experimental.tcp_min_read_chunk_size", 1024),
+            ("grpc.experimental.tcp_read_chunk_size", 1024),
             ("grpc.so_reuseport", 0),  # or a second cloud would silently share the port
             ("grpc.keepalive_time_ms", 60_000),  # finds watchers that went away without a word
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -358,6 +364,7 @@ async def serve_until_signal(settings: CloudSettings) -> None:
     Raises:
         IsthmusError: As start_cloud.
     """
+    limit_heaps()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
