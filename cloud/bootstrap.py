@@ -41,6 +41,7 @@ from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway, Inference
 from cloud.journal import Journal
+from cloud.memory import give_back, limit_heaps
 from cloud.metering import Meter
 from cloud.metrics import GatewayCollector, cloud_registry
 from cloud.ownership import BlobOwners
@@ -249,6 +250,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(_follow_keys(issuer, verifier, authority), name="keys"))
         await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
         await stack.enter_async_context(_background(desk.follow(), name="traffic"))
+        await stack.enter_async_context(_background(give_back(), name="memory"))
         await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
         await stack.enter_async_context(_background(_sum_up(trail, refusals), name="audit-summaries"))
         metrics = await _listen_for_metrics(settings, [GatewayCollector(counters, replicas, cache)], stack)
@@ -521,6 +523,7 @@ async def serve_until_signal(settings: CloudSettings) -> None:
     Raises:
         IsthmusError: As start_cloud.
     """
+    limit_heaps()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -72,6 +72,10 @@ class ListenerLimits(BaseModel):
             ("grpc.absolute_max_metadata_size", self.metadata_bytes),
             ("grpc.max_allowed_incoming_connections", allowed_connections(self.connections)),
             ("grpc.max_concurrent_streams", self.streams),
+            # Buffers that every connection has; they grow with what comes.
+            ("grpc.tsi.max_frame_size", 4096),
+            ("grpc.experimental.tcp_min_read_chunk_size", 1024),
+            ("grpc.experimental.tcp_read_chunk_size", 1024),
             ("grpc.server_handshake_timeout_ms", _ms(self.handshake_s)),
             ("grpc.max_connection_idle_ms", _ms(self.idle_s)),
             ("grpc.keepalive_time_ms", _ms(self.keepalive_s)),
