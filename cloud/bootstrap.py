@@ -26,7 +26,6 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cloud.admission import Admission
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
@@ -35,22 +34,13 @@ from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway
 from cloud.heavy import HeavyPool
-from cloud.journal import Journal
-from cloud.metering import Meter
+from cloud.limits import Limits, open_limits
 from cloud.publish import Publisher
-from cloud.quota_follow import QuotaFollower
-from cloud.quota_store import MemoryQuotas, QuotaStore
-from cloud.quotas import QuotaBook
-from cloud.redis_quotas import RedisQuotas, connect
 from cloud.registry import RegistryService
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
 from cloud.supervisor import TritonServer
 from cloud.triton import TritonClient, check_link
-from cloud.triton_usage import TritonUsage
-from cloud.usage import UsageService
-from cloud.usage_metrics import UsageCollector
-from cloud.usage_rows import QuotaTable, UsageTable
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
 from isthmus.oip import SERVICE
@@ -72,20 +62,6 @@ _SERVICES: Final = (
 )  # fmt: skip
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What lets requests in, and what counts them."""
-
-    admission: Admission
-    store: QuotaStore
-    meter: Meter
-    service: UsageService
-
-    def collector(self) -> UsageCollector:
-        """Return what tells Prometheus of them."""
-        return UsageCollector(self.meter, self.admission, self.store)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +117,15 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
         )
-        limits = await _start_limits(settings, database, state, client, stack)
+        # A Triton of our own is another one each time; one that is shared keeps its name.
+        source = client.address if settings.triton else f"{client.address} of {uuid.uuid4().hex}"
+
+        async def statistics() -> dict[str, list[Any]]:
+            return {source: await client.statistics()}
+
+        limits = await open_limits(settings, database, state, statistics, stack)
+        for name, work in limits.works.items():
+            await stack.enter_async_context(_background(work(), name=name))
         server, address = _server(settings, issuer)
         gateway = Gateway(
             catalog, pool, client, limits.admission, limits.meter, default_deadline_s=settings.default_deadline_s
@@ -200,43 +184,6 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
             reason="workspace-in-use",
         ) from error
     return state
-
-
-async def _start_limits(
-    settings: CloudSettings, database: Database, state: Path, client: TritonClient, stack: AsyncExitStack
-) -> Limits:
-    """Start what counts requests; when the cloud stops, it ends after the last request and before the database."""
-    book, table = QuotaBook(settings.quotas.defaults), QuotaTable(database)
-    usage = UsageTable(database)
-    store: QuotaStore = MemoryQuotas()
-    if address := settings.redis.get_secret_value():
-        client_of_redis = connect(
-            address,
-            ca=settings.redis_ca,
-            plaintext=settings.redis_plaintext,
-            timeout_s=settings.redis_timeout_s,
-        )
-        shared = RedisQuotas(client_of_redis)
-        await stack.enter_async_context(_background(shared.renew(), name="leases"))
-        store = shared
-    stack.push_async_callback(store.close)
-    meter = Meter(usage, Journal(state / "metering"), flush_s=settings.metering_flush_s)
-    await meter.start()
-    stack.push_async_callback(meter.close)
-    await stack.enter_async_context(_background(meter.run(), name="metering"))
-    follower = QuotaFollower(table, book)
-    await follower.refresh()
-    await stack.enter_async_context(_background(follower.run(), name="quotas"))
-    # A Triton of our own is another one each time; one that is shared keeps its name.
-    source = client.address if settings.triton else f"{client.address} of {uuid.uuid4().hex}"
-
-    async def tritons() -> dict[str, list[Any]]:
-        return {source: await client.statistics()}
-
-    compute = TritonUsage(database, tritons, every_s=settings.metering_flush_s)
-    await stack.enter_async_context(_background(compute.run(), name="compute"))
-    admission = Admission(book, store, streams=settings.device_streams)
-    return Limits(admission, store, meter, UsageService(usage, table, meter, compute, follower))
 
 
 def _triton(settings: CloudSettings, state: Path, stack: AsyncExitStack) -> tuple[TritonServer | None, TritonClient]:
