@@ -119,6 +119,7 @@ class CloudSettings(Settings):
     metering_flush_s: float = Field(
         default=10.0, ge=0.1, le=3600, description="How often counts of requests move to the database"
     )
+    usage_days: int = Field(default=400, ge=1, le=36500, description="Days that usage is kept")
     ready_file: Path | None = Field(default=None, description="File that gets the address and process ids once serving")
 
     @field_validator("listen")
