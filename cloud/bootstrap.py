@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from prometheus_client.registry import Collector
 
 from cloud.access_service import AccessService
 from cloud.access_store import AccessStore
-from cloud.admission import Admission
 from cloud.audit_service import AuditService
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
@@ -40,17 +38,12 @@ from cloud.counters import GatewayCounters
 from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway, Inference
-from cloud.journal import Journal
+from cloud.limits import Limits, open_limits
 from cloud.memory import give_back, limit_heaps
-from cloud.metering import Meter
 from cloud.metrics import GatewayCollector, cloud_registry
 from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
-from cloud.quota_follow import QuotaFollower
-from cloud.quota_store import MemoryQuotas, QuotaStore
-from cloud.quotas import QuotaBook
 from cloud.recorder import Recorder
-from cloud.redis_quotas import RedisQuotas, connect
 from cloud.registry import RegistryService
 from cloud.replicas import Replicas
 from cloud.response_cache import MemoryCache
@@ -61,14 +54,10 @@ from cloud.shadow import Shadows
 from cloud.supervisor import TritonServer
 from cloud.traffic_desk import Serving, TrafficDesk
 from cloud.traffic_service import TrafficService
-from cloud.triton_usage import TritonUsage
 from cloud.tritons import open_replicas, start_replicas
 from cloud.unsealer import SealingService, Unsealer
-from cloud.usage import UsageService
-from cloud.usage_metrics import UsageCollector
-from cloud.usage_rows import QuotaTable, UsageTable
 from isthmus.address import check_free
-from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
+from isthmus.errors import ConfigError, ConflictError, IsthmusError
 from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
@@ -115,20 +104,6 @@ _SERVICES: Final = (
 )
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What lets requests in, and what counts them."""
-
-    admission: Admission
-    store: QuotaStore
-    meter: Meter
-    service: UsageService
-
-    def collector(self) -> UsageCollector:
-        """Return what tells Prometheus of them."""
-        return UsageCollector(self.meter, self.admission, self.store)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +170,9 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         guard, verifier = Guard(), issuer.verifier()
         revocations = Revocations(database, guard)
         await revocations.refresh()
-        limits = await _start_limits(settings, database, state, replicas, stack)
+        limits = await open_limits(settings, database, state, replicas.statistics_by_source, stack)
+        for name, work in limits.works.items():
+            await stack.enter_async_context(_background(work(), name=name))
         authenticator = Authenticator(verifier, book=book, issuers=issuers)
         server, address, device_address = _server(
             settings,
@@ -253,7 +230,9 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(give_back(), name="memory"))
         await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
         await stack.enter_async_context(_background(_sum_up(trail, refusals), name="audit-summaries"))
-        metrics = await _listen_for_metrics(settings, [GatewayCollector(counters, replicas, cache)], stack)
+        metrics = await _listen_for_metrics(
+            settings, [GatewayCollector(counters, replicas, cache), limits.collector()], stack
+        )
         ready_file.metrics = metrics
         servicer = await _listen(server, settings.drain_s, stack)
         await stack.enter_async_context(_background(_report_health(servicer, replicas), name="health"))
@@ -312,48 +291,6 @@ async def _sum_up(trail: AuditLog, refusals: Budget) -> None:
     finally:
         for event in refusals.summary(at_once=True):
             trail.note(event)
-
-
-async def _start_limits(
-    settings: CloudSettings, database: Database, state: Path, replicas: Replicas, stack: AsyncExitStack
-) -> Limits:
-    """Start what counts requests; when the cloud stops, it ends after the last request and before the database."""
-    book, table = QuotaBook(settings.quotas.defaults), QuotaTable(database)
-    usage = UsageTable(database)
-    store: QuotaStore = MemoryQuotas()
-    if address := settings.redis.get_secret_value():
-        client_of_redis = connect(
-            address,
-            ca=settings.redis_ca,
-            plaintext=settings.redis_plaintext,
-            timeout_s=settings.redis_timeout_s,
-        )
-        shared = RedisQuotas(client_of_redis)
-        await stack.enter_async_context(_background(shared.renew(), name="leases"))
-        store = shared
-    stack.push_async_callback(store.close)
-    meter = Meter(usage, Journal(state / "metering"), flush_s=settings.metering_flush_s)
-    await meter.start()
-    stack.push_async_callback(meter.close)
-    await stack.enter_async_context(_background(meter.run(), name="metering"))
-    follower = QuotaFollower(table, book)
-    await follower.refresh()
-    await stack.enter_async_context(_background(follower.run(), name="quotas"))
-    run = uuid.uuid4().hex
-
-    async def tritons() -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {}
-        for replica in replicas:
-            # A Triton of our own is another one each time; one that is shared keeps its name.
-            source = replica.client.address if replica.server is None else f"{replica.client.address} of {run}"
-            with contextlib.suppress(UnavailableError):
-                found[source] = await replica.client.statistics()
-        return found
-
-    compute = TritonUsage(database, tritons, every_s=settings.metering_flush_s)
-    await stack.enter_async_context(_background(compute.run(), name="compute"))
-    admission = Admission(book, store, streams=settings.device_streams)
-    return Limits(admission, store, meter, UsageService(usage, table, meter, compute, follower))
 
 
 def _server(settings: CloudSettings, *interceptors: grpc.aio.ServerInterceptor) -> tuple[grpc.aio.Server, str, str]:

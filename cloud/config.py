@@ -173,6 +173,7 @@ class CloudSettings(Settings):
     audit_min_free_mib: int = Field(
         default=64, ge=0, description="Disk space below which administrative calls are refused, as when it is full"
     )
+    usage_days: int = Field(default=400, ge=1, le=36500, description="Days that usage is kept")
     ready_file: Path | None = Field(default=None, description="File that gets the address and process ids once serving")
 
     @field_validator("listen")

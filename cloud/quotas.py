@@ -64,7 +64,9 @@ def parse_rate(text: str, *, sizes: bool = False) -> Rate:
     period = _PERIODS.get(match[3] or "s") if match else None
     if match is None or size is None or period is None or (match[2] and not sizes):
         example = "10MB/s" if sizes else "100/s, 5/min or 1000/h"
-        raise InputError(f"expected a rate such as {example}, got {text[:40]!r}")
+        raise InputError(
+            f"expected a rate such as {example}, got {text[:40]!r}", hint="a number, then /s, /min, /h or /d"
+        )
     return Rate(Fraction(match[1]) * size, period, text.strip())
 
 
@@ -75,7 +77,7 @@ def parse_size(text: str) -> int:
         InputError: It is not a size.
     """
     if "/" in text:
-        raise InputError(f"expected a size such as 5MB, got {text[:40]!r}")
+        raise InputError(f"expected a size such as 5MB, got {text[:40]!r}", hint="a number, then KB, MB, GB, KiB, …")
     return int(parse_rate(text, sizes=True).count)
 
 

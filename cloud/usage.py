@@ -138,7 +138,11 @@ def _visible(tenant: str) -> str:
     if ACCESS_ADMIN in claims.scopes:
         return tenant
     if tenant not in ("", claims.tenant):
-        raise PermissionDeniedError("other tenants' usage and quotas are for administrators", reason="other-tenant")
+        raise PermissionDeniedError(
+            "other tenants' usage and quotas are for administrators",
+            hint=f"leave --tenant out to see those of {claims.tenant}",
+            reason="other-tenant",
+        )
     return claims.tenant
 
 
@@ -151,7 +155,9 @@ def _groups(by: Any) -> tuple[str, ...]:
     wanted = tuple(dict.fromkeys(by))
     unknown = [name for name in wanted if name not in GROUPS]
     if unknown:
-        raise InputError(f"by: expected some of {', '.join(GROUPS)}, got {unknown[0][:40]!r}")
+        raise InputError(
+            f"by: expected some of {', '.join(GROUPS)}, got {unknown[0][:40]!r}", hint="for example tenant,model"
+        )
     return wanted
 
 

@@ -200,7 +200,8 @@ def _hour(flag: str, text: str) -> int:
             then = datetime.now(UTC) - parse_duration(text)
         except InputError as error:
             raise InputError(
-                f"{flag}: expected a time such as 24h, 30d, 2026-11-01 or 2026-11-01T06:00, got {text[:40]!r}"
+                f"{flag}: expected a time such as 24h, 30d, 2026-11-01 or 2026-11-01T06:00, got {text[:40]!r}",
+                hint="times are UTC, and count as the whole hours that they are in",
             ) from error
     then = then if then.tzinfo else then.replace(tzinfo=UTC)
     return int(then.timestamp()) // _HOUR * _HOUR
