@@ -29,8 +29,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from isthmus.envelopes import KEYS_FILE, SealingKeys, keys_statement, parse_keys
 from isthmus.errors import ConfigError
-from isthmus.sealed import KEYS_FILE, SealingKeys, keys_statement, parse_keys
 from security.keyfiles import create_secret, load_ec_key, make_private_folder, read_file, replace_file
 
 FOLDER: Final = "sealing"

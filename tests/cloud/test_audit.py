@@ -145,8 +145,8 @@ def test_enrolment_token_refusals_and_reports_are_recorded(stage: Stage, tmp_pat
         assert (again["decision"], again["reason"]) == ("refused", "wrong-code")
         (token,) = await stage.records(1, action="IssueToken")
         assert token["decision"] == "refused"
-        (report,) = await stage.records(1, action="device.report")
-        assert (report["device"], report["version"], report["reason"]) == ("press-2", 2, "crashed")
+        (kept,) = await stage.records(1, action="device.report")
+        assert (kept["device"], kept["version"], kept["reason"]) == ("press-2", 2, "crashed")
 
     stage.runner.run(story())
 
@@ -243,30 +243,31 @@ def test_auditors_see_their_own_tenant_and_operators_nothing(stage: Stage) -> No
 
 
 def test_with_a_full_disk_administrators_are_refused_and_inference_goes_on(stage: Stage) -> None:
-    def work(client: CloudClient) -> None:
-        client.invite("press-8")
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        size = max(path.stat().st_size for path in stage.log.glob("*.jsonl"))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            with pytest.raises(UnavailableError, match="the audit log cannot be written") as raised:
-                client.invite("press-9")
-            assert raised.value.reason == "audit-unavailable"
-            assert client.status()["models"]
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        client.invite("press-10")
-
     async def infer() -> None:
         async with stage.workspace.channel(stage.cloud) as channel:
             inference: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             metadata = bearer(stage.workspace.token("client"))
             await inference.ModelInfer(encode_request("triage", {"x": X}), metadata=metadata)
 
-    in_client(stage, work)
-    stage.runner.run(infer())
-    assert not list(search(stage.log, Query(device="press-9")))
-    assert stage.runner.run(stage.records(2, device="press-10"))
+    async def story() -> None:
+        with stage.workspace.client(stage.cloud) as client:
+            await asyncio.to_thread(client.invite, "press-8")
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            size = max(path.stat().st_size for path in stage.log.glob("*.jsonl"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # no file of this process can grow beyond the log
+            try:
+                with pytest.raises(UnavailableError, match="the audit log cannot be written") as raised:
+                    await asyncio.to_thread(client.invite, "press-9")
+                assert raised.value.reason == "audit-unavailable"
+                await infer()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            await asyncio.to_thread(client.invite, "press-10")
+        assert not list(search(stage.log, Query(device="press-9")))
+        assert await stage.records(2, device="press-10")
+        assert await stage.records(1, action="audit.lost")
+
+    stage.runner.run(story())
 
 
 def test_the_log_of_all_this_is_sound(stage: Stage) -> None:

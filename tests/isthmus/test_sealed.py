@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import x25519
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus.envelopes import ContentKey, Opener
 from isthmus.errors import InputError, TrustError
 from isthmus.oip import service_pb2
 from isthmus.sealed import (
@@ -20,10 +21,8 @@ from isthmus.sealed import (
     SealingKey,
     binding_of_token,
     is_sealed,
-    open_bytes,
     open_request,
     parse_keys,
-    seal_bytes,
     seal_request,
 )
 from isthmus.tensors import encode_request
@@ -157,11 +156,11 @@ def test_an_input_that_is_not_there_cannot_be_sealed() -> None:
 
 
 def test_bytes_of_a_context_open_in_it_only() -> None:
-    box = seal_bytes(b"captured", KEY, ("capture", "triage"))
-    assert open_bytes(box, KEYS, ("capture", "triage")) == b"captured"
+    box = ContentKey(KEY).seal(b"captured", ("capture", "triage"))
+    assert Opener(KEYS).open(box, ("capture", "triage")) == b"captured"
     for context in (("capture", "other"), ("captur", "etriage"), ()):
         with pytest.raises(InputError):
-            open_bytes(box, KEYS, context)
+            Opener(KEYS).open(box, context)
 
 
 def test_keys_are_the_authoritys_and_rotate_with_overlap(tmp_path: Path) -> None:
