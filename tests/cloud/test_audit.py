@@ -14,7 +14,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from cloud.audit_cli import app
 from cloud.bootstrap import Cloud
 from cloud.client import CloudClient
 from isthmus.errors import IsthmusError, UnavailableError
@@ -23,6 +25,7 @@ from isthmus.tensors import encode_request
 from isthmus.v1 import audit_pb2, audit_pb2_grpc, fleet_pb2, fleet_pb2_grpc
 from security.audit.keys import load_public_keys
 from security.audit.reading import Query, search
+from security.audit.records import parse_head
 from security.audit.verification import verify
 from security.enrolment import make_csr, new_device_key
 from security.tokens import TokenIssuer
@@ -238,6 +241,32 @@ def test_auditors_see_their_own_tenant_and_operators_nothing(stage: Stage) -> No
                     audit_pb2.SearchRecordsRequest(limit=10_001), metadata=bearer(token("auditor", "acme"))
                 ):
                     pass
+
+    stage.runner.run(story())
+
+
+def test_the_commands_ask_the_cloud(stage: Stage, tmp_path: Path) -> None:
+    token = tmp_path / "auditor.token"
+    token.write_text(stage.workspace.token("auditor", "ada"))
+    where = ["--cloud", stage.cloud.address, "--trust", str(stage.workspace.trust), "--token-file", str(token)]
+
+    def run(*words: str) -> str:
+        result = CliRunner().invoke(app, [*words, *where], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    async def story() -> None:
+        rows = json.loads(await asyncio.to_thread(run, "search", "--action", "Invite", "--device", "press-1", "--json"))
+        assert [row["decision"] for row in rows] == ["allowed", "done"]
+        assert "press-1" in await asyncio.to_thread(run, "search", "--since", "1h")
+        output = tmp_path / "records.jsonl"
+        await asyncio.to_thread(run, "export", "--output", str(output), "--since", "1h")
+        assert b'"device":"press-1"' in output.read_bytes()
+        kept = tmp_path / "heads.json"
+        await asyncio.to_thread(run, "head", "--output", str(kept))
+        keys = load_public_keys(stage.workspace.trust / "audit.pub")
+        (report,) = verify(stage.log, keys, [parse_head(line) for line in kept.read_bytes().splitlines()])
+        assert report.problem is None
 
     stage.runner.run(story())
 
