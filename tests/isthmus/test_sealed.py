@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -180,6 +181,24 @@ def test_keys_are_the_authoritys_and_rotate_with_overlap(tmp_path: Path) -> None
     assert len(newest.private) == 1
     with pytest.raises(InputError):
         open_request(sealed, newest.private, READER)
+
+
+def test_a_rotation_where_the_clouds_folder_was_moved_away(tmp_path: Path) -> None:
+    root, cloud = tmp_path / "workspace", tmp_path / "cloud"
+    init_workspace(root, ["localhost"], "acme", datetime.now(UTC))
+    (root / "cloud").rename(cloud)
+    second = rotate_sealing_keys(root, datetime.now(UTC))
+    assert (second.number, len(second.keys)) == (2, 2)
+    shutil.copytree(root / "cloud" / "sealing", cloud / "sealing", dirs_exist_ok=True)
+    both = load_gateway_keys(cloud)
+    assert both is not None
+    assert set(both.private) == {key.id for key in second.keys}
+    shutil.rmtree(root / "cloud")
+    third = rotate_sealing_keys(root, datetime.now(UTC), drop_older=True)
+    shutil.copytree(root / "cloud" / "sealing", cloud / "sealing", dirs_exist_ok=True)
+    newest = load_gateway_keys(cloud)
+    assert newest is not None
+    assert set(newest.private) == {third.current.id}  # the files of the older ones lie there still
 
 
 def test_keys_that_somebody_else_offers_are_not_taken(tmp_path: Path) -> None:
