@@ -6,8 +6,8 @@
 
 Only the operator's machine, which has the authority's key, can make a key known. A rotation puts a new key first and
 keeps the others: what was sealed for them, and waits on a device, still opens. Dropping them ends that: the cloud opens
-with the keys that its document lists, whatever other files lie there. The operator's machine need not have older private
-keys, which are on the cloud's.
+with the keys that its document lists, whatever other files lie there. The operator's machine need not have the older
+private keys, which are on the cloud's.
 """
 
 from __future__ import annotations
