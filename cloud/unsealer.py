@@ -13,8 +13,9 @@ from typing import Any, Final
 
 import structlog
 
+from isthmus.envelopes import KEYS_FILE
 from isthmus.errors import IsthmusError, NotFoundError
-from isthmus.sealed import KEYS_FILE, Binding, open_request
+from isthmus.sealed import Binding, open_request
 from isthmus.v1 import sealing_pb2, sealing_pb2_grpc
 from security.interceptors import current_claims
 from security.sealing import FOLDER, GatewayKeys, load_gateway_keys

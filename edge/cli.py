@@ -243,7 +243,7 @@ def export(
     """Join a model's captures into one safetensors file."""
     from edge.sealing import CAPTURE
     from edge.spool import export_captures, find_spool
-    from isthmus.sealed import open_bytes
+    from isthmus.envelopes import Opener
     from security.sealing import load_gateway_keys
 
     folder = find_spool(home / "spool", model)
@@ -252,7 +252,7 @@ def export(
         rows = export_captures(folder, output)
     else:
         private = keys.private
-        rows = export_captures(folder, output, lambda data: open_bytes(data, private, (CAPTURE, folder.name)))
+        rows = export_captures(folder, output, lambda data: Opener(private).open(data, (CAPTURE, folder.name)))
     note(f"{rows} rows of {folder.name}")
     show_record("captures", {"model": folder.name, "rows": rows, "output": str(output)}, as_json=as_json)
 

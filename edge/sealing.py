@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edge.backoff import Backoff
 from edge.store import write_atomically
+from isthmus.envelopes import ContentKey
 from isthmus.errors import InputError, IsthmusError, TrustError, UnavailableError
 from isthmus.oip import service_pb2
-from isthmus.sealed import Binding, SealingKeys, parse_keys, seal_bytes, seal_request
+from isthmus.sealed import Binding, SealingKeys, parse_keys, seal_request
 from isthmus.v1 import sealing_pb2, sealing_pb2_grpc
 
 CAPTURE: Final = "capture"  # the context of captures
@@ -93,7 +94,7 @@ class InputSealer:
         Raises:
             UnavailableError: There is no key.
         """
-        return seal_bytes(data, self._current().current, (CAPTURE, model))
+        return ContentKey(self._current().current).seal(data, (CAPTURE, model))
 
     def concerns(self, model: str) -> bool:
         """Return whether inputs of this model are to be sealed."""

@@ -5,7 +5,9 @@
     trust/sealing.json           the same, to start from
 
 Only the operator's machine, which has the authority's key, can make a key known. A rotation puts a new key first and
-keeps the others: what was sealed for them, and waits on a device, still opens. Dropping them ends that.
+keeps the others: what was sealed for them, and waits on a device, still opens. Dropping them ends that: the cloud opens
+with the keys that its document lists, whatever other files lie there. The operator's machine need not have the older
+private keys, which are on the cloud's.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from isthmus.envelopes import KEYS_FILE, SealingKeys, keys_statement, parse_keys
 from isthmus.errors import ConfigError
-from isthmus.sealed import KEYS_FILE, SealingKeys, keys_statement, parse_keys
 from security.keyfiles import create_secret, load_ec_key, make_private_folder, read_file, replace_file
 
 FOLDER: Final = "sealing"
@@ -49,7 +51,7 @@ def rotate_sealing_keys(root: Path, now: datetime, *, drop_older: bool = False) 
     """Make a key in a workspace and put it first.
 
     Args:
-        root: The workspace, with operator/, cloud/ and trust/.
+        root: The workspace, with operator/ and trust/; cloud/ is made when it has been moved away.
         now: The time.
         drop_older: Whether older keys end: what was sealed for them does not open any more.
 
@@ -58,8 +60,10 @@ def rotate_sealing_keys(root: Path, now: datetime, *, drop_older: bool = False) 
     """
     authority = load_ec_key(root / "operator" / "ca.key")
     folder, ca = root / "cloud" / FOLDER, read_file(root / "operator" / "ca.pem")
+    known = root / "trust" / KEYS_FILE
+    before = parse_keys(known.read_bytes(), ca) if known.exists() else None
+    make_private_folder(root / "cloud")
     make_private_folder(folder)
-    before = parse_keys((folder / KEYS_FILE).read_bytes(), ca) if (folder / KEYS_FILE).exists() else None
     key_id, key = secrets.token_hex(8), x25519.X25519PrivateKey.generate()
     create_secret(folder / f"{key_id}.key", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     rows = [(key_id, key.public_key())]
@@ -85,8 +89,11 @@ def load_gateway_keys(home: Path) -> GatewayKeys | None:
     folder = home / FOLDER
     if not (folder / KEYS_FILE).exists():
         return None
+    document = read_file(folder / KEYS_FILE, hint=_HINT)
     private: dict[str, x25519.X25519PrivateKey] = {}
     for path in sorted(folder.glob("*.key")):
+        if path.stem not in _listed(document):
+            continue
         try:
             key = load_pem_private_key(read_file(path, hint=_HINT), None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -94,7 +101,19 @@ def load_gateway_keys(home: Path) -> GatewayKeys | None:
         if not isinstance(key, x25519.X25519PrivateKey):
             raise ConfigError(f"{path}: expected an X25519 private key", hint=_HINT)
         private[path.stem] = key
-    return GatewayKeys(read_file(folder / KEYS_FILE, hint=_HINT), private)
+    return GatewayKeys(document, private)
+
+
+def _listed(document: bytes) -> set[str]:
+    """Return the ids of the keys in a document; whoever seals checks its signature, the cloud has it from the operator.
+
+    Raises:
+        ConfigError: It is no such document.
+    """
+    try:
+        return {str(key["id"]) for key in json.loads(document)["keys"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{KEYS_FILE}: expected the signed sealing keys", hint=_HINT) from error
 
 
 def _signed(

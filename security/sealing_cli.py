@@ -35,7 +35,7 @@ def rotate(
 @app.command()
 def show(root: Root, as_json: JsonOption = False) -> None:
     """List the keys, the one that is used first; never a secret."""
-    from isthmus.sealed import KEYS_FILE, parse_keys
+    from isthmus.envelopes import KEYS_FILE, parse_keys
     from security.keyfiles import read_file
 
     document = read_file(root / "trust" / KEYS_FILE, hint=f"isthmus keys sealing rotate {root} makes a key")

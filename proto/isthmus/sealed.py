@@ -3,18 +3,11 @@
     sealed = seal_request(request, keys.current, Binding(tenant="default", subject="reader-7"), names=["text"])
     answer = stub.ModelInfer(sealed, ...)
 
-A sealed input keeps its place and name in the request and becomes a BYTES tensor of one element, an envelope:
-
-    "ISE1" | key id, 8 bytes | wrapped content key, 80 bytes | nonce, 12 bytes | AES-256-GCM ciphertext and tag
-
-The content key is new for each request. It is wrapped for the gateway's X25519 key by HPKE (RFC 9180, base mode,
-DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM). The ciphertext is bound to key id, tenant, caller, model and
-request id, and to the tensor's name, datatype and shape: moved to another place it does not open. What the tensor is
-stays readable in its parameters `isthmus.datatype` and `isthmus.shape`; the request's parameter `isthmus.sealed` says
-that there are envelopes. Answers are not sealed, nor are inputs that are not named.
-
-Public keys come as a document that the organisation's authority signs (`parse_keys`), so that nobody between, not even
-one with a certificate for the cloud's name, can offer a key of its own.
+A sealed input keeps its place and name in the request and becomes a BYTES tensor of one element, an envelope
+(isthmus.envelopes). It is bound to tenant, caller, model and request id, and to the tensor's name, datatype and shape:
+moved to another place it does not open. What the tensor is stays readable in its parameters `isthmus.datatype` and
+`isthmus.shape`; the request's parameter `isthmus.sealed` says that there are envelopes. Answers are not sealed, nor are
+inputs that are not named.
 """
 
 from __future__ import annotations
@@ -30,55 +23,31 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, InvalidTag
-from cryptography.hazmat.primitives.asymmetric import ec, x25519
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
+from cryptography.hazmat.primitives.asymmetric import x25519
 
-from isthmus.errors import InputError, TrustError
+from isthmus.envelopes import ContentKey, Opener, SealingKey, SealingKeys, parse_keys
+from isthmus.errors import InputError
 from isthmus.oip import set_parameter
 from isthmus.tensors import CONTENTS_OF, DTYPES
+
+__all__ = [
+    "Binding",
+    "SealingKey",
+    "SealingKeys",
+    "binding_of_token",
+    "is_sealed",
+    "open_request",
+    "parse_keys",
+    "seal_request",
+]
 
 SEALED: Final = "isthmus.sealed"
 VERSION: Final = "1"
 DATATYPE: Final = "isthmus.datatype"
 SHAPE: Final = "isthmus.shape"
 EVERYTHING: Final = "*"
-KEYS_FILE: Final = "sealing.json"
-KEYS_PREFIX: Final = b"isthmus-sealing-keys-v1\n"
-_MAGIC: Final = b"ISE1"
-_KEY_ID: Final = 8
-_WRAPPED: Final = 80  # encapsulated key, 32 bytes of key, tag
-_NONCE: Final = 12
-_OVERHEAD: Final = len(_MAGIC) + _KEY_ID + _WRAPPED + _NONCE + 16
 _LENGTH: Final = struct.Struct("<I")  # before each element of a BYTES tensor
 _MAX_AXES: Final = 16
-_CONTEXT: Final = b"isthmus-sealed-input-v1"
-_INFO: Final = b"isthmus-sealed-key-v1"
-_SUITE: Final = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
-
-
-@dataclass(frozen=True, slots=True)
-class SealingKey:
-    """A public key of the gateway."""
-
-    id: str  # 16 hexadecimal digits
-    public: x25519.X25519PublicKey
-
-
-@dataclass(frozen=True, slots=True)
-class SealingKeys:
-    """The gateway's public keys, as the authority signed them."""
-
-    number: int  # grows with every change: older documents are not taken again
-    keys: tuple[SealingKey, ...]  # the one to use first
-
-    @property
-    def current(self) -> SealingKey:
-        """Return the key to seal with."""
-        return self.keys[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,44 +56,6 @@ class Binding:
 
     tenant: str
     subject: str
-
-
-def parse_keys(data: bytes, ca_pem: bytes) -> SealingKeys:
-    """Return the public keys in a signed document.
-
-    Args:
-        data: The document, `sealing.json`.
-        ca_pem: The authority's certificate, `ca.pem`.
-
-    Raises:
-        TrustError: It is no such document, or the authority did not sign it.
-    """
-    try:
-        told = json.loads(data)
-        signature = base64.b64decode(told.pop("signature"), validate=True)
-        authority = x509.load_pem_x509_certificate(ca_pem).public_key()
-        if not isinstance(authority, ec.EllipticCurvePublicKey):
-            raise TypeError
-        authority.verify(signature, keys_statement(told), ec.ECDSA(SHA256()))
-        keys = tuple(
-            SealingKey(str(key["id"]), x25519.X25519PublicKey.from_public_bytes(base64.b64decode(key["x25519"])))
-            for key in told["keys"]
-        )
-        number = int(told["number"])
-    except (ValueError, KeyError, TypeError, AttributeError, InvalidSignature, RecursionError) as error:
-        raise TrustError(
-            "the sealing keys were not signed by the authority in ca.pem",
-            hint="isthmus keys sealing show says what the workspace has",
-            reason="untrusted-sealing-keys",
-        ) from error
-    if not keys:
-        raise TrustError("there is no sealing key", hint="isthmus keys sealing rotate DIR makes one")
-    return SealingKeys(number, keys)
-
-
-def keys_statement(told: Mapping[str, Any]) -> bytes:
-    """Return the bytes that the authority signs: all of the document but the signature."""
-    return KEYS_PREFIX + json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
 
 
 def is_sealed(request: Any) -> bool:
@@ -152,14 +83,13 @@ def seal_request(request: Any, key: SealingKey, binding: Binding, names: Collect
         if name != EVERYTHING and name not in present:
             raise InputError(f"cannot seal {name[:80]!r}: the inputs are {', '.join(present)}")
     contents = _raw_contents(request)
-    content_key = secrets.token_bytes(32)
-    wrapped = _wrap(content_key, key)
+    content_key = ContentKey(key)
     for place, tensor in enumerate(sealed.inputs):
         tensor.ClearField("contents")
         if EVERYTHING not in names and tensor.name not in names:
             continue
-        context = _context(key.id, binding, sealed, tensor.name, tensor.datatype, tensor.shape)
-        envelope = _envelope(contents[place], content_key, wrapped, key, context)
+        context = _context(binding, sealed, tensor.name, tensor.datatype, tensor.shape)
+        envelope = content_key.seal(contents[place], context)
         set_parameter(tensor, DATATYPE, tensor.datatype)
         set_parameter(tensor, SHAPE, ",".join(map(str, tensor.shape)))
         tensor.datatype = "BYTES"
@@ -189,88 +119,27 @@ def open_request(request: Any, keys: Mapping[str, x25519.X25519PrivateKey], bind
         raise InputError("a request with sealed inputs needs raw_input_contents", reason="sealed-malformed")
     opened = type(request)()
     opened.CopyFrom(request)
-    unwrapped: dict[bytes, bytes] = {}
+    opener, found = Opener(keys), False
     for place, tensor in enumerate(opened.inputs):
         if DATATYPE not in tensor.parameters:
             continue
         datatype, shape = _declared(tensor)
         envelope = _single_element(opened.raw_input_contents[place], tensor)
-        key_id = envelope[len(_MAGIC) : len(_MAGIC) + _KEY_ID].hex()
-        context = _context(key_id, binding, opened, tensor.name, datatype, shape)
-        opened.raw_input_contents[place] = _open(envelope, keys, context, unwrapped)
+        context = _context(binding, opened, tensor.name, datatype, shape)
+        opened.raw_input_contents[place], found = opener.open(envelope, context), True
         tensor.datatype = datatype
         tensor.ClearField("shape")
         tensor.shape.extend(shape)
         del tensor.parameters[DATATYPE], tensor.parameters[SHAPE]
-    if not unwrapped:
+    if not found:
         raise InputError(f"{SEALED} is set and no input is sealed", reason="sealed-malformed")
     del opened.parameters[SEALED]
     return opened
 
 
-def seal_bytes(data: bytes, key: SealingKey, context: Sequence[str]) -> bytes:
-    """Return an envelope of any bytes, which opens for the gateway's key, in this context only."""
-    content_key = secrets.token_bytes(32)
-    return _envelope(data, content_key, _wrap(content_key, key), key, _joined((key.id, *context)))
-
-
-def open_bytes(envelope: bytes, keys: Mapping[str, x25519.X25519PrivateKey], context: Sequence[str]) -> bytes:
-    """Return what was sealed.
-
-    Raises:
-        InputError: It is malformed, for another key, or of another context.
-    """
-    key_id = envelope[len(_MAGIC) : len(_MAGIC) + _KEY_ID].hex()
-    return _open(envelope, keys, _joined((key_id, *context)), {})
-
-
-def _envelope(data: bytes, content_key: bytes, wrapped: bytes, key: SealingKey, context: bytes) -> bytes:
-    nonce = secrets.token_bytes(_NONCE)
-    sealed = AESGCM(content_key).encrypt(nonce, data, context)
-    return b"".join((_MAGIC, bytes.fromhex(key.id), wrapped, nonce, sealed))
-
-
-def _open(
-    envelope: bytes, keys: Mapping[str, x25519.X25519PrivateKey], context: bytes, unwrapped: dict[bytes, bytes]
-) -> bytes:
-    if len(envelope) < _OVERHEAD or not envelope.startswith(_MAGIC):
-        raise InputError("a sealed input is not an envelope, or was cut short", reason="sealed-malformed")
-    start = len(_MAGIC) + _KEY_ID
-    key_id, wrapped = envelope[len(_MAGIC) : start].hex(), envelope[start : start + _WRAPPED]
-    private = keys.get(key_id)
-    if private is None:
-        raise InputError(
-            f"a sealed input is for the key {key_id}, which this gateway does not have",
-            hint="fetch the current sealing keys and seal it again",
-            reason="sealed-unknown-key",
-        )
-    nonce_end = start + _WRAPPED + _NONCE
-    try:
-        content_key = unwrapped.get(wrapped)
-        if content_key is None:
-            content_key = unwrapped[wrapped] = _SUITE.decrypt(wrapped, private, info=_INFO)
-        return AESGCM(content_key).decrypt(envelope[start + _WRAPPED : nonce_end], envelope[nonce_end:], context)
-    except (InvalidTag, ValueError) as error:
-        raise InputError(
-            "a sealed input does not open: it was altered, or made for another request, model or caller",
-            hint="the request's id, model, tensor and the token's subject are those that it was sealed for",
-            reason="sealed-not-openable",
-        ) from error
-
-
-def _wrap(content_key: bytes, key: SealingKey) -> bytes:
-    return _SUITE.encrypt(content_key, key.public, info=_INFO)
-
-
-def _context(key_id: str, binding: Binding, request: Any, name: str, datatype: str, shape: Sequence[int]) -> bytes:
+def _context(binding: Binding, request: Any, name: str, datatype: str, shape: Sequence[int]) -> tuple[str, ...]:
     extent = ",".join(map(str, shape))
-    return _joined((key_id, binding.tenant, binding.subject, request.model_name, request.id, name, datatype, extent))
-
-
-def _joined(parts: Sequence[str]) -> bytes:
-    """Return texts as bytes from which they can be told apart."""
-    encoded = [part.encode() for part in parts]
-    return _CONTEXT + b"".join(struct.pack(">I", len(part)) + part for part in encoded)
+    return binding.tenant, binding.subject, request.model_name, request.id, name, datatype, extent
 
 
 def _declared(tensor: Any) -> tuple[str, list[int]]:

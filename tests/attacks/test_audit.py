@@ -38,10 +38,24 @@ class Tampered:
     """A copy of the log that can be written."""
 
     def __init__(self, home: Path, folder: Path) -> None:
-        shutil.copytree(home / "log", folder)
+        self._open(home / "log", folder)
+
+    def _open(self, log: Path, folder: Path) -> None:
+        shutil.copytree(log, folder)
         self.folder = folder
-        self.chain = sorted(folder.glob("*.head"))[0].stem
-        self.other = sorted(folder.glob("*.head"))[1].stem
+        heads = sorted(folder.glob("*.head"))
+        self.chain, self.other = heads[0].stem, heads[-1].stem
+
+    @classmethod
+    def of(cls, log: Path, folder: Path) -> Tampered:
+        made = cls.__new__(cls)
+        made._open(log, folder)
+        return made
+
+    def problem(self, home: Path) -> Problem:
+        found = self.report(home).problem
+        assert found is not None
+        return found
 
     def files(self, chain: str = "") -> list[Path]:
         return sorted(self.folder.glob(f"{chain or self.chain}-*.jsonl"))
@@ -200,6 +214,21 @@ def check_place(problem: Problem, sound: Lines, tampered: Lines) -> None:
         assert problem.seq == first, problem
     if problem.kind in ("forged", "rewritten") and problem.line and tampered != sound:
         assert problem.seq - first <= 12, problem
+
+
+@pytest.mark.parametrize("tampering", [rehash_one, rehash_from_here, truncate_at_a_record, truncate_in_a_record])
+def test_what_no_checkpoint_speaks_for_yet_is_guarded_by_the_head(
+    tmp_path: Path, tampering: Callable[[Tampered, random.Random], set[str]]
+) -> None:
+    """A log that is being written: its newest records have been signed in the head only."""
+    site = tmp_path / "site"
+    log = open_log(site, checkpoint_records=1000)
+    fill(log, 8)
+    shutil.copytree(site / "log", site / "running")
+    log.close()
+    for seed in range(12):
+        copy = Tampered.of(site / "running", tmp_path / f"copy-{seed}")
+        assert tampering(copy, random.Random(seed)) & {copy.problem(site).kind}
 
 
 def test_taking_everything_back_is_found_with_a_head_from_elsewhere(home: Path, tmp_path: Path) -> None:

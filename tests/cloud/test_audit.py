@@ -14,7 +14,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from cloud.audit_cli import app
 from cloud.bootstrap import Cloud
 from cloud.client import CloudClient
 from isthmus.errors import IsthmusError, UnavailableError
@@ -23,6 +25,7 @@ from isthmus.tensors import encode_request
 from isthmus.v1 import audit_pb2, audit_pb2_grpc, fleet_pb2, fleet_pb2_grpc
 from security.audit.keys import load_public_keys
 from security.audit.reading import Query, search
+from security.audit.records import parse_head
 from security.audit.verification import verify
 from security.enrolment import make_csr, new_device_key
 from security.tokens import TokenIssuer
@@ -145,8 +148,8 @@ def test_enrolment_token_refusals_and_reports_are_recorded(stage: Stage, tmp_pat
         assert (again["decision"], again["reason"]) == ("refused", "wrong-code")
         (token,) = await stage.records(1, action="IssueToken")
         assert token["decision"] == "refused"
-        (failure,) = await stage.records(1, action="device.report")
-        assert (failure["device"], failure["version"], failure["reason"]) == ("press-2", 2, "crashed")
+        (kept,) = await stage.records(1, action="device.report")
+        assert (kept["device"], kept["version"], kept["reason"]) == ("press-2", 2, "crashed")
 
     stage.runner.run(story())
 
@@ -242,31 +245,58 @@ def test_auditors_see_their_own_tenant_and_operators_nothing(stage: Stage) -> No
     stage.runner.run(story())
 
 
-def test_with_a_full_disk_administrators_are_refused_and_inference_goes_on(stage: Stage) -> None:
-    def work(client: CloudClient) -> None:
-        client.invite("press-8")
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        size = max(path.stat().st_size for path in stage.log.glob("*.jsonl"))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            with pytest.raises(UnavailableError, match="the audit log cannot be written") as raised:
-                client.invite("press-9")
-            assert raised.value.reason == "audit-unavailable"
-            assert client.status()["models"]
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        client.invite("press-10")
+def test_the_commands_ask_the_cloud(stage: Stage, tmp_path: Path) -> None:
+    token = tmp_path / "auditor.token"
+    token.write_text(stage.workspace.token("auditor", "ada"))
+    where = ["--cloud", stage.cloud.address, "--trust", str(stage.workspace.trust), "--token-file", str(token)]
 
+    def run(*words: str) -> str:
+        result = CliRunner().invoke(app, [*words, *where], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    async def story() -> None:
+        rows = json.loads(await asyncio.to_thread(run, "search", "--action", "Invite", "--device", "press-1", "--json"))
+        assert [row["decision"] for row in rows] == ["allowed", "done"]
+        assert "press-1" in await asyncio.to_thread(run, "search", "--since", "1h")
+        output = tmp_path / "records.jsonl"
+        await asyncio.to_thread(run, "export", "--output", str(output), "--since", "1h")
+        assert b'"device":"press-1"' in output.read_bytes()
+        kept = tmp_path / "heads.json"
+        await asyncio.to_thread(run, "head", "--output", str(kept))
+        keys = load_public_keys(stage.workspace.trust / "audit.pub")
+        (report,) = verify(stage.log, keys, [parse_head(line) for line in kept.read_bytes().splitlines()])
+        assert report.problem is None
+
+    stage.runner.run(story())
+
+
+def test_with_a_full_disk_administrators_are_refused_and_inference_goes_on(stage: Stage) -> None:
     async def infer() -> None:
         async with stage.workspace.channel(stage.cloud) as channel:
             inference: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             metadata = bearer(stage.workspace.token("client"))
             await inference.ModelInfer(encode_request("triage", {"x": X}), metadata=metadata)
 
-    in_client(stage, work)
-    stage.runner.run(infer())
-    assert not list(search(stage.log, Query(device="press-9")))
-    assert stage.runner.run(stage.records(2, device="press-10"))
+    async def story() -> None:
+        with stage.workspace.client(stage.cloud) as client:
+            await asyncio.to_thread(client.invite, "press-8")
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            size = max(path.stat().st_size for path in stage.log.glob("*.jsonl"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # no file of this process can grow beyond the log
+            try:
+                with pytest.raises(UnavailableError, match="the audit log cannot be written") as raised:
+                    await asyncio.to_thread(client.invite, "press-9")
+                assert raised.value.reason == "audit-unavailable"
+                await infer()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            await asyncio.to_thread(client.invite, "press-10")
+        assert not list(search(stage.log, Query(device="press-9")))
+        assert await stage.records(2, device="press-10")
+        assert await stage.records(1, action="audit.lost")
+
+    stage.runner.run(story())
 
 
 def test_the_log_of_all_this_is_sound(stage: Stage) -> None:

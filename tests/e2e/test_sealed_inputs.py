@@ -118,6 +118,12 @@ def agent(site: Site, device: Path, name: str) -> Iterator[tuple[Server, str]]:
         server.stop()
 
 
+def for_devices(site: Site) -> str:
+    """Return where the cloud takes calls of devices."""
+    state = site.running_cloud().state()
+    return str(state.get("device_address", state["address"]))
+
+
 def point_at(device: Path, address: str) -> None:
     """Have the device find the cloud at another address."""
     file = device / "enrolment.json"
@@ -141,7 +147,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         bundle = folder / "bundle"
         bundles.build_bundle(bundle)
         site.publish(servable(bundle, HEAVY))
-        tap = TcpTap(site.cloud_address)
+        tap = TcpTap(for_devices(site))
         wires.do(tap.start())
         stack.callback(lambda: wires.do(tap.cut()))
         device = folder / "device"
@@ -159,7 +165,6 @@ def through_the_tap(story: Story, wires: Wires) -> None:
     """Escalate, lose the cloud, defer, crash, come back, and be answered."""
     site, device = story.site, story.device
     home = DeviceHome(device)
-    direct = site.cloud_address
     point_at(device, story.tap.address)
     with agent(site, device, "agent-sealed") as (server, address):
         wait_until(home.sealing.exists, "the sealing keys", 60)
@@ -185,7 +190,6 @@ def through_the_tap(story: Story, wires: Wires) -> None:
     )
     story.captured = load_file(output)["input.x"]
     output.unlink()
-    point_at(device, direct)
 
 
 def escalates(story: Story, address: str) -> bool:
@@ -198,7 +202,7 @@ def through_the_middlebox(story: Story, wires: Wires) -> None:
     site, cloud = story.site, story.site.folder / "site" / "cloud"
     home = DeviceHome(story.device)
     stack = middlebox(
-        site.cloud_address, home.ca, (cloud / "server.key", cloud / "server.pem"), (home.key, home.certificate)
+        for_devices(site), home.ca, (cloud / "server.key", cloud / "server.pem"), (home.key, home.certificate)
     )
     box, address = wires.do(stack.__aenter__())
     plain = story.device.parent.parent / "unsealed"  # not part of what is searched

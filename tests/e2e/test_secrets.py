@@ -31,7 +31,7 @@ from isthmus.tensors import encode_request
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.tls import channel_credentials
 from tests.e2e.devices import servable
-from tests.e2e.test_sealed_inputs import Wires, agent, point_at
+from tests.e2e.test_sealed_inputs import Wires, agent, for_devices, point_at
 from tests.e2e.wiretap import middlebox
 from tests.edge import bundles
 
@@ -117,7 +117,7 @@ def use(told: Installation, wires: Wires) -> None:
     """Run the agent through somebody who reads tokens and assertions as they pass."""
     cloud, home = told.site.folder / "site" / "cloud", DeviceHome(told.device)
     stack = middlebox(
-        told.site.cloud_address, home.ca, (cloud / "server.key", cloud / "server.pem"), (home.key, home.certificate)
+        for_devices(told.site), home.ca, (cloud / "server.key", cloud / "server.pem"), (home.key, home.certificate)
     )
     box, address = wires.do(stack.__aenter__())
     try:

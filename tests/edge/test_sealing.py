@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from edge.sealing import InputSealer
+from isthmus.envelopes import Opener
 from isthmus.errors import UnavailableError
 from isthmus.oip import service_pb2
-from isthmus.sealed import Binding, is_sealed, open_bytes, open_request
+from isthmus.sealed import Binding, is_sealed, open_request
 from isthmus.tensors import encode_request
 from isthmus.v1 import sealing_pb2, sealing_pb2_grpc
 from security.sealing import load_gateway_keys, rotate_sealing_keys
@@ -91,7 +92,7 @@ def test_keys_come_from_the_cloud_and_are_there_after_a_restart(root: Path, tmp_
             assert keys is not None
             assert open_request(sealed, keys.private, Binding("default", "press-1")).SerializeToString() == RAW
             box = again.seal_capture("triage", b"rows")
-            assert open_bytes(box, keys.private, ("capture", "triage")) == b"rows"
+            assert Opener(keys.private).open(box, ("capture", "triage")) == b"rows"
 
     play(story())
 

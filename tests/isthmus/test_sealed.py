@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import x25519
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus.envelopes import ContentKey, Opener
 from isthmus.errors import InputError, TrustError
 from isthmus.oip import service_pb2
 from isthmus.sealed import (
@@ -20,10 +22,8 @@ from isthmus.sealed import (
     SealingKey,
     binding_of_token,
     is_sealed,
-    open_bytes,
     open_request,
     parse_keys,
-    seal_bytes,
     seal_request,
 )
 from isthmus.tensors import encode_request
@@ -157,11 +157,11 @@ def test_an_input_that_is_not_there_cannot_be_sealed() -> None:
 
 
 def test_bytes_of_a_context_open_in_it_only() -> None:
-    box = seal_bytes(b"captured", KEY, ("capture", "triage"))
-    assert open_bytes(box, KEYS, ("capture", "triage")) == b"captured"
+    box = ContentKey(KEY).seal(b"captured", ("capture", "triage"))
+    assert Opener(KEYS).open(box, ("capture", "triage")) == b"captured"
     for context in (("capture", "other"), ("captur", "etriage"), ()):
         with pytest.raises(InputError):
-            open_bytes(box, KEYS, context)
+            Opener(KEYS).open(box, context)
 
 
 def test_keys_are_the_authoritys_and_rotate_with_overlap(tmp_path: Path) -> None:
@@ -181,6 +181,24 @@ def test_keys_are_the_authoritys_and_rotate_with_overlap(tmp_path: Path) -> None
     assert len(newest.private) == 1
     with pytest.raises(InputError):
         open_request(sealed, newest.private, READER)
+
+
+def test_a_rotation_where_the_clouds_folder_was_moved_away(tmp_path: Path) -> None:
+    root, cloud = tmp_path / "workspace", tmp_path / "cloud"
+    init_workspace(root, ["localhost"], "acme", datetime.now(UTC))
+    (root / "cloud").rename(cloud)
+    second = rotate_sealing_keys(root, datetime.now(UTC))
+    assert (second.number, len(second.keys)) == (2, 2)
+    shutil.copytree(root / "cloud" / "sealing", cloud / "sealing", dirs_exist_ok=True)
+    both = load_gateway_keys(cloud)
+    assert both is not None
+    assert set(both.private) == {key.id for key in second.keys}
+    shutil.rmtree(root / "cloud")
+    third = rotate_sealing_keys(root, datetime.now(UTC), drop_older=True)
+    shutil.copytree(root / "cloud" / "sealing", cloud / "sealing", dirs_exist_ok=True)
+    newest = load_gateway_keys(cloud)
+    assert newest is not None
+    assert set(newest.private) == {third.current.id}  # the files of the older ones lie there still
 
 
 def test_keys_that_somebody_else_offers_are_not_taken(tmp_path: Path) -> None:
