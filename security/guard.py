@@ -19,11 +19,12 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from isthmus.errors import IdentityError, InputError, OverloadedError, UnavailableError
-from isthmus.status import TOO_LATE
+from isthmus.status import TOO_LATE, fail, refuse
 from security.interceptors import current_claims
 from security.listener import ListenerLimits
 from security.scopes import METHOD_SCOPES, PUBLIC
 
+_TOO_MANY: Final = "too-many-calls"
 # Streams of requests that may be silent for as long as their callers have nothing to ask.
 _PATIENT: Final = frozenset({"/inference.GRPCInferenceService/ModelStreamInfer"})
 
@@ -82,12 +83,12 @@ class CallGuard(grpc.aio.ServerInterceptor):
             return _parsed(raw, parse)
 
         async def call(_requests: Any, context: Any) -> Any:
-            with _Place(self, context, public=public):
+            with await self._place(context, public=public):
                 result = behaviour(await argument(context), context)
                 return await result if inspect.isawaitable(result) else result
 
         async def stream(_requests: Any, context: Any) -> AsyncIterator[Any]:
-            with _Place(self, context, public=public):
+            with await self._place(context, public=public):
                 result = behaviour(await argument(context), context)
                 if inspect.isawaitable(result):  # a method that calls context.write itself
                     await result
@@ -100,21 +101,25 @@ class CallGuard(grpc.aio.ServerInterceptor):
             make = grpc.stream_stream_rpc_method_handler
         return make(stream if handler.response_streaming else call, None, handler.response_serializer)
 
-    def enter(self, context: Any, *, public: bool) -> str:
-        """Count a call in; return its caller.
-
-        Raises:
-            OverloadedError: The caller has as many calls in progress as it may have, or strangers as a whole do.
-        """
-        caller, limit = _caller(context)
-        if public and self._strangers >= self._limits.stranger_calls:
-            raise OverloadedError("too many calls without a token are in progress", reason="too-many-calls")
+    async def _place(self, context: Any, *, public: bool) -> _Place:
+        """Count a call in, or refuse it: its caller has as many in progress as it may have, or strangers do."""
+        caller, limit = self._caller(context)
         count = self._calls.get(caller, 0)
-        if count >= (self._limits.caller_calls if limit else self._limits.peer_calls):
-            raise OverloadedError(f"this caller has {count} calls in progress already", reason="too-many-calls")
+        if count >= limit:
+            await refuse(context, OverloadedError(f"this caller has {count} calls in progress", reason=_TOO_MANY))
+        if public and self._strangers >= self._limits.stranger_calls:
+            await refuse(context, OverloadedError("too many calls without a token in progress", reason=_TOO_MANY))
         self._calls[caller] = count + 1
         self._strangers += public
-        return caller
+        return _Place(self, caller, public=public)
+
+    def _caller(self, context: Any) -> tuple[str, int]:
+        """Return who calls, by token or else by address, and how many calls it may have in progress."""
+        try:
+            claims = current_claims()
+        except IdentityError:
+            return f"peer {str(context.peer()).rpartition(':')[0]}", self._limits.peer_calls
+        return f"{claims.tenant} {claims.subject}", self._limits.caller_calls
 
     def leave(self, caller: str, *, public: bool) -> None:
         """Count a call out."""
@@ -131,9 +136,8 @@ class _Place:
 
     __slots__ = ("_caller", "_guard", "_public")
 
-    def __init__(self, guard: CallGuard, context: Any, *, public: bool) -> None:
-        self._guard, self._public = guard, public
-        self._caller = guard.enter(context, public=public)
+    def __init__(self, guard: CallGuard, caller: str, *, public: bool) -> None:
+        self._guard, self._caller, self._public = guard, caller, public
 
     def __enter__(self) -> None:
         return None
@@ -152,29 +156,25 @@ def _size(metadata: Any) -> int:
 def _too_large(size: int, limit: int) -> grpc.RpcMethodHandler[Any, Any]:
     """Refuse metadata that gRPC's core let through: it looks at each frame of a header block by itself."""
 
-    async def refuse(_requests: Any, _context: Any) -> AsyncIterator[bytes]:
-        raise OverloadedError(f"metadata: expected at most {limit} bytes, got {size}", reason="metadata-too-large")
-        yield b""  # never reached: it makes this function a stream
+    error = OverloadedError(f"metadata: expected at most {limit} bytes, got {size}", reason="metadata-too-large")
 
-    handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)
+    async def end(_requests: Any, context: Any) -> AsyncIterator[bytes]:
+        fail(context, error)
+        return
+        yield b""  # never reached: it makes this function a stream, which ends with a status and no answer
+
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(end)
     return handler
 
 
-def _caller(context: Any) -> tuple[str, bool]:
-    """Return who calls, and whether that is known by a token: otherwise it is a machine's address."""
-    try:
-        claims = current_claims()
-    except IdentityError:
-        return f"peer {str(context.peer()).rpartition(':')[0]}", False
-    return f"{claims.tenant} {claims.subject}", True
-
-
 async def _read(context: Any, seconds: float | None) -> Any:
+    raw: Any = None
     try:
         async with asyncio.timeout(seconds):
-            return await context.read()
-    except TimeoutError as error:
-        raise UnavailableError(f"no whole message came within {seconds:g} s", reason=TOO_LATE) from error
+            raw = await context.read()
+    except TimeoutError:
+        await refuse(context, UnavailableError(f"no whole message came within {seconds:g} s", reason=TOO_LATE))
+    return raw
 
 
 async def _messages(context: Any, parse: Any, idle_s: float | None) -> AsyncIterator[Any]:

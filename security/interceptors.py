@@ -17,7 +17,7 @@ import grpc
 import structlog
 
 from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
-from isthmus.status import status_of, trailing_metadata, wrap_handler
+from isthmus.status import fail, wrap_handler
 from security.authenticator import Authenticator
 from security.binding import Guard
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
@@ -129,8 +129,9 @@ def _refusal(error: IsthmusError, claims: Claims | None) -> grpc.RpcMethodHandle
         del requests
         if claims is not None:
             _claims.set(claims)
-        await context.abort(status_of(error), error.message, trailing_metadata(error))
-        yield b""  # never reached: it makes this function a stream
+        fail(context, error)
+        return
+        yield b""  # never reached: it makes this function a stream, which ends with a status and no answer
 
     # Whatever the method's kind, a stream of requests can be refused before the first one is read.
     handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)

@@ -16,12 +16,14 @@ import structlog
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # compiled, without types
 from pydantic import BaseModel, ConfigDict, Field
 
+from security.memory import give_back
 from security.scopes import METHOD_SCOPES
 
 log = structlog.get_logger(__name__)
 
 _RESERVED_FILES: Final = 128  # descriptors that connections never get: databases, models, logs, children
 _FEWEST_CONNECTIONS: Final = 16
+_MOST_WAITING: Final = 512
 
 
 class ListenerLimits(BaseModel):
@@ -57,12 +59,14 @@ class ListenerLimits(BaseModel):
     peer_calls: int = Field(default=16, ge=1, le=1 << 16, description="Calls in progress of one address, no token.")
     stranger_calls: int = Field(default=64, ge=1, le=1 << 16, description="Calls in progress without a token, in all.")
 
-    def options(self, message_bytes: int) -> list[tuple[str, int]]:
+    def options(self, message_bytes: int, calls: int) -> list[tuple[str, int]]:
         """Return the server's options for gRPC.
 
         Args:
             message_bytes: Largest message, either way.
+            calls: Calls in progress.
         """
+        waiting = min(calls, _MOST_WAITING)
         options = [
             ("grpc.so_reuseport", 0),  # a second server on the port must fail, not take half of the calls
             ("grpc.max_receive_message_length", message_bytes),
@@ -76,6 +80,10 @@ class ListenerLimits(BaseModel):
             ("grpc.tsi.max_frame_size", 4096),
             ("grpc.experimental.tcp_min_read_chunk_size", 1024),
             ("grpc.experimental.tcp_read_chunk_size", 1024),
+            # Calls that nobody has looked at yet, each with its metadata in memory; from the first number on some are
+            # refused, from the second on all.
+            ("grpc.server.max_pending_requests", waiting),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * waiting),
             ("grpc.server_handshake_timeout_ms", _ms(self.handshake_s)),
             ("grpc.max_connection_idle_ms", _ms(self.idle_s)),
             ("grpc.keepalive_time_ms", _ms(self.keepalive_s)),
@@ -183,9 +191,10 @@ class Listener(grpc.aio.Server):
         methods: Iterable[str] = METHOD_SCOPES,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._server: Any = _Core(self._loop, interceptors, tuple(limits.options(message_bytes)), calls)
+        self._server: Any = _Core(self._loop, interceptors, tuple(limits.options(message_bytes, calls)), calls)
         self._methods = tuple(methods)
         self._generic: list[Any] = []
+        self._memory: asyncio.Task[None] | None = None
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         """Add services; those of their methods that are not in the table do not exist."""
@@ -215,9 +224,12 @@ class Listener(grpc.aio.Server):
                 self._server.handlers[method] = handler
         self._server.add_registered_method_handlers(self._server.handlers)
         await self._server.start()
+        self._memory = asyncio.create_task(give_back(), name="memory")
 
     async def stop(self, grace: float | None) -> None:
         """Take no new calls; give those in progress `grace` seconds."""
+        if self._memory is not None:
+            self._memory.cancel()
         await self._server.shutdown(grace)
 
     async def wait_for_termination(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - grpc's interface

@@ -10,10 +10,11 @@ name that gRPC's own retries know (gRFC A6), and in whole seconds under HTTP's.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 from urllib.parse import quote, unquote
 
 import grpc
@@ -189,7 +190,7 @@ def _translated(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             result = behaviour(request, context)
             return await result if inspect.isawaitable(result) else result
         except errors.IsthmusError as error:
-            _fail(context, error)
+            fail(context, error)
         except Exception as error:
             _fail_internal(context, error)
 
@@ -206,7 +207,7 @@ def _translated_stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             async for response in result:
                 yield response
         except errors.IsthmusError as error:
-            _fail(context, error)
+            fail(context, error)
         except Exception as error:
             _fail_internal(context, error)
 
@@ -214,13 +215,28 @@ def _translated_stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # Not `context.abort`: its exception is kept by the call that it ended, with every frame that it has passed, and so with
-# the request, until the garbage collector comes by. That is seldom, and a request can be megabytes.
+# the request and its metadata, until the garbage collector comes by. That is seldom, and they can be megabytes.
 
 
-def _fail(context: grpc.aio.ServicerContext[Any, Any], error: errors.IsthmusError) -> None:
+def fail(context: grpc.aio.ServicerContext[Any, Any], error: errors.IsthmusError) -> None:
+    """Set the status of a call that returns now; where one answer is expected, grpc sends an empty one with it."""
     context.set_trailing_metadata(trailing_metadata(error))
     context.set_details(error.message[:_MAX_MESSAGE])
     context.set_code(status_of(error))
+
+
+async def refuse(context: grpc.aio.ServicerContext[Any, Any], error: errors.IsthmusError) -> NoReturn:
+    """End a call with a status and nothing else: an empty answer would wait for as long as the caller opens no window.
+
+    Raises:
+        AbortError: Always; it is for grpc.
+    """
+    try:
+        await context.abort(status_of(error), error.message[:_MAX_MESSAGE], trailing_metadata(error))
+    except grpc.aio.AbortError as abort:
+        # Once it has passed all frames of this call, it lets go of them.
+        asyncio.get_running_loop().call_soon(abort.with_traceback, None)
+        raise
 
 
 def _fail_internal(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:

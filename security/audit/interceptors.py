@@ -64,10 +64,12 @@ class RefusalAudit(grpc.aio.ServerInterceptor):
             async def call(request: Any, context: Any) -> Any:
                 try:
                     result = behaviour(request, context)
-                    return await result if inspect.isawaitable(result) else result
+                    answer = await result if inspect.isawaitable(result) else result
                 except (IsthmusError, grpc.aio.AbortError) as error:
                     self._refused(method, error, context)
                     raise
+                self._refused(method, None, context)
+                return answer
 
             return call
 
@@ -77,18 +79,19 @@ class RefusalAudit(grpc.aio.ServerInterceptor):
                     result = behaviour(request, context)
                     if inspect.isawaitable(result):
                         await result
-                        return
-                    async for response in result:
-                        yield response
+                    else:
+                        async for response in result:
+                            yield response
                 except (IsthmusError, grpc.aio.AbortError) as error:
                     self._refused(method, error, context)
                     raise
+                self._refused(method, None, context)
 
             return call
 
         return wrap_handler(handler, unary, stream)
 
-    def _refused(self, method: str, error: Exception, context: Any) -> None:
+    def _refused(self, method: str, error: Exception | None, context: Any) -> None:
         reason = _reason_of_refusal(method, error, context)
         if not reason:
             return
@@ -260,14 +263,15 @@ def _plain(value: Any) -> Value:
     return ", ".join(str(item) for item in list(value)[:_MAX_ITEMS] if isinstance(item, str | int))
 
 
-def _reason_of_refusal(method: str, error: Exception, context: Any) -> str:
+def _reason_of_refusal(method: str, error: Exception | None, context: Any) -> str:
     """Return why a call was refused, "" when its end is no refusal."""
     if isinstance(error, _REFUSED):
         return error.reason
     if isinstance(error, NotFoundError):
         # A model of another tenant looks as one that does not exist, and so it does here.
         return error.reason if method.startswith(_INFERENCE) or error.reason == "unknown-model" else ""
-    if isinstance(error, grpc.aio.AbortError) and context.code() in _REFUSED_CODES:
+    # Whoever refuses ends the call by an exception of grpc's, or sets the status and returns.
+    if (error is None or isinstance(error, grpc.aio.AbortError)) and context.code() in _REFUSED_CODES:
         trailing = dict(context.trailing_metadata() or ())
         return str(trailing.get(REASON_KEY, "refused"))
     return ""

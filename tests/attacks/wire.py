@@ -122,6 +122,11 @@ class Wire:
         """Send bytes as they are."""
         self.sock.sendall(data)
 
+    @property
+    def last_stream(self) -> int:
+        """Return the number of the newest stream."""
+        return self._stream
+
     def new_stream(self) -> int:
         """Return the next number for a stream of ours."""
         self._stream += 2
