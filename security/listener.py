@@ -16,7 +16,7 @@ import structlog
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # compiled, without types
 from pydantic import BaseModel, ConfigDict, Field
 
-from security.memory import give_back
+from isthmus.memory import give_back
 from security.scopes import METHOD_SCOPES
 
 log = structlog.get_logger(__name__)
