@@ -7,7 +7,19 @@ import sys
 from pathlib import Path
 from typing import Final
 
-NAMES: Final = ("agent", "uplink", "soak", "swap", "policy", "delta", "overhead", "compile", "tuning", "fleet")
+NAMES: Final = (
+    "agent",
+    "uplink",
+    "soak",
+    "swap",
+    "policy",
+    "delta",
+    "overhead",
+    "compile",
+    "tuning",
+    "fleet",
+    "authentication",
+)
 
 folder = Path("build/benchmarks")
 folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,8 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cloud.access_service import AccessService
+from cloud.access_store import AccessStore
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
@@ -33,6 +35,7 @@ from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway
 from cloud.heavy import HeavyPool
+from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
 from cloud.registry import RegistryService
 from cloud.revocations import Revocations
@@ -44,11 +47,14 @@ from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc
+from isthmus.v1 import access_pb2_grpc, fleet_pb2_grpc, registry_pb2_grpc
+from security.authenticator import Authenticator
 from security.binding import Guard
 from security.enrolment import IssuingCa
 from security.interceptors import AuthInterceptor
-from security.repository import CloudRepository
+from security.oidc import OidcIssuers
+from security.roles import AccessBook
+from security.tenants import TenantRepositories
 from security.tls import server_credentials
 from security.tokens import TokenIssuer, TokenVerifier
 
@@ -57,7 +63,13 @@ _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
 _FOLLOW_S: Final = 1.0  # how often the files of keys are looked at
-_SERVICES: Final = (SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService", "isthmus.v1.RolloutService")
+_SERVICES: Final = (
+    SERVICE,
+    "isthmus.v1.FleetService",
+    "isthmus.v1.RegistryService",
+    "isthmus.v1.RolloutService",
+    "isthmus.v1.AccessService",
+)
 
 log = structlog.get_logger(__name__)
 
@@ -88,7 +100,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
     async with AsyncExitStack() as stack:
         state = _open_state(settings.home, stack)
         issuer, authority = TokenIssuer.load(settings.home), IssuingCa.load(settings.home)
-        repository = CloudRepository(settings.home)
+        repositories = TenantRepositories(settings.home)
         database = Database(settings.database) if settings.database else open_database(state / "isthmus.db")
         stack.callback(database.close)
         place = settings.blobs.rstrip("/") or str(state)
@@ -105,8 +117,9 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         )
         stack.push_async_callback(pool.close)
         roster = Roster(database, lambda model, version: publisher.variants(model, version), time.time)
+        owners, book = BlobOwners(database), AccessBook()
         publisher = Publisher(
-            database, blobs, deltas, repository, catalog, pool, roster,
+            database, blobs, deltas, repositories, owners, catalog, pool, roster,
             heavy_versions=settings.heavy_versions, delta_bases=settings.delta_bases, used_bases=settings.used_bases,
         )  # fmt: skip
         conductor = Conductor(
@@ -115,22 +128,28 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
         )
+        access, issuers = AccessStore(database, book, poll_s=settings.access_poll_s), OidcIssuers(settings.oidc)
         guard, verifier = Guard(), issuer.verifier()
         revocations = Revocations(database, guard)
         await revocations.refresh()
-        server, address, device_address = _server(settings, AuthInterceptor(verifier, guard=guard))
+        authenticator = Authenticator(verifier, book=book, issuers=issuers)
+        server, address, device_address = _server(settings, AuthInterceptor(authenticator, guard=guard))
         server.add_generic_rpc_handlers(
             [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
         )
         fleet = FleetService(
             database, conductor, issuer, authority,
             revocations=revocations, device_address=settings.device_address or f":{device_address.rpartition(':')[2]}",
-            unbound_tokens=settings.unbound_tokens, token_ttl_s=settings.token_ttl_s,
+            unbound_tokens=settings.unbound_tokens, token_ttl_s=settings.token_ttl_s, tenants=repositories.names,
         )  # fmt: skip
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow), server
+            RegistryService(
+                database, blobs, deltas, repositories, catalog, publisher, owners, changed=conductor.follow
+            ),
+            server,
         )
+        access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(access), server)
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
 
         ready_file = _ReadyFile(settings.ready_file, address, device_address, triton)
@@ -139,11 +158,16 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await _start_triton(triton, client, pool, ready_file)
         await publisher.restore()
         await conductor.refresh()
+        await access.refresh()
+        stack.push_async_callback(access.keep_used)
+        await stack.enter_async_context(_background(access.run(), name="access"))
+        for external in issuers.all:
+            await stack.enter_async_context(_background(external.keys.run(), name=f"oidc-{external.config.name}"))
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
         await stack.enter_async_context(_background(revocations.run(), name="revocations"))
         await stack.enter_async_context(_background(_follow_keys(issuer, verifier, authority), name="keys"))
         await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
-        await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
+        await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
         servicer = await _listen(server, settings.drain_s, stack)
         await stack.enter_async_context(_background(_report_health(servicer, pool), name="health"))
         stack.callback(conductor.close)
@@ -291,11 +315,11 @@ def _complain(task: asyncio.Task[Any]) -> None:
         log.critical("background work died; restart the cloud", work=task.get_name(), exc_info=error)
 
 
-async def _keep_fresh(repository: CloudRepository) -> None:
+async def _keep_fresh(repositories: TenantRepositories) -> None:
     """Re-sign the metadata that is about to expire, now and every hour."""
     while True:
         try:
-            await asyncio.to_thread(repository.refresh_if_due, datetime.now(UTC))
+            await asyncio.to_thread(repositories.refresh_if_due, datetime.now(UTC))
         except (IsthmusError, OSError) as error:  # a disk may be full for a while
             log.exception("signed metadata not renewed", reason=getattr(error, "reason", "disk"))
             await asyncio.sleep(_REFRESH_AGAIN_S)

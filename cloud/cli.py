@@ -54,6 +54,7 @@ def accept(
     cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
     trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with an operator's token.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant to act in, for admins of the cloud.")] = None,
     config: ConfigOption = None,
 ) -> None:
     """Hand signed metadata to the cloud: a new root, delegations. All FILES take effect, or none."""
@@ -62,7 +63,7 @@ def accept(
     from security.keyfiles import read_file
 
     offered = {path.name: read_file(path, hint="isthmus keys makes these files") for path in files}
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         client.submit(offered)
     note(f"the cloud serves {', '.join(offered)}")
 
@@ -72,13 +73,14 @@ def status(
     cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
     trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with an operator's token.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant to act in, for admins of the cloud.")] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show Triton's version, the loaded heavy models and their counters."""
     from cloud.operator_cli import connect
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         record = client.status()
     if as_json:
         show_record("cloud", record, as_json=True)

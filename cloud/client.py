@@ -37,6 +37,7 @@ from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grp
 from security.keyfiles import read_file
 from security.metadata import manifest_path
 from security.repository import OperatorRepository
+from security.tenancy import TENANT_HEADER, check_tenant
 from security.tls import channel_credentials
 
 TARGETS: Final = "targets"  # the role of the organisation's own operators
@@ -44,7 +45,7 @@ CHUNK: Final = 256 << 10  # bytes of one upload message
 PUBLISH_S: Final = 1800.0  # deltas and loading a large heavy model take their time
 MAX_MESSAGE_BYTES: Final = 64 << 20
 MAX_INVITE_S: Final = 2**32 - 1  # what the message can say; the cloud allows less
-_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+|isk_[a-z0-9]+_[A-Za-z0-9_-]+")
 _MINTING: Final = "isthmus token mint --home DIR/cloud --role operator --subject YOU --output FILE makes one"
 # What gRPC says of a connection that cannot be made, and what a person can do about it.
 _CONNECTION_HINTS: Final = {
@@ -66,6 +67,7 @@ class Address:
     cloud: str
     trust: Path  # folder with ca.pem
     token_file: Path
+    tenant: str = ""  # that an admin of the cloud acts in; "" for the caller's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,17 @@ class Progress:
     waiting: Callable[[str], None] = lambda _what: None
 
 
+class _Tenant(grpc.AuthMetadataPlugin):
+    """Names the tenant to act in with every call."""
+
+    def __init__(self, tenant: str) -> None:
+        self._metadata = ((TENANT_HEADER, tenant),)
+
+    def __call__(self, context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
+        del context
+        callback(self._metadata, None)
+
+
 class CloudClient:
     """A connection to a cloud; use it as a context manager."""
 
@@ -85,9 +98,10 @@ class CloudClient:
         if not _TOKEN.fullmatch(token):
             raise ConfigError(f"{address.token_file} holds no token", hint=_MINTING)
         split_address(address.cloud, "cloud")
-        credentials = grpc.composite_channel_credentials(
-            channel_credentials(address.trust / "ca.pem"), grpc.access_token_call_credentials(token)
-        )
+        proof = [grpc.access_token_call_credentials(token)]
+        if address.tenant:
+            proof.append(grpc.metadata_call_credentials(_Tenant(check_tenant(address.tenant))))
+        credentials = grpc.composite_channel_credentials(channel_credentials(address.trust / "ca.pem"), *proof)
         options = (
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -544,6 +558,18 @@ class CloudClient:
             "subject": who.subject,
             "models": [_statistics_row(model) for model in statistics.model_stats],
         }
+
+    def stub(self, kind: Callable[[grpc.Channel], Any]) -> Any:
+        """Return the stub of another service on this connection."""
+        return kind(self._channel)
+
+    def call(self, what: str, method: Any, request: Any) -> Any:
+        """Call a method of a stub.
+
+        Raises:
+            IsthmusError: What the cloud answered, in words about what was to be done.
+        """
+        return self._call(what, method, request)
 
     def _call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:

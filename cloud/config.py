@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field, field_validator
 
 from isthmus.settings import Settings
+from security.oidc import OidcConfig
 
 
 class CloudSettings(Settings):
@@ -62,6 +63,12 @@ class CloudSettings(Settings):
     rollout_poll_s: float = Field(
         default=1.0, gt=0, le=60, description="How often rollouts are decided on and other replicas are followed"
     )
+    oidc: tuple[OidcConfig, ...] = Field(
+        default=(), description="External OpenID Connect issuers whose tokens are believed; docs/access.md"
+    )
+    access_poll_s: float = Field(
+        default=1.0, gt=0, le=4, description="How often roles and API keys of other replicas are followed"
+    )
     ready_file: Path | None = Field(default=None, description="File that gets the address and process ids once serving")
 
     @field_validator("listen")
@@ -95,4 +102,5 @@ class OperatorSettings(Settings):
         default=None, description="The workspace's operator folder, which holds the signing key"
     )
     token_file: Path | None = Field(default=None, description="File with an operator's access token")
+    tenant: str = Field(default="", description="Tenant that an admin of the cloud acts in; empty: the token's own")
     timeout_s: float = Field(default=30.0, gt=0, description="Seconds that one short call may take")

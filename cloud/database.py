@@ -34,8 +34,9 @@ from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from isthmus.errors import ConfigError, MissingExtraError
+from security.tenancy import DEFAULT_TENANT
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 _WRITE_LOCK: Final = 0x69737468  # of PostgreSQL's advisory locks: any number that nobody else takes
 _DATABASE_HINT: Final = "--database takes sqlite:///FILE or postgresql://USER@HOST/NAME"
 _ROW_ID: Final = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by INTEGER only
@@ -60,6 +61,7 @@ class Model(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     released: Mapped[int | None] = mapped_column(BigInteger)
     revision: Mapped[int] = mapped_column(BigInteger, default=0)
+    tenant: Mapped[str] = mapped_column(default=DEFAULT_TENANT)
 
 
 class Ledger(Base):
@@ -93,6 +95,7 @@ class Device(Base):
     last_seen_at: Mapped[float]
     facts: Mapped[bytes] = mapped_column(default=b"")  # DeviceFacts, as the device sent them
     revision: Mapped[int] = mapped_column(BigInteger, default=0, index=True)
+    tenant: Mapped[str] = mapped_column(default=DEFAULT_TENANT)
 
 
 class DeviceModel(Base):
@@ -127,6 +130,7 @@ class Invite(Base):
     device_id: Mapped[str]
     expires_at: Mapped[float]
     used_at: Mapped[float | None]
+    tenant: Mapped[str] = mapped_column(default=DEFAULT_TENANT)
 
 
 class Revocation(Base):

@@ -16,7 +16,7 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -29,13 +29,14 @@ from cloud.conductor import Conductor
 from cloud.identity import Identities
 from cloud.revocations import Revocations
 from cloud.rollout import matches
-from cloud.roster import Device, Told
+from cloud.roster import Device, Roster, Told
 from isthmus.errors import IdentityError, InputError
 from isthmus.status import ADDRESS_KEY, TIME_KEY
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.binding import Guard, peer_of
 from security.enrolment import IssuingCa, check_device_id
 from security.interceptors import current_claims
+from security.tenancy import DEFAULT_TENANT, check_new_name
 from security.tls import negotiated
 from security.tokens import TokenIssuer
 
@@ -65,6 +66,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         device_address: HOST:PORT that devices are told to call, where certificates are asked for.
         unbound_tokens: Whether a device without a certificate gets a token, too.
         token_ttl_s: Life of the access tokens.
+        tenants: Returns the names of the cloud's tenants.
         clock: Returns Unix seconds.
     """
 
@@ -79,29 +81,39 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         device_address: str = "",
         unbound_tokens: bool = False,
         token_ttl_s: int = 900,
+        tenants: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._conductor, self._issuer = conductor, issuer
         self._identities = Identities(database, authority, issuer.audience, clock)
         self._revocations = revocations or Revocations(database, Guard())
         self._device_address, self._unbound_tokens = device_address, unbound_tokens
-        self._token_ttl_s, self._clock = token_ttl_s, clock
+        self._token_ttl_s, self._tenants, self._clock = token_ttl_s, tenants, clock
 
     async def Invite(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Make a one-time code.
+        """Make a one-time code; the device will belong to the caller's tenant.
 
         Raises:
             InputError: The name or the time to live is not valid.
         """
         del context
-        device_id = check_device_id(request.device_id)
+        device_id, claims = check_device_id(request.device_id), current_claims()
+        await self._check_name(device_id, claims.tenant)
         ttl_s = request.ttl_s or DEFAULT_INVITE_S
         if ttl_s > MAX_INVITE_S:
             raise InputError(f"ttl_s: expected at most {MAX_INVITE_S} seconds, got {ttl_s}")
         code, expires_at = secrets.token_urlsafe(24), self._clock() + ttl_s
-        await asyncio.to_thread(self._identities.invite, code, device_id, expires_at)
-        log.info("device invited", device=device_id, by=current_claims().subject)
+        await asyncio.to_thread(self._identities.invite, code, device_id, claims.tenant, expires_at)
+        log.info("device invited", device=device_id, tenant=claims.tenant, by=claims.subject)
         return fleet_pb2.InviteResponse(code=code, expires_at=timestamp(expires_at))
+
+    async def _check_name(self, device_id: str, tenant: str) -> None:
+        await self._conductor.refresh()
+        device = self._conductor.roster.devices.get(device_id)
+        if device is None or tenant != DEFAULT_TENANT:
+            check_new_name(tenant, device_id, self._tenants())
+        if device is not None and device.tenant != tenant:
+            raise InputError(f"no device can be called {device_id!r}", reason="name-of-another")
 
     async def Enrol(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Exchange a code for an identity.
@@ -111,10 +123,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             InputError: The certificate request is not acceptable; the code stays valid.
         """
         del context
-        device_id, chain = await asyncio.to_thread(self._identities.enrol, request.code, request.csr_pem)
+        device_id, tenant, chain = await asyncio.to_thread(self._identities.enrol, request.code, request.csr_pem)
         await self._revocations.refresh()
         await self._conductor.refresh()
-        log.info("device enrolled", device=device_id)
+        log.info("device enrolled", device=device_id, tenant=tenant)
         return fleet_pb2.EnrolResponse(
             device_id=device_id,
             certificate_chain_pem=chain,
@@ -122,6 +134,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             token_issuer=self._issuer.issuer,
             token_audience=self._issuer.audience,
             device_address=self._device_address,
+            tenant=tenant,
         )
 
     async def IssueToken(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -139,12 +152,13 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 reason="certificate-required",
                 hint="call the cloud's device_listen address with the certificate; agents of this release do",
             )
-        device_id = await asyncio.to_thread(self._identities.accept, request.assertion, peer)
+        device_id, tenant = await asyncio.to_thread(self._identities.accept, request.assertion, peer)
         token, expires_at = self._issuer.mint(
             device_id,
             "device",
             ttl=timedelta(seconds=self._token_ttl_s),
             now=datetime.fromtimestamp(self._clock(), UTC),
+            tenant=tenant,
             thumbprint=peer.thumbprint if peer is not None else "",
         )
         return fleet_pb2.IssueTokenResponse(
@@ -161,7 +175,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             InputError: The certificate request is not acceptable.
         """
         await self._orient(context)
-        device_id = await asyncio.to_thread(self._identities.accept, request.assertion, peer_of(context))
+        device_id, _ = await asyncio.to_thread(self._identities.accept, request.assertion, peer_of(context))
         chain = await asyncio.to_thread(self._identities.renew, device_id, request.csr_pem)
         log.info("device certificate renewed", device=device_id)
         return fleet_pb2.RenewCertificateResponse(certificate_chain_pem=chain)
@@ -176,7 +190,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         del context
         by = current_claims().subject
         done = await asyncio.to_thread(
-            self._identities.revoke, request.device_id, request.key_sha256, _printable(request.reason), by
+            self._identities.revoke,
+            request.device_id,
+            request.key_sha256,
+            _printable(request.reason),
+            by,
+            current_claims().tenant,
         )
         await self._revocations.refresh()
         await self._conductor.refresh()
@@ -205,7 +224,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         models = sorted({m for m in request.models if claims.may_use(m) and len(m) <= _MAX_NAME and m.isprintable()})
         until = claims.expires_at.timestamp()
         facts = request.facts.SerializeToString(deterministic=True)
-        async with contextlib.aclosing(self._conductor.watch(claims.subject, models, facts)) as changes:
+        async with contextlib.aclosing(self._conductor.watch(claims.subject, models, facts, claims.tenant)) as changes:
             while (left_s := until - self._clock()) > 0:
                 try:
                     model, told = await asyncio.wait_for(anext(changes), left_s)
@@ -222,10 +241,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """
         del context
         claims = current_claims()
-        if not claims.may_use(request.model) or request.model not in self._conductor.roster.released:
+        if not self._conductor.roster.may_see(claims, request.model):
             raise InputError(f"there is no model {request.model[:80]!r} to report on")
         report = _checked_report(request)
-        await self._conductor.report(claims.subject, report)
+        await self._conductor.report(claims.subject, report, claims.tenant)
         state = fleet_pb2.UpdateState.Name(report.state)
         log.info("device reports", device=claims.subject, model=report.model, version=report.version, state=state)
         return fleet_pb2.ReportResponse()
@@ -234,8 +253,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """List the devices with their last reports."""
         del context
         await self._conductor.refresh()
-        roster, selector = self._conductor.roster, dict(request.selector)
-        devices = [device for name, device in sorted(roster.devices.items()) if matches(selector, device.labels)]
+        roster, selector, tenant = self._conductor.roster, dict(request.selector), current_claims().tenant
+        devices = [
+            device
+            for _, device in sorted(roster.devices.items())
+            if device.tenant == tenant and matches(selector, device.labels)
+        ]
         return fleet_pb2.ListDevicesResponse(devices=[self._device_message(device) for device in devices])
 
     async def GetDevice(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -246,8 +269,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """
         del context
         await self._conductor.refresh()
-        device = self._conductor.roster.device(request.device_id)
+        claims = current_claims()
+        device = self._conductor.roster.device(request.device_id, claims.tenant)
         events = await self._conductor.events(device_id=device.id, limit=_EVENTS)
+        events = [event for event in events if not event.model or claims.may_use(event.model)]
         return fleet_pb2.GetDeviceResponse(device=self._device_message(device), events=map(event_message, events))
 
     async def SetLabels(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -259,7 +284,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """
         del context
         labels = check_labels(request.set)
-        device = self._conductor.roster.device(request.device_id)
+        device = self._conductor.roster.device(request.device_id, current_claims().tenant)
         if len({*device.labels, *labels} - set(request.remove)) > _MAX_LABELS:
             raise InputError(f"expected at most {_MAX_LABELS} labels of a device")
         await self._conductor.set_labels(
@@ -274,7 +299,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device or version.
         """
         del context
-        check_may_use(request.model)
+        self._check_pair(request)
         version = min(request.version, _MAX_NUMBER)  # no version is larger
         await self._conductor.pin(request.device_id, request.model, version, current_claims().subject)
         return fleet_pb2.PinResponse()
@@ -286,7 +311,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device.
         """
         del context
-        check_may_use(request.model)
+        self._check_pair(request)
         await self._conductor.pin(request.device_id, request.model, None, current_claims().subject)
         return fleet_pb2.UnpinResponse()
 
@@ -297,17 +322,32 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device, or it does not run the model.
         """
         del context
-        check_may_use(request.model)
+        self._check_pair(request)
         attempt = await self._conductor.retry(request.device_id, request.model, current_claims().subject)
         return fleet_pb2.RetryDeviceResponse(attempt=attempt)
 
+    def _check_pair(self, request: Any) -> None:
+        """Check that device and model are there for the caller.
+
+        Raises:
+            NotFoundError: One is not.
+        """
+        self._conductor.roster.device(request.device_id, current_claims().tenant)
+        check_may_see(self._conductor.roster, request.model)
+
     def _device_message(self, device: Device) -> Any:
-        roster, revoked = self._conductor.roster, self._revocations.of_devices.get(device.id)
+        """Return a device as the caller may see it: with the models that it may use."""
+        roster, claims = self._conductor.roster, current_claims()
+        revoked = self._revocations.of_devices.get(device.id)
         return fleet_pb2.Device(
             device_id=device.id,
             enrolled_at=timestamp(device.enrolled_at),
             last_seen_at=timestamp(device.last_seen_at),
-            reports=[_report_message(e.report) for _, e in sorted(device.models.items()) if e.report is not None],
+            reports=[
+                _report_message(entry.report)
+                for model, entry in sorted(device.models.items())
+                if entry.report is not None and claims.may_use(model)
+            ],
             facts=device.facts,
             labels=device.labels,
             online=roster.is_online(device),
@@ -316,6 +356,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                     model=model, version=told.version, why=told.why, rollout=told.rollout, attempt=told.attempt
                 )
                 for model in sorted(device.models)
+                if claims.may_use(model)
                 for told in (roster.told(device, model),)
             ],
             key_sha256=device.key_sha256,
@@ -328,8 +369,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         del request
         claims, (version, group) = current_claims(), negotiated(context)
         return fleet_pb2.WhoAmIResponse(
-            subject=claims.subject, scopes=sorted(claims.scopes), tls_version=version, tls_group=group
-        )
+            subject=claims.subject, scopes=sorted(claims.scopes), tls_version=version, tls_group=group,
+            tenant=claims.tenant,
+        )  # fmt: skip
 
 
 def _printable(text: str) -> str:
@@ -364,13 +406,13 @@ def _checked_report(request: Any) -> Any:
     return report
 
 
-def check_may_use(model: str) -> None:
-    """Check that the caller's token is good for a model.
+def check_may_see(roster: Roster, model: str) -> None:
+    """Check that there is such a model for the caller.
 
     Raises:
-        NotFoundError: It is not; that looks as if there were no such model.
+        NotFoundError: There is none; of one that is hidden, exactly the same is said.
     """
-    if not current_claims().may_use(model):
+    if not roster.may_see(current_claims(), model):
         raise unknown_model(model)
 
 

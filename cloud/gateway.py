@@ -18,7 +18,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from cloud.catalog import Catalog, unknown_model
+from cloud.catalog import Catalog
 from cloud.heavy import HeavyId, HeavyPool
 from cloud.triton import TritonClient
 from isthmus import __version__
@@ -97,8 +97,7 @@ class Gateway:
         return answer + _suffix(request.model_name, version)
 
     def _resolve(self, claims: Claims, model: str, version: str) -> tuple[int, HeavyId]:
-        if not claims.may_use(model):
-            raise unknown_model(model)
+        self._catalog.check_may_see(claims, model)
         return self._catalog.resolve(model, version)
 
     def _time_left(self, context: _Context) -> float:
@@ -151,13 +150,13 @@ class Gateway:
             UnavailableError: Triton does not answer.
         """
         claims = current_claims()
-        if request.name and not (claims.may_use(request.name) and request.name in self._catalog.models):
-            raise unknown_model(request.name)
+        if request.name:
+            self._catalog.check_may_see(claims, request.name)
         known = {heavy.name: heavy for heavy in self._pool.loaded}
         answer = service_pb2.ModelStatisticsResponse()
         for statistics in await self._client.statistics():
             heavy = known.get(statistics.name)
-            if heavy is None or not claims.may_use(heavy.model) or request.name not in ("", heavy.model):
+            if heavy is None or not self._catalog.may_see(claims, heavy.model) or request.name not in ("", heavy.model):
                 continue
             statistics.name, statistics.version = heavy.model, str(heavy.version)
             if request.version in ("", statistics.version):

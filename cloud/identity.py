@@ -25,10 +25,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
+from cloud.roster import unknown_device
 from isthmus.digests import sha256_bytes
 from isthmus.errors import IdentityError, InputError, NotFoundError
 from security.binding import Peer, Revoked, key_digest
 from security.enrolment import IssuingCa, public_key_of
+from security.tenancy import DEFAULT_TENANT
 from security.tokens import Assertion, read_assertion_subject, verify_assertion
 
 DEVICE: Final = "device"
@@ -64,14 +66,14 @@ class Identities:
     ) -> None:
         self._database, self._authority, self._audience, self._clock = database, authority, audience, clock
 
-    def invite(self, code: str, device_id: str, expires_at: float) -> None:
+    def invite(self, code: str, device_id: str, tenant: str, expires_at: float) -> None:
         """Keep an invitation, by the digest of its code."""
         with self._database.write() as session:
             session.execute(delete(db.Invite).where(db.Invite.expires_at < self._clock()))
-            session.add(db.Invite(code_sha256=_hash(code), device_id=device_id, expires_at=expires_at))
+            session.add(db.Invite(code_sha256=_hash(code), device_id=device_id, tenant=tenant, expires_at=expires_at))
 
-    def enrol(self, code: str, csr_pem: bytes) -> tuple[str, bytes]:
-        """Exchange a code for a certificate; return whose it is and its chain.
+    def enrol(self, code: str, csr_pem: bytes) -> tuple[str, str, bytes]:
+        """Exchange a code for a certificate; return the device, its tenant, and the chain.
 
         Raises:
             IdentityError: The code is wrong, used or expired, or the key was revoked.
@@ -79,7 +81,7 @@ class Identities:
         """
         now = self._clock()
         with self._database.write() as session:
-            device_id = _take_invite(session, code, now)
+            device_id, tenant = _take_invite(session, code, now)
             # A refused request raises here and undoes the line above: the code is not spent on a typing error.
             chain = self._authority.sign(csr_pem, device_id, datetime.fromtimestamp(now, UTC))
             digest = key_digest(x509.load_pem_x509_certificate(chain))
@@ -99,15 +101,15 @@ class Identities:
             session.merge(
                 db.Device(
                     id=device_id, public_key_pem=public_key_of(csr_pem), key_sha256=digest,
-                    enrolled_at=now, last_seen_at=now, revision=revision,
+                    enrolled_at=now, last_seen_at=now, revision=revision, tenant=tenant,
                 )
             )  # fmt: skip
             # It may begin anew with its reports, too: a device whose disk was replaced counts from 1.
             session.execute(update(db.Report).where(db.Report.device_id == device_id).values(number=0))
-        return device_id, chain
+        return device_id, tenant, chain
 
-    def accept(self, assertion: str, peer: Peer | None) -> str:
-        """Return whose assertion it is, and never take it again.
+    def accept(self, assertion: str, peer: Peer | None) -> tuple[str, str]:
+        """Return which device an assertion is of, and its tenant; never take it again.
 
         Args:
             assertion: As it came.
@@ -130,7 +132,7 @@ class Identities:
         if peer is not None and (peer.device_id, peer.key_sha256) != (device_id, device.key_sha256):
             raise IdentityError("the certificate is not the device's", reason="certificate-mismatch")
         self._spend(device_id, verified, now)
-        return device_id
+        return device_id, device.tenant
 
     def _spend(self, device_id: str, assertion: Assertion, now: float) -> None:
         spent = db.Assertion(device_id=device_id, jti=assertion.jti, expires_at=assertion.expires_at.timestamp())
@@ -161,7 +163,7 @@ class Identities:
             )
         return chain
 
-    def revoke(self, device_id: str, key_sha256: str, reason: str, by: str) -> Revocation:
+    def revoke(self, device_id: str, key_sha256: str, reason: str, by: str, tenant: str) -> Revocation:
         """Refuse a device and its key, or one key, from now on.
 
         Args:
@@ -169,10 +171,12 @@ class Identities:
             key_sha256: One key; "" for the one that the device is enrolled with.
             reason: For the record.
             by: Who says so.
+            tenant: Whose device it must be. A key that no device of the tenant has is for the cloud's own tenant only,
+                and not when it is another tenant's.
 
         Raises:
             InputError: Neither is given, or the key's digest is none.
-            NotFoundError: There is no such device.
+            NotFoundError: There is no such device or key.
         """
         if not device_id and not key_sha256:
             raise InputError("expected a device, a key, or both")
@@ -184,8 +188,11 @@ class Identities:
         with self._database.write() as session:
             chosen = db.Device.id == device_id if device_id else db.Device.key_sha256 == key_sha256
             device = session.scalars(select(db.Device).where(chosen)).first()
+            if device is not None and device.tenant != tenant:
+                device = None
             if device is None and device_id:
-                raise NotFoundError(f"there is no device {device_id[:80]!r}", reason="unknown-device")
+                raise unknown_device(device_id)
+            _check_key_of(session, key_sha256, tenant)
             name = device_id or (device.id if device is not None else "")
             current = device.key_sha256 if device is not None else ""
             done = Revocation(name, key_sha256 or current, now, reason)
@@ -228,17 +235,33 @@ def _is_revoked(session: Session, device: db.Device) -> bool:
     return session.scalars(found).first() is not None
 
 
-def _take_invite(session: Session, code: str, now: float) -> str:
-    """Mark an invitation as used and return its device; the database lets one caller through."""
+def _check_key_of(session: Session, key_sha256: str, tenant: str) -> None:
+    """Check that a key may be revoked by a tenant: what is another tenant's looks like what nobody has."""
+    if not key_sha256:
+        return
+    owners = set(session.scalars(select(db.Device.tenant).where(db.Device.key_sha256 == key_sha256)))
+    if owners - {tenant} or (not owners and tenant != DEFAULT_TENANT):
+        raise NotFoundError("there is no device with this key", reason="unknown-device")
+
+
+def _take_invite(session: Session, code: str, now: float) -> tuple[str, str]:
+    """Mark an invitation as used and return its device and tenant; the database lets one caller through."""
     is_open = (db.Invite.code_sha256 == _hash(code), db.Invite.used_at.is_(None), db.Invite.expires_at > now)
     result = session.execute(update(db.Invite).where(*is_open).values(used_at=now))
-    if not isinstance(result, CursorResult) or result.rowcount != 1:
+    invite = session.get(db.Invite, _hash(code))
+    known = session.get(db.Device, invite.device_id) if invite is not None else None
+    if (
+        not isinstance(result, CursorResult)
+        or result.rowcount != 1
+        or invite is None
+        or (known is not None and known.tenant != invite.tenant)  # two tenants were quick with one name
+    ):
         raise IdentityError(
             "the enrolment code is wrong, used or expired",
             hint="ask the operator for a new one: isthmus device invite DEVICE",
             reason="wrong-code",
         )
-    return session.scalars(select(db.Invite.device_id).where(db.Invite.code_sha256 == _hash(code))).one()
+    return invite.device_id, invite.tenant
 
 
 def _hash(code: str) -> str:

@@ -104,7 +104,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         audit=audit,
         shadow=shadow,
     )
-    credentials, interceptors = _protection(settings, home, verifier)
+    credentials, interceptors = _protection(settings, home, verifier, enrolment.tenant)
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use
     server = AgentServer(
         settings.listen,
@@ -292,11 +292,11 @@ def _choose(settings: EdgeSettings, home: DeviceHome, manifest: Manifest) -> Var
 
 
 def _protection(
-    settings: EdgeSettings, home: DeviceHome, verifier: TokenVerifier
+    settings: EdgeSettings, home: DeviceHome, verifier: TokenVerifier, tenant: str
 ) -> tuple[grpc.ServerCredentials | None, tuple[grpc.aio.ServerInterceptor, ...]]:
     if is_local(settings.listen):
         return None, ()
-    return server_credentials(home.key, home.certificate), (AuthInterceptor(verifier),)
+    return server_credentials(home.key, home.certificate), (AuthInterceptor(verifier, tenant=tenant),)
 
 
 def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink) -> Deferred | None:

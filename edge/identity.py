@@ -24,6 +24,7 @@ from isthmus.errors import ConfigError, ConflictError, IdentityError, Unavailabl
 from isthmus.status import from_rpc
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.enrolment import make_csr, new_device_key
+from security.tenancy import DEFAULT_TENANT
 
 ENROL_TIMEOUT_S: Final = 30.0
 _HINTS: Final = {
@@ -43,6 +44,7 @@ class Enrolment(BaseModel):
     token_issuer: str
     token_audience: str
     device_address: str = ""  # HOST:PORT where the cloud asks for the certificate; "" as long as it is not known
+    tenant: str = DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,7 @@ async def enrol(home: DeviceHome, *, cloud: str, code: str, trust: Path, hosts: 
         token_issuer=response.token_issuer,
         token_audience=response.token_audience,
         device_address=complete_address(response.device_address, cloud),
+        tenant=response.tenant or DEFAULT_TENANT,
     )
     home.keep_enrolment(enrolment)
     return enrolment

@@ -330,11 +330,18 @@ def token() -> None:
 @token_app.command("mint")
 def mint(
     home: Annotated[Path, typer.Option("--home", help="The workspace's cloud folder.", metavar="DIR")],
-    role: Annotated[str, typer.Option("--role", help="operator, client or device.")],
+    role: Annotated[
+        str,
+        typer.Option(
+            "--role",
+            help="admin, operator, auditor, client or device; granted: what isthmus role grant says, at each call.",
+        ),
+    ],
     subject: Annotated[str, typer.Option("--subject", help="Whom the token is for.", metavar="NAME")],
     model: Annotated[
         list[str] | None, typer.Option("--model", help="A model that it allows; repeat for more. Default: all.")
     ] = None,
+    tenant: Annotated[str, typer.Option("--tenant", help="Whose models and devices it shows.")] = "default",
     ttl: Annotated[str, typer.Option("--ttl", help="How long it is valid: 15m, 12h, 30d.")] = "1h",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it here (0600), not to stdout.")] = None,
     as_json: JsonOption = False,
@@ -347,8 +354,8 @@ def mint(
     issuer = TokenIssuer.load(home)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(f"cannot write {output}", hint="--output needs a file in a folder that exists")
-    text, expires_at = issuer.mint(subject, role, models=model or [ALL_MODELS], ttl=parse_duration(ttl))
-    record: dict[str, Any] = {"subject": subject, "role": role, "expires": expires_at.isoformat()}
+    text, expires_at = issuer.mint(subject, role, models=model or [ALL_MODELS], ttl=parse_duration(ttl), tenant=tenant)
+    record: dict[str, Any] = {"subject": subject, "role": role, "tenant": tenant, "expires": expires_at.isoformat()}
     if output is not None:
         replace_file(output, text.encode() + b"\n", mode=PRIVATE_MODE)
         record["file"] = str(output)

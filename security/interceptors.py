@@ -18,8 +18,10 @@ import structlog
 
 from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
 from isthmus.status import status_of, trailing_metadata, wrap_handler
+from security.authenticator import Authenticator
 from security.binding import Guard
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
+from security.tenancy import TENANT_HEADER, check_tenant
 from security.tokens import Claims, TokenVerifier
 
 log = structlog.get_logger(__name__)
@@ -45,20 +47,22 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Lets a call pass when its token has the scope that the method asks for.
 
     Args:
-        verifier: Verifies the tokens.
+        verifier: Tells who calls; a verifier of tokens where tokens of this cloud are all there is.
         method_scopes: What each method asks for, by its full path.
+        tenant: The only tenant whose callers are let in; None for all, each to what is its own.
         guard: Knows who is revoked, and which tokens are good on which connection.
     """
 
     def __init__(
         self,
-        verifier: TokenVerifier,
+        verifier: Authenticator | TokenVerifier,
         method_scopes: Mapping[str, str] = METHOD_SCOPES,
         *,
+        tenant: str | None = None,
         guard: Guard | None = None,
     ) -> None:
-        self._verifier = verifier
-        self._method_scopes = method_scopes
+        self._authenticator = verifier if isinstance(verifier, Authenticator) else Authenticator(verifier)
+        self._method_scopes, self._tenant = method_scopes, tenant
         self._guard = guard or Guard()
 
     async def intercept_service(
@@ -73,7 +77,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         method = str(handler_call_details.method)
         try:
             claims = self._admit(method, handler_call_details.invocation_metadata or ())
-        except (IdentityError, PermissionDeniedError) as error:
+        except IsthmusError as error:
             log.info("call refused", method=method, reason=error.reason)
             return _refusal(error)
         return handler if claims is None else _with_claims(self._guard.wrap(handler, claims), claims)
@@ -84,7 +88,9 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             raise PermissionDeniedError("this method is not offered", reason="method-not-allowed")
         if needed == PUBLIC:
             return None
-        claims = self._verifier.verify(_bearer_token(metadata))
+        claims = self._authenticator.verify(_bearer_token(metadata), _tenant(metadata))
+        if self._tenant not in (None, claims.tenant):
+            raise PermissionDeniedError("this is not for callers of another tenant", reason="wrong-tenant")
         self._guard.admit(claims)
         if needed != AUTHENTICATED and needed not in claims.scopes:
             raise PermissionDeniedError(
@@ -92,7 +98,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
                 reason="missing-scope",
                 hint="use a token of a role that has it: isthmus token mint --role ROLE",
             )
-        return claims
+        return claims if needed == AUTHENTICATED else claims.narrowed_to(needed)
 
 
 def _bearer_token(metadata: Any) -> str:
@@ -103,6 +109,13 @@ def _bearer_token(metadata: Any) -> str:
     if len(values) > 1 or not isinstance(value, str) or value[: len(_SCHEME)].lower() != _SCHEME:
         raise IdentityError("expected one authorization header, 'Bearer TOKEN'", reason="malformed-token")
     return value[len(_SCHEME) :].strip()
+
+
+def _tenant(metadata: Any) -> str:
+    values = [value for key, value in metadata if key.lower() == TENANT_HEADER]
+    if len(values) > 1 or not all(isinstance(value, str) for value in values):
+        raise IdentityError(f"expected one {TENANT_HEADER} header", reason="malformed-token")
+    return check_tenant(values[0]) if values else ""
 
 
 def _refusal(error: IsthmusError) -> grpc.RpcMethodHandler[Any, Any]:

@@ -15,19 +15,39 @@ REGISTRY_READ: Final = "registry:read"
 REGISTRY_PUBLISH: Final = "registry:publish"
 FLEET_ADMIN: Final = "fleet:admin"
 DEVICE: Final = "device"
+AUDIT_READ: Final = "audit:read"
+USAGE_READ: Final = "usage:read"
+TRAFFIC_ADMIN: Final = "traffic:admin"
 ACCESS_ADMIN: Final = "access:admin"
 
 # Not scopes: what a method may ask for instead of one.
 PUBLIC: Final = "public"  # no token; the request carries its own proof, or there is nothing to protect
 AUTHENTICATED: Final = "authenticated"  # any valid token
 
-SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, DEVICE, ACCESS_ADMIN})
+# Not a scope either: what a token holds instead of scopes when its subject may do what it was granted, and no more
+# (security.roles). Such a token is worth as much as the grants are at the time of the call.
+GRANTED: Final = "granted"
+
+SCOPES: Final = frozenset(
+    {
+        INFER,
+        REGISTRY_READ,
+        REGISTRY_PUBLISH,
+        FLEET_ADMIN,
+        DEVICE,
+        AUDIT_READ,
+        USAGE_READ,
+        TRAFFIC_ADMIN,
+        ACCESS_ADMIN,
+    }
+)
 
 SCOPES_OF_ROLE: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
         "device": frozenset({INFER, REGISTRY_READ, DEVICE}),
         "client": frozenset({INFER}),
-        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN}),
+        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, USAGE_READ, TRAFFIC_ADMIN}),
+        "auditor": frozenset({AUDIT_READ, USAGE_READ, REGISTRY_READ}),
         "admin": SCOPES,
     }
 )
@@ -67,6 +87,15 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "Release": REGISTRY_PUBLISH,
         "SubmitMetadata": REGISTRY_PUBLISH,
         "ListVersions": REGISTRY_READ,
+    },
+    "isthmus.v1.AccessService": {
+        "GrantRole": ACCESS_ADMIN,
+        "RevokeRole": ACCESS_ADMIN,
+        "ListRoles": ACCESS_ADMIN,
+        "CreateApiKey": ACCESS_ADMIN,
+        "RotateApiKey": ACCESS_ADMIN,
+        "RevokeApiKey": ACCESS_ADMIN,
+        "ListApiKeys": ACCESS_ADMIN,
     },
     "isthmus.v1.AgentService": {
         "GetStatus": INFER,

@@ -19,8 +19,8 @@ import json
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from pathlib import Path
@@ -47,8 +47,9 @@ from security.jws import (
 from security.keyfiles import read_file
 from security.keyset import KeySet
 from security.rotation import MAX_TTL, Schedule, create_token_keys, load_signers
-from security.scopes import SCOPES_OF_ROLE
+from security.scopes import GRANTED, SCOPES_OF_ROLE
 from security.signer import EDDSA
+from security.tenancy import DEFAULT_TENANT, check_tenant
 
 __all__ = [
     "Assertion",
@@ -64,7 +65,6 @@ __all__ = [
 
 TYPE: Final = "at+jwt"  # RFC 9068 section 2.1
 ALL_MODELS: Final = "*"
-DEFAULT_TENANT: Final = "default"  # of tokens that name none, and of a cloud that serves one tenant only
 _FROM_FILE: Final = "a token in a file is read from standard input: isthmus token inspect - < FILE"
 _THUMBPRINT_LENGTH: Final = 43  # 32 bytes as base64url without padding
 _REQUIRED: Final = ("iss", "aud", "sub", "exp", "nbf", "iat", "jti", "scope", "models")
@@ -78,6 +78,7 @@ class Claims:
 
     `tenant` is whose models and devices the caller sees; `token_id` the token's `jti`; `thumbprint` the SHA-256
     (base64url, no padding) of the certificate that the token is bound to (RFC 8705 section 3.1), "" when to none.
+    `models_by_scope` is set where scopes come from several grants, each for models of its own.
     """
 
     subject: str
@@ -87,6 +88,11 @@ class Claims:
     tenant: str = DEFAULT_TENANT
     token_id: str = ""
     thumbprint: str = ""
+    models_by_scope: Mapping[str, frozenset[str]] | None = None
+
+    def narrowed_to(self, scope: str) -> Claims:
+        """Return the claims for a method that asks for `scope`: with the models that come with this scope only."""
+        return self if self.models_by_scope is None else replace(self, models=self.models_by_scope[scope])
 
     def may_use(self, model: str) -> bool:
         """Return whether the token allows this model."""
@@ -280,7 +286,7 @@ class TokenIssuer:
 
         Args:
             subject: Whom the token is for.
-            role: One of `SCOPES_OF_ROLE`.
+            role: One of `SCOPES_OF_ROLE`, or "granted": what the subject has been granted at the time of each call.
             models: The models that it allows; "*" for all.
             ttl: How long it is valid, at most 30 days.
             now: The time; the wall clock's when None.
@@ -290,12 +296,8 @@ class TokenIssuer:
         Raises:
             InputError: The role is unknown, the subject unusable, or the time to live out of range.
         """
-        if role not in SCOPES_OF_ROLE:
-            close = get_close_matches(role, SCOPES_OF_ROLE, n=1)
-            raise InputError(
-                f"expected a role of {', '.join(SCOPES_OF_ROLE)}, got {role[:80]!r}",
-                hint=f"did you mean {close[0]}?" if close else "people are operators, applications clients",
-            )
+        scopes = {GRANTED} if role == GRANTED else check_role(role)
+        check_tenant(tenant)
         if not 0 < len(subject) <= 128 or not subject.isprintable():
             raise InputError("expected a subject of 1 to 128 printable characters")
         if not timedelta(seconds=1) <= ttl <= MAX_TTL:
@@ -315,7 +317,7 @@ class TokenIssuer:
             "nbf": issued,
             "exp": expires,
             "jti": uuid.uuid4().hex,
-            "scope": " ".join(sorted(SCOPES_OF_ROLE[role])),
+            "scope": " ".join(sorted(scopes)),
             "models": sorted(set(models)),
             "tenant": tenant,
         }
@@ -323,6 +325,21 @@ class TokenIssuer:
             claims["cnf"] = {"x5t#S256": thumbprint}
         signer = self._signers[kid := self.kid]
         return assemble({"alg": signer.algorithm, "kid": kid, "typ": TYPE}, claims, signer.sign), instant(expires)
+
+
+def check_role(role: str) -> frozenset[str]:
+    """Return the scopes of a role.
+
+    Raises:
+        InputError: There is no such role.
+    """
+    if role not in SCOPES_OF_ROLE:
+        close = get_close_matches(role, SCOPES_OF_ROLE, n=1)
+        raise InputError(
+            f"expected a role of {', '.join(SCOPES_OF_ROLE)}, got {role[:80]!r}",
+            hint=f"did you mean {close[0]}?" if close else "people are operators, applications clients",
+        )
+    return SCOPES_OF_ROLE[role]
 
 
 def describe_token(token: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import structlog
 
+_MAX_TEXT: Final = 4000  # characters of one value
 LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -31,6 +32,7 @@ def configure(*, level: str = "info", json: bool | None = None) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
+            _without_control_characters,
             *([structlog.processors.format_exc_info] if as_json else []),
             renderer,
         ],
@@ -38,3 +40,26 @@ def configure(*, level: str = "info", json: bool | None = None) -> None:
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+def _without_control_characters(_logger: Any, _method: str, event: Any) -> Any:
+    """Write what a terminal or a log reader would obey, in texts that others send, as the escapes that name it.
+
+    A line break in a device's name must not begin a line that looks like another event, and no escape sequence may
+    paint over what was logged before. Tracebacks, which this program makes, keep their lines: they are added later.
+    """
+    return {name: value if name == "exc_info" else _plain(value) for name, value in event.items()}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case str():
+            if value.isprintable() and len(value) <= _MAX_TEXT:
+                return value
+            return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value[:_MAX_TEXT])
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item) for item in value]
+        case dict():
+            return {_plain(name): _plain(item) for name, item in value.items()}
+        case _:
+            return value

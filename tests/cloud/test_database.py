@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import create_engine, select, text
 from sqlalchemy.exc import IntegrityError
 
+from cloud import access_tables
 from cloud import database as db
 from isthmus.digests import sha256_bytes
 from isthmus.errors import ConfigError
@@ -83,13 +84,15 @@ def test_a_database_of_the_release_before_is_brought_up_to_date_and_loses_nothin
     for _ in range(2):  # the second time there is nothing left to do
         database = db.open_database(file)
         with database.read() as session:
-            assert session.get_one(db.Model, "triage").released == 2
+            model = session.get_one(db.Model, "triage")
+            assert (model.released, model.tenant) == (2, "default")
             assert len(session.scalars(select(db.Version)).all()) == 2
             device = session.get_one(db.Device, "camera-1")
             assert (device.public_key_pem, device.facts, device.revision) == (b"key 1", b"", 0)
             assert device.key_sha256 == ""  # what is no key has no digest
             spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
             assert session.get_one(db.Device, "camera-2").key_sha256 == sha256_bytes(spki)
+            assert device.tenant == "default"
             report = session.get_one(db.Report, ("camera-1", "triage"))
             assert (report.version, report.serving_version, report.reason) == (2, 1, "digest-mismatch")
             assert (report.evidence, report.number, report.serving_since) == (b"", 0, 1500.0)
@@ -115,6 +118,7 @@ def test_migrations_make_the_tables_that_the_code_uses(tmp_path: Path, request: 
 
 
 def _check_tables(url: str) -> None:
+    assert access_tables.RoleGrant.metadata is db.Base.metadata  # or half of the tables would not be looked at
     engine = create_engine(url)
     with engine.connect() as connection:
         found = compare_metadata(MigrationContext.configure(connection), db.Base.metadata)

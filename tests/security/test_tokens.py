@@ -119,6 +119,8 @@ def test_keys_rotate_with_overlap(tmp_path: Path, clock: Clock) -> None:
     "wrong",
     [
         {"role": "root"},
+        {"tenant": "Acme"},
+        {"tenant": ".."},
         {"subject": ""},
         {"subject": "a\nb"},
         {"subject": "a" * 129},

@@ -165,6 +165,7 @@ class EnrolResponse(_message.Message):
     TOKEN_ISSUER_FIELD_NUMBER: _builtins.int
     TOKEN_AUDIENCE_FIELD_NUMBER: _builtins.int
     DEVICE_ADDRESS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     certificate_chain_pem: _builtins.bytes
     """The device's certificate followed by the issuing CA's, PEM."""
@@ -174,6 +175,8 @@ class EnrolResponse(_message.Message):
     token_audience: _builtins.str
     device_address: _builtins.str
     """HOST:PORT that the device calls from now on, with its certificate; without a host: that of this call."""
+    tenant: _builtins.str
+    """The tenant that the device belongs to; empty stands for "default"."""
     def __init__(
         self,
         *,
@@ -183,10 +186,11 @@ class EnrolResponse(_message.Message):
         token_issuer: _builtins.str = ...,
         token_audience: _builtins.str = ...,
         device_address: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_chain_pem", b"certificate_chain_pem", "device_address", b"device_address", "device_id", b"device_id", "jwks_json", b"jwks_json", "token_audience", b"token_audience", "token_issuer", b"token_issuer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_chain_pem", b"certificate_chain_pem", "device_address", b"device_address", "device_id", b"device_id", "jwks_json", b"jwks_json", "tenant", b"tenant", "token_audience", b"token_audience", "token_issuer", b"token_issuer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1699,11 +1703,14 @@ class WhoAmIResponse(_message.Message):
     SCOPES_FIELD_NUMBER: _builtins.int
     TLS_VERSION_FIELD_NUMBER: _builtins.int
     TLS_GROUP_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     subject: _builtins.str
     tls_version: _builtins.str
     """The negotiated TLS version, for example "TLSv1.3"."""
     tls_group: _builtins.str
     """The negotiated key exchange group, for example "X25519MLKEM768"."""
+    tenant: _builtins.str
+    """The tenant that the caller acts in."""
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -1713,10 +1720,11 @@ class WhoAmIResponse(_message.Message):
         scopes: _abc.Iterable[_builtins.str] | None = ...,
         tls_version: _builtins.str = ...,
         tls_group: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["scopes", b"scopes", "subject", b"subject", "tls_group", b"tls_group", "tls_version", b"tls_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scopes", b"scopes", "subject", b"subject", "tenant", b"tenant", "tls_group", b"tls_group", "tls_version", b"tls_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
