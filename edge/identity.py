@@ -103,6 +103,11 @@ class DeviceHome:
         """Return the file with reports that the cloud has not taken yet."""
         return self.path / "reports.json"
 
+    @property
+    def sealing(self) -> Path:
+        """Return the file with the gateway's public keys for sealed inputs."""
+        return self.path / "sealing.json"
+
     def spool(self, model: str) -> Path:
         """Return the folder of a model's captures."""
         return self.path / "spool" / model

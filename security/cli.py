@@ -13,12 +13,14 @@ import typer
 from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 from security.rotation_cli import DirOption, rotate_issuing, rotate_server, rotate_tokens
+from security.sealing_cli import app as sealing_app
 
 if TYPE_CHECKING:
     from security.ceremony import Progress
     from security.workspace import Entry
 
 keys_app = typer.Typer(no_args_is_help=True, help="Create and inspect the keys and certificates of a workspace.")
+keys_app.add_typer(sealing_app, name="sealing")
 token_app = typer.Typer(no_args_is_help=True, help="Mint and inspect access tokens.")
 
 _PORT: Final = 8443

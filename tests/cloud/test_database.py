@@ -89,10 +89,10 @@ def test_a_database_of_the_release_before_is_brought_up_to_date_and_loses_nothin
             assert len(session.scalars(select(db.Version)).all()) == 2
             device = session.get_one(db.Device, "camera-1")
             assert (device.public_key_pem, device.facts, device.revision) == (b"key 1", b"", 0)
+            assert device.tenant == "default"
             assert device.key_sha256 == ""  # what is no key has no digest
             spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
             assert session.get_one(db.Device, "camera-2").key_sha256 == sha256_bytes(spki)
-            assert device.tenant == "default"
             report = session.get_one(db.Report, ("camera-1", "triage"))
             assert (report.version, report.serving_version, report.reason) == (2, 1, "digest-mismatch")
             assert (report.evidence, report.number, report.serving_since) == (b"", 0, 1500.0)

@@ -70,12 +70,12 @@ class TritonPythonModel:
 """
 
 
-def servable(folder: Path) -> Path:
+def servable(folder: Path, heavy: str = _HEAVY) -> Path:
     """Give a bundle of tests/edge a heavy model that Triton serves, and a manifest of what lies there now."""
     shutil.rmtree(folder / "heavy")
     (folder / "heavy" / "1").mkdir(parents=True)
     (folder / "heavy" / "config.pbtxt").write_text(_HEAVY_CONFIG)
-    (folder / "heavy" / "1" / "model.py").write_text(_HEAVY)
+    (folder / "heavy" / "1" / "model.py").write_text(heavy)
     manifest = parse_manifest((folder / MANIFEST).read_bytes())
     files = index_files(folder)
     digest = tree_digest({path: entry.sha256 for path, entry in files.items() if path.startswith("heavy/")})
