@@ -18,7 +18,9 @@ NAMES: Final = (
     "compile",
     "tuning",
     "fleet",
+    "gateway",
     "authentication",
+    "limits",
 )
 
 folder = Path("build/benchmarks")

@@ -33,7 +33,16 @@ from isthmus.errors import (
 from isthmus.oip import service_pb2, service_pb2_grpc
 from isthmus.status import from_rpc
 from isthmus.stick import Index, StickWriter, blob_name, delta_name, metadata_name
-from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc
+from isthmus.v1 import (
+    audit_pb2,
+    audit_pb2_grpc,
+    fleet_pb2,
+    fleet_pb2_grpc,
+    registry_pb2,
+    registry_pb2_grpc,
+    usage_pb2,
+    usage_pb2_grpc,
+)
 from security.keyfiles import read_file
 from security.metadata import manifest_path
 from security.repository import OperatorRepository
@@ -112,6 +121,8 @@ class CloudClient:
         self._registry: Any = registry_pb2_grpc.RegistryServiceStub(self._channel)
         self._fleet: Any = fleet_pb2_grpc.FleetServiceStub(self._channel)
         self._rollouts: Any = fleet_pb2_grpc.RolloutServiceStub(self._channel)
+        self._usage: Any = usage_pb2_grpc.UsageServiceStub(self._channel)
+        self._audit: Any = audit_pb2_grpc.AuditServiceStub(self._channel)
         self._inference: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -542,6 +553,30 @@ class CloudClient:
         request = fleet_pb2.ListRolloutsRequest(model=model)
         return list(self._call("list rollouts", self._rollouts.ListRollouts, request).rollouts)
 
+    def usage(self, request: Any) -> list[Any]:
+        """Return the rows of a GetUsageRequest."""
+        try:
+            return [row for part in self._usage.GetUsage(request, timeout=self._timeout_s) for row in part.rows]
+        except grpc.RpcError as error:
+            raise self._explained(error, "cannot read usage") from error
+
+    def compute(self, request: Any) -> list[Any]:
+        """Return the rows of a GetComputeRequest."""
+        return list(self._call("read Triton's usage", self._usage.GetCompute, request).rows)
+
+    def set_quota(self, quota: Any) -> None:
+        """Set a quota."""
+        self._call("set the quota", self._usage.SetQuota, usage_pb2.SetQuotaRequest(quota=quota))
+
+    def quotas(self, tenant: str = "") -> list[Any]:
+        """Return the quotas that are set, of one tenant or all that may be seen."""
+        request = usage_pb2.ListQuotasRequest(tenant=tenant)
+        return list(self._call("list quotas", self._usage.ListQuotas, request).quotas)
+
+    def clear_quota(self, scope: Any) -> None:
+        """Remove a quota."""
+        self._call("clear the quota", self._usage.ClearQuota, usage_pb2.ClearQuotaRequest(scope=scope))
+
     def status(self) -> dict[str, Any]:
         """Return what the cloud runs: Triton's version and each loaded heavy model with its counters."""
         about = self._call("ask for status", self._inference.ServerMetadata, service_pb2.ServerMetadataRequest())
@@ -561,16 +596,37 @@ class CloudClient:
         }
 
     def stub(self, kind: Callable[[grpc.Channel], Any]) -> Any:
-        """Return the stub of another service on this connection."""
+        """Return a stub of another service on this connection."""
         return kind(self._channel)
 
-    def call(self, what: str, method: Any, request: Any) -> Any:
-        """Call a method of a stub.
+    def call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        """Return the answer of one call.
 
         Raises:
-            IsthmusError: What the cloud answered, in words about what was to be done.
+            IsthmusError: It failed; the message begins with what could not be done.
         """
-        return self._call(what, method, request)
+        return self._call(what, method, request, timeout_s)
+
+    def search_records(self, fields: Mapping[str, Any]) -> Iterator[bytes]:
+        """Yield the records of the audit log that match the fields of a SearchRecordsRequest, as JSON."""
+        request = audit_pb2.SearchRecordsRequest(**fields)
+        try:
+            for answer in self._audit.SearchRecords(request, timeout=PUBLISH_S):
+                yield answer.record_json
+        except grpc.RpcError as error:
+            raise self._explained(error, "cannot search the audit log") from error
+
+    def export_records(self, times: Mapping[str, Any]) -> Iterator[bytes]:
+        """Yield lines of the audit log."""
+        try:
+            for answer in self._audit.ExportRecords(audit_pb2.ExportRecordsRequest(**times), timeout=PUBLISH_S):
+                yield answer.lines
+        except grpc.RpcError as error:
+            raise self._explained(error, "cannot export the audit log") from error
+
+    def audit_heads(self) -> list[bytes]:
+        """Return the signed heads of the audit log's chains."""
+        return list(self._call("ask for the heads", self._audit.GetHeads, audit_pb2.GetHeadsRequest()).head_json)
 
     def _call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:

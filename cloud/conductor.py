@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from cloud import database as db
 from cloud import rollout as rules
+from cloud.recorder import Recorder
 from cloud.records import (
     Ask,
     check_ask,
@@ -87,6 +88,7 @@ class Conductor:
         releases: The registry's side.
         clock: Returns Unix seconds.
         poll_s: How often rollouts are decided on and other replicas' changes are looked for.
+        recorder: Hears of what rollouts do by themselves.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class Conductor:
         *,
         clock: Callable[[], float] = time.time,
         poll_s: float = POLL_S,
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder or Recorder()
         self._database, self._releases, self._clock, self._poll_s = database, releases, clock, poll_s
         self.roster = roster
         self._refreshing, self._writing = asyncio.Lock(), asyncio.Lock()
@@ -512,6 +516,8 @@ class Conductor:
                 rules.Action.PAUSE: "paused", rules.Action.ABORT: "aborted",
             }[decision.action]  # fmt: skip
             if await self._store(layer, progress, kind, decision.reason, decision.detail):
+                plan = layer.plan
+                self._recorder.rollout_moves(plan.id, plan.model, plan.version, kind, decision.reason, decision.detail)
                 log.info(
                     "rollout changed",
                     rollout=layer.plan.id,

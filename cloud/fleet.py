@@ -24,9 +24,11 @@ import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cloud import database as db
+from cloud.admission import Admission
 from cloud.catalog import unknown_model
 from cloud.conductor import Conductor
 from cloud.identity import Identities
+from cloud.recorder import Recorder
 from cloud.revocations import Revocations
 from cloud.rollout import matches
 from cloud.roster import Device, Roster, Told
@@ -62,12 +64,14 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         conductor: Knows and decides what devices run.
         issuer: Mints access tokens.
         authority: Signs device certificates.
+        admission: Limits how many streams a device has open.
         revocations: Follows what was revoked.
         device_address: HOST:PORT that devices are told to call, where certificates are asked for.
         unbound_tokens: Whether a device without a certificate gets a token, too.
         token_ttl_s: Life of the access tokens.
         tenants: Returns the names of the cloud's tenants.
         clock: Returns Unix seconds.
+        recorder: Hears of versions that failed on devices.
     """
 
     def __init__(
@@ -77,16 +81,18 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         issuer: TokenIssuer,
         authority: IssuingCa,
         *,
+        admission: Admission,
         revocations: Revocations | None = None,
         device_address: str = "",
         unbound_tokens: bool = False,
         token_ttl_s: int = 900,
         tenants: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.time,
+        recorder: Recorder | None = None,
     ) -> None:
-        self._conductor, self._issuer = conductor, issuer
+        self._conductor, self._issuer, self._admission = conductor, issuer, admission
         self._identities = Identities(database, authority, issuer.audience, clock)
-        self._revocations = revocations or Revocations(database, Guard())
+        self._revocations, self._recorder = revocations or Revocations(database, Guard()), recorder or Recorder()
         self._device_address, self._unbound_tokens = device_address, unbound_tokens
         self._token_ttl_s, self._tenants, self._clock = token_ttl_s, tenants, clock
 
@@ -214,6 +220,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
         Raises:
             InputError: Too many models.
+            QuotaError: The device has as many open streams as it may.
         """
         del context
         if len(request.models) > MAX_WATCHED:
@@ -224,7 +231,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         models = sorted({m for m in request.models if claims.may_use(m) and len(m) <= _MAX_NAME and m.isprintable()})
         until = claims.expires_at.timestamp()
         facts = request.facts.SerializeToString(deterministic=True)
-        async with contextlib.aclosing(self._conductor.watch(claims.subject, models, facts, claims.tenant)) as changes:
+        watching = contextlib.aclosing(self._conductor.watch(claims.subject, models, facts, claims.tenant))
+        async with self._admission.stream(claims), watching as changes:
             while (left_s := until - self._clock()) > 0:
                 try:
                     model, told = await asyncio.wait_for(anext(changes), left_s)
@@ -239,12 +247,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             IdentityError: The device is not enrolled here.
             InputError: The report says nothing, or something that cannot be.
         """
-        del context
         claims = current_claims()
         if not self._conductor.roster.may_see(claims, request.model):
             raise InputError(f"there is no model {request.model[:80]!r} to report on")
         report = _checked_report(request)
         await self._conductor.report(claims.subject, report, claims.tenant)
+        self._recorder.device_reports(report, context)
         state = fleet_pb2.UpdateState.Name(report.state)
         log.info("device reports", device=claims.subject, model=report.model, version=report.version, state=state)
         return fleet_pb2.ReportResponse()

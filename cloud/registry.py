@@ -19,6 +19,7 @@ from cloud.blobs import CHUNK, Blobs, Deltas
 from cloud.catalog import Catalog, unknown_model
 from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
+from cloud.recorder import Recorder
 from isthmus.errors import InputError, NotFoundError
 from isthmus.v1 import registry_pb2, registry_pb2_grpc
 from security.custom import Terms
@@ -34,7 +35,10 @@ _T = TypeVar("_T")
 
 
 class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
-    """Signed metadata, content-addressed blobs, and deltas between them; `changed` hears of what operators change."""
+    """Signed metadata, content-addressed blobs, and deltas between them.
+
+    `changed` hears of what operators change, `recorder` of what they withdraw.
+    """
 
     def __init__(
         self,
@@ -47,7 +51,9 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         owners: BlobOwners,
         *,
         changed: Callable[[], Awaitable[None]],
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder or Recorder()
         self._database, self._blobs, self._deltas = database, blobs, deltas
         self._repositories, self._catalog, self._publisher = repositories, catalog, publisher
         self._owners = owners
@@ -186,7 +192,13 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         files = {file.name: file.data for file in request.files}
         if not 0 < len(files) == len(request.files) <= MAX_SUBMITTED:
             raise InputError(f"files: expected 1 to {MAX_SUBMITTED} files, each once, got {len(request.files)}")
-        await self._publisher.submit(files, current_claims().tenant)
+        claims = current_claims()
+        before = await asyncio.to_thread(self._publisher.terms, claims.tenant)
+        await self._publisher.submit(files, claims.tenant)
+        for path, terms in (await asyncio.to_thread(self._publisher.terms, claims.tenant)).items():
+            if terms.withdrawn and not before.get(path, Terms()).withdrawn:
+                model, version, _ = path.rsplit("/", 2)
+                self._recorder.withdrawn(model, int(version), terms.withdrawn, claims)
         await self._changed()
         return registry_pb2.SubmitMetadataResponse()
 

@@ -60,8 +60,8 @@ class Device:
     id: str
     enrolled_at: float
     last_seen_at: float
-    tenant: str = DEFAULT_TENANT
     key_sha256: str = ""
+    tenant: str = DEFAULT_TENANT
     facts_bytes: bytes = b""
     facts: Any = None
     labels: dict[str, str] = field(default_factory=dict)

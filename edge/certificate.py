@@ -16,11 +16,17 @@ from typing import Final
 import grpc
 import structlog
 
+from edge.access import AccessToken, described
 from edge.backoff import Backoff
 from edge.channel import RenewableChannel
-from edge.identity import AccessToken, DeviceHome, described, renew_certificate
+from edge.identity import ENROL_TIMEOUT_S, UNNAMED, DeviceHome
+from edge.store import write_atomically
+from edge.uplink import open_channel
 from isthmus.errors import IsthmusError
+from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.authority import load_certificate
+from security.enrolment import hosts_of, make_csr
+from security.keyfiles import load_ec_key
 
 LOOK_S: Final = 3600.0  # clocks are set, and machines sleep
 _REST_S: Final = 60.0  # after a renewal, whatever the clocks say
@@ -104,7 +110,7 @@ class CertificateKeeper:
             AioRpcError: The cloud cannot be reached, or says no.
             IsthmusError: The device's own files cannot be used.
         """
-        await renew_certificate(self._home, self._token)
+        await _renew_certificate(self._home, self._token)
         fresh = self._connect()
         try:
             await self._token.change_over(fresh, lambda: self._channel.replace(fresh))
@@ -115,3 +121,20 @@ class CertificateKeeper:
 
     def _is_due(self) -> bool:
         return datetime.fromtimestamp(self._token.now(), UTC) >= self.due_at()
+
+
+async def _renew_certificate(home: DeviceHome, token: AccessToken) -> None:
+    """Get a new certificate for the device's key, on a connection that needs none; an expired one is no obstacle.
+
+    Raises:
+        AioRpcError: The cloud cannot be reached, or says no.
+        ConfigError: The device's own files cannot be used.
+    """
+    enrolment = home.enrolment()
+    hosts = hosts_of(load_certificate(home.certificate))
+    csr = make_csr(load_ec_key(home.key), UNNAMED, hosts)
+    async with open_channel(enrolment.cloud, home.ca) as channel:
+        stub = fleet_pb2_grpc.FleetServiceStub(channel)
+        request = fleet_pb2.RenewCertificateRequest(assertion=token.assertion(), csr_pem=csr)
+        response = await token.oriented(stub.RenewCertificate(request, timeout=ENROL_TIMEOUT_S))
+    write_atomically(home.certificate, response.certificate_chain_pem)

@@ -11,6 +11,7 @@ detail where there is more to say:
                        no-connection    there is none, and the last try to make one failed            not tried
                        breaker-open     the cloud failed lately and is left alone                     not tried
                        connection-lost  it broke during the call
+                       no-sealing-key   inputs are to be sealed and cannot be                          not tried
                        agent-error      a defect on this side; the log has it
     unauthenticated  the cloud does not accept the access token
                        no-token         there is none that is valid                                   not tried

@@ -12,14 +12,15 @@ import typer
 
 from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
+from security.rotation_cli import DirOption, rotate_issuing, rotate_server, rotate_tokens
+from security.sealing_cli import app as sealing_app
 
 if TYPE_CHECKING:
-    from cryptography.x509 import Certificate
-
     from security.ceremony import Progress
     from security.workspace import Entry
 
 keys_app = typer.Typer(no_args_is_help=True, help="Create and inspect the keys and certificates of a workspace.")
+keys_app.add_typer(sealing_app, name="sealing")
 token_app = typer.Typer(no_args_is_help=True, help="Mint and inspect access tokens.")
 
 _PORT: Final = 8443
@@ -30,7 +31,6 @@ _SOON_PUBLISHER_DAYS: Final = 60
 _PUBLISHED: Final = "update publisher-"
 
 RoleArgument = Annotated[str, typer.Argument(metavar="ROLE", help="root, targets, snapshot or timestamp.")]
-DirOption = Annotated[Path, typer.Option("--dir", help="The workspace's operator folder.", metavar="DIR")]
 KeyOption = Annotated[
     list[Path] | None,
     typer.Option("--key", help="A key file that is elsewhere, to sign with; repeat for more.", metavar="FILE"),
@@ -46,6 +46,11 @@ Next:
   isthmus cloud serve --home {root}/cloud{listen}
   isthmus token mint --home {root}/cloud --role operator --subject YOU --ttl 12h --output operator.token
   isthmus device invite DEVICE --cloud {host}:{port} --trust {root}/trust --token-file operator.token"""
+
+
+keys_app.command("rotate-server")(rotate_server)
+keys_app.command("rotate-issuing")(rotate_issuing)
+keys_app.command("rotate-tokens")(rotate_tokens)
 
 
 @keys_app.callback()
@@ -266,73 +271,6 @@ def undelegate(
     from security.ceremony import Ceremony
 
     _hand_over(Ceremony(folder, keys=key or ()).undelegate(name))
-
-
-@keys_app.command("rotate-server")
-def rotate_server(
-    home: Annotated[Path, typer.Argument(metavar="CLOUD", help="The workspace's cloud folder, or a copy of it.")],
-    folder: DirOption,
-    host: Annotated[
-        list[str] | None, typer.Option("--host", help="DNS name or IP address; repeat. Default: as before.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Give the cloud a new TLS key and certificate; a running cloud takes them up and drops no connection."""
-    from security.authority import Authority, replace_server_certificate
-
-    certificate = replace_server_certificate(Authority.load(folder, "ca"), home, host or [], datetime.now(UTC))
-    _show_certificate(home / "server.pem", certificate, as_json=as_json)
-
-
-@keys_app.command("rotate-issuing")
-def rotate_issuing(
-    home: Annotated[Path, typer.Argument(metavar="CLOUD", help="The workspace's cloud folder, or a copy of it.")],
-    folder: DirOption,
-    as_json: JsonOption = False,
-) -> None:
-    """Let a new authority certify devices; what the one before has certified stays good until it expires."""
-    from security.authority import Authority, replace_issuing_ca
-
-    certificate = replace_issuing_ca(Authority.load(folder, "ca"), home, datetime.now(UTC))
-    _show_certificate(home / "issuing-ca.pem", certificate, as_json=as_json)
-
-
-@keys_app.command("rotate-tokens")
-def rotate_tokens(
-    home: Annotated[Path, typer.Argument(metavar="CLOUD", help="The workspace's cloud folder.")],
-    lead: Annotated[
-        str, typer.Option(help="How long verifiers have to learn the new key; longer than a device's token lives.")
-    ] = "1h",
-    stolen: Annotated[
-        bool, typer.Option("--stolen", help="The keys so far, and all their tokens, count for nothing at once.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Let a new key sign tokens; both are published until the last token of the old one has expired."""
-    from security.durations import parse_duration
-    from security.rotation import rotate_token_keys
-
-    schedule = rotate_token_keys(home / "tokens", datetime.now(UTC), lead=parse_duration(lead), stolen=stolen)
-    rows = [
-        {"key": term.kid, "signs_from": _instant(term.signs_from), "verifies_until": _instant(term.verifies_until)}
-        for term in schedule.keys
-    ]
-    show_table("Token keys", rows, as_json=as_json)
-    if stolen:
-        note("devices get new tokens by themselves; everybody else needs one: isthmus token mint")
-
-
-def _show_certificate(file: Path, certificate: Certificate, *, as_json: bool) -> None:
-    record = {
-        "file": str(file),
-        "serial": f"{certificate.serial_number:x}",
-        "expires": certificate.not_valid_after_utc.isoformat(),
-    }
-    show_record("Certificate", record, as_json=as_json)
-
-
-def _instant(seconds: int | None) -> str | None:
-    return datetime.fromtimestamp(seconds, UTC).isoformat() if seconds else None
 
 
 def _tell(progress: Progress) -> None:

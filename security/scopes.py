@@ -77,6 +77,14 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "GetRollout": FLEET_ADMIN,
         "ListRollouts": FLEET_ADMIN,
     },
+    "isthmus.v1.TrafficService": {
+        "SetTraffic": TRAFFIC_ADMIN,
+        "RollbackTraffic": TRAFFIC_ADMIN,
+        "ListTraffic": TRAFFIC_ADMIN,
+        "ListReplicas": TRAFFIC_ADMIN,
+        "DrainReplica": TRAFFIC_ADMIN,
+        "ResumeReplica": TRAFFIC_ADMIN,
+    },
     "isthmus.v1.RegistryService": {
         "FetchMetadata": REGISTRY_READ,
         "FetchBlob": REGISTRY_READ,
@@ -97,6 +105,20 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "RevokeApiKey": ACCESS_ADMIN,
         "ListApiKeys": ACCESS_ADMIN,
     },
+    "isthmus.v1.UsageService": {
+        "GetUsage": USAGE_READ,
+        "GetCompute": ACCESS_ADMIN,
+        "SetQuota": ACCESS_ADMIN,
+        "ListQuotas": USAGE_READ,
+        "ClearQuota": ACCESS_ADMIN,
+    },
+    "isthmus.v1.AuditService": {
+        "SearchRecords": AUDIT_READ,
+        "ExportRecords": AUDIT_READ,
+        "GetHeads": AUDIT_READ,
+    },
+    # Public keys, and what the caller is called here: whoever may send anything may seal it.
+    "isthmus.v1.SealingService": {"GetSealingKeys": AUTHENTICATED},
     "isthmus.v1.AgentService": {
         "GetStatus": INFER,
         # The caller's own queues only: the agent tells them apart by the token's subject.

@@ -2,7 +2,8 @@
 
     operator/   ca.key ca.pem  root.key targets.key  tuf/      offline: what may sign models and certificates
     cloud/      server.key server.pem  issuing-ca.key issuing-ca.pem  snapshot.key timestamp.key  tokens/  tuf/
-    trust/      ca.pem root.json                               public: what devices and clients start from
+                audit.key audit.pub  sealing/
+    trust/      ca.pem root.json audit.pub sealing.json        public: what devices and clients start from
 
 It is made beside its final place and renamed, so there is a whole workspace or none.
 """
@@ -21,6 +22,8 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from isthmus.errors import ConfigError, ConflictError, InputError
+from security.audit.keys import PUBLIC as AUDIT_PUBLIC
+from security.audit.keys import create_audit_key
 from security.authority import create_ca, create_issuing_ca, host_names, issue_server_certificate, load_certificate
 from security.keyfiles import (
     load_private_key,
@@ -32,6 +35,8 @@ from security.keyfiles import (
 )
 from security.metadata import PUBLISHER, expiry_of
 from security.repository import create_repository
+from security.sealing import FOLDER as SEALING_FOLDER
+from security.sealing import rotate_sealing_keys
 from security.signer import ALGORITHMS, EDDSA
 from security.tokens import TokenIssuer, create_token_issuer
 
@@ -50,6 +55,7 @@ ROLES: Final = {
     "cloud/issuing-ca.pem": "certifies devices",
     "cloud/snapshot.key": "signs snapshots",
     "cloud/timestamp.key": "signs timestamps",
+    "cloud/audit.key": "signs the audit log",
     "trust/ca.pem": "root authority",
 }
 
@@ -160,6 +166,7 @@ def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: 
         cloud / "timestamp.key",
     ):
         save_private_key(path, ed25519.Ed25519PrivateKey.generate())
+    create_audit_key(cloud)
     root_json = create_repository(
         operator,
         cloud,
@@ -169,6 +176,8 @@ def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: 
     )
     replace_file(trust / "ca.pem", read_file(operator / "ca.pem"))
     replace_file(trust / "root.json", root_json)
+    rotate_sealing_keys(root, now)
+    replace_file(trust / AUDIT_PUBLIC, read_file(cloud / AUDIT_PUBLIC))
 
 
 def _key_files(folder: Path, role: str, count: int) -> list[Path]:
@@ -185,6 +194,11 @@ def describe_workspace(root: Path) -> list[Entry]:
     entries = [_describe(root, root / file) for file in ROLES if (root / file).exists()]
     entries += [_describe(root, path) for path in _further_keys(root)]
     entries += _describe_tokens(root) if (root / "cloud/tokens/issuer.json").exists() else []
+    sealing = sorted((root / "cloud" / SEALING_FOLDER).glob("*.key"))
+    entries += [
+        Entry("opens sealed inputs", path.relative_to(root).as_posix(), "private key", "X25519", None)
+        for path in sealing
+    ]
     entries += _describe_metadata(root)
     if not entries:
         raise ConfigError(f"{root} holds no workspace", hint=f"isthmus keys init {root} --host NAME")

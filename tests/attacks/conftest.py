@@ -1,4 +1,4 @@
-"""One workspace for the attacks on who somebody is."""
+"""What the attacks share: a workspace, databases, and one running cloud and agent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from security.workspace import init_workspace
+from tests.attacks.stage import Stage, Target, running_stage
 from tests.cloud.postgresql import PostgreSql, postgresql_server
 
 
@@ -31,3 +32,15 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'isthmus.db'}"
     return str(request.getfixturevalue("postgresql").new_database())
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with running_stage(tmp_path_factory.mktemp("attacked")) as running:
+        yield running
+
+
+@pytest.fixture(params=["cloud", "agent"])
+def target(request: pytest.FixtureRequest, stage: Stage) -> Target:
+    found: Target = getattr(stage, request.param)
+    return found

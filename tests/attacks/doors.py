@@ -21,8 +21,11 @@ from typing import Any
 import grpc
 
 from cloud import database as db
+from cloud.admission import Admission
 from cloud.conductor import Conductor, Releases
 from cloud.fleet import FleetService
+from cloud.quota_store import MemoryQuotas
+from cloud.quotas import QuotaBook
 from cloud.revocations import Revocations
 from cloud.roster import Roster
 from edge.identity import DeviceHome, enrol
@@ -149,7 +152,7 @@ async def open_door(
     port = server.add_secure_port("127.0.0.1:0", server_credentials(*pair))
     device_port = server.add_secure_port("127.0.0.1:0", server_credentials(*pair, home / "issuing-ca.pem"))
     service = FleetService(
-        database, conductor, issuer, IssuingCa.load(home),
+        database, conductor, issuer, IssuingCa.load(home), admission=Admission(QuotaBook(), MemoryQuotas()),
         revocations=revocations, device_address=f":{device_port}", clock=clock,
     )  # fmt: skip
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)

@@ -16,8 +16,11 @@ from benchmarks.devices import LightDevice, Script, all_good
 from cloud import database as db
 from cloud.access_service import AccessService
 from cloud.access_store import AccessStore
+from cloud.admission import Admission
 from cloud.conductor import Conductor, Releases
 from cloud.fleet import FleetService
+from cloud.quota_store import MemoryQuotas
+from cloud.quotas import QuotaBook
 from cloud.records import supersede
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
@@ -195,8 +198,15 @@ async def fleet_on(
     await access.refresh()
     authenticator = Authenticator(issuer.verifier(), book=book, clock=clock)
     server = grpc.aio.server(interceptors=(StatusInterceptor(), AuthInterceptor(authenticator)))
+    admission = Admission(QuotaBook(), MemoryQuotas(), streams=1000)  # a test's devices share few names
     service = FleetService(
-        database, conductor, issuer, IssuingCa.load(workspace.home), unbound_tokens=True, clock=clock
+        database,
+        conductor,
+        issuer,
+        IssuingCa.load(workspace.home),
+        admission=admission,
+        unbound_tokens=True,
+        clock=clock,
     )
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
     fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)

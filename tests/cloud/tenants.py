@@ -170,7 +170,7 @@ def _start_rollouts(site: Site, tasks: list[asyncio.Task[None]]) -> None:
         device = LightDevice(DEVICES[tenant], site.folder, MODELS[tenant], soak=lambda _seconds: 3600.0)
         async with grpc.aio.secure_channel(site.cloud.address, channel_credentials(ca)) as channel:
             await device.enrol(channel, code)
-        tasks.append(asyncio.create_task(device.run(lambda: site.cloud.address, ca)))
+        tasks.append(asyncio.create_task(device.run(lambda: site.cloud.address, site.workspace.trust / "ca.pem")))
         await asyncio.wait_for(device.watching.wait(), 30)
 
         async def serves() -> bool:

@@ -21,7 +21,8 @@ import jwt
 import numpy as np
 import pytest
 
-from edge.identity import AccessToken, DeviceHome, enrol
+from edge.access import AccessToken
+from edge.identity import DeviceHome, enrol
 from isthmus.oip import service_pb2_grpc
 from isthmus.tensors import encode_request
 from security.tls import channel_credentials

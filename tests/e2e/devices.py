@@ -18,11 +18,12 @@ import openvino
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from edge.access import AccessToken
 from edge.conditions import Conditions
 from edge.config import UpdateSettings
 from edge.fetcher import RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
-from edge.identity import AccessToken, DeviceHome, enrol
+from edge.identity import DeviceHome, enrol
 from edge.model import ServedModels, open_model
 from edge.outbox import Outbox
 from edge.outcome import Outcome
@@ -69,12 +70,12 @@ class TritonPythonModel:
 """
 
 
-def servable(folder: Path) -> Path:
+def servable(folder: Path, heavy: str = _HEAVY) -> Path:
     """Give a bundle of tests/edge a heavy model that Triton serves, and a manifest of what lies there now."""
     shutil.rmtree(folder / "heavy")
     (folder / "heavy" / "1").mkdir(parents=True)
     (folder / "heavy" / "config.pbtxt").write_text(_HEAVY_CONFIG)
-    (folder / "heavy" / "1" / "model.py").write_text(_HEAVY)
+    (folder / "heavy" / "1" / "model.py").write_text(heavy)
     manifest = parse_manifest((folder / MANIFEST).read_bytes())
     files = index_files(folder)
     digest = tree_digest({path: entry.sha256 for path, entry in files.items() if path.startswith("heavy/")})

@@ -16,9 +16,10 @@ import pytest
 from cryptography import x509
 
 from cloud import database as db
+from edge.access import AccessToken
 from edge.certificate import CertificateKeeper
 from edge.channel import RenewableChannel
-from edge.identity import AccessToken, DeviceHome
+from edge.identity import DeviceHome
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.authority import load_certificate
 from security.enrolment import IssuingCa, make_csr
