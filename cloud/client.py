@@ -591,6 +591,7 @@ class CloudClient:
             "tls_version": who.tls_version,
             "tls_group": who.tls_group,
             "subject": who.subject,
+            "tenant": who.tenant,
             "models": [_statistics_row(model) for model in statistics.model_stats],
         }
 

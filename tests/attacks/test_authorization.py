@@ -6,21 +6,30 @@ taken out. A method that is new must say here what it could give away, or that i
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from cloud.bootstrap import Cloud
+from cloud.client import Address, CloudClient, Progress
+from isthmus.bundle import open_bundle
 from isthmus.errors import IsthmusError, NotFoundError, PermissionDeniedError
 from isthmus.oip import service_pb2
 from isthmus.status import REASON_KEY
 from isthmus.v1 import fleet_pb2, registry_pb2
+from security.custom import Terms, set_terms
+from security.metadata import TargetFile
+from security.repository import OperatorRepository
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC, SCOPES_OF_ROLE
+from security.tenants import add_tenant
 from tests.cloud.tenants import DEVICES, METHODS, MODELS, Answer, Site, three_tenants
-from tests.cloud.workspaces import make_bundle
+from tests.cloud.workspaces import make_bundle, make_workspace, serving, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -220,6 +229,11 @@ def test_a_blob_that_is_stored_for_another_tenant_is_missing_until_it_is_sent(si
     assert site.ask("acme", missing) == [site.blobs["beta"], "0" * 64]
 
     def publish_without_sending(client: Any) -> None:
+        """Send everything but the stolen file, which is stored already."""
+        whole, send = open_bundle(bundle), client._upload_missing
+        rest = {path: entry for path, entry in whole.files.items() if entry.sha256 != site.blobs["beta"]}
+        assert len(rest) == len(whole.files) - 1
+        send(bundle, whole.model_copy(update={"files": rest}), Progress())
         client._upload_missing = lambda *_arguments: 0
         client.publish(bundle, site.operator_folder("acme"))
 
@@ -359,3 +373,64 @@ def test_two_tenants_who_are_quick_with_one_device_name_do_not_share_it(site: Si
         site.ask("acme", lambda client: client.invite("cam"))
     with pytest.raises(IsthmusError):
         site.ask("default", lambda client: client.invite("beta.cam"))
+
+
+def test_signed_metadata_of_one_tenant_say_nothing_of_anothers_models(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """A tenant signs what it likes: a version of a foreign model, its withdrawal, its way back. Nobody believes it.
+
+    The cloud that is started again is where this would hurt: it finishes publishes that were cut short.
+    """
+    folder = tmp_path_factory.mktemp("signed")
+    workspace = make_workspace(folder / "workspace")
+    add_tenant(workspace.home, "acme", folder / "acme", workspace.trust / "ca.pem", datetime.now(UTC))
+    acme = folder / "acme" / "operator"
+
+    def client(cloud: Cloud, tenant: str) -> CloudClient:
+        file = folder / f"{tenant}.token"
+        file.write_text(workspace.token("admin", "ann", tenant=tenant))
+        return CloudClient(Address(cloud.address, workspace.trust, file), timeout_s=30.0)
+
+    def publish(cloud: Cloud) -> None:
+        with client(cloud, "default") as owner, client(cloud, "acme") as attacker:
+            owner.publish(make_bundle(tmp_path / "kiosk", 1, model="kiosk"), workspace.operator)
+            attacker.publish(make_bundle(tmp_path / "mine-1", 1, model="acme.x"), acme)
+            forged = (make_bundle(tmp_path / "forged", 9, model="kiosk", light=b"evil") / "manifest.json").read_bytes()
+            # The manifest of the foreign model is stored as well, as a file of a bundle of the attacker's own.
+            mine = make_bundle(tmp_path / "mine-2", 2, model="acme.x")
+            (mine / "report.json").write_bytes(forged)
+            write_manifest(mine, "acme.x", 2)
+            for name in ("forged", "mine-2"):
+                attacker._upload_missing(tmp_path / name, open_bundle(tmp_path / name), Progress())
+            operator = OperatorRepository(acme)
+            metadata, delegator = operator._current(attacker.current_targets(), None)
+            manifest = (mine / "manifest.json").read_bytes()
+            for path, data in (("kiosk/9/manifest.json", forged), ("kiosk/1/manifest.json", forged)):
+                target = TargetFile.from_data(path, data, ["sha256"])
+                set_terms(target, Terms(0, "withdrawn by a stranger"))
+                metadata.signed.targets[path] = target
+            own = TargetFile.from_data("acme.x/2/manifest.json", manifest, ["sha256"])
+            set_terms(own, Terms(0))
+            metadata.signed.targets["acme.x/2/manifest.json"] = own
+            signed = operator._sign_next(metadata, delegator)
+            request = registry_pb2.PublishRequest(
+                model="acme.x", version=2, manifest_json=manifest, targets_json=signed
+            )
+            attacker.call("publish", attacker._registry.Publish, request)
+
+    def look(cloud: Cloud) -> None:
+        with client(cloud, "default") as owner, client(cloud, "acme") as attacker:
+            rows = owner.list_versions()
+            assert [(row["model"], row["version"], row["withdrawn"]) for row in rows] == [("kiosk", 1, None)]
+            assert {row["model"] for row in attacker.list_versions()} == {"acme.x"}
+            owner.release("kiosk", 1)  # refused were it withdrawn
+
+    async def story() -> None:
+        async with serving(workspace) as cloud:
+            await asyncio.to_thread(publish, cloud)
+            await asyncio.to_thread(look, cloud)
+        async with serving(workspace) as cloud:
+            await asyncio.to_thread(look, cloud)
+
+    asyncio.run(story())
