@@ -19,6 +19,7 @@ NAMES: Final = (
     "tuning",
     "fleet",
     "limits",
+    "gateway",
 )
 
 folder = Path("build/benchmarks")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,27 +26,35 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.registry import Collector
 
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
 from cloud.config import CloudSettings
+from cloud.counters import GatewayCounters
 from cloud.database import Database, open_database
 from cloud.fleet import FleetService
-from cloud.gateway import Gateway
-from cloud.heavy import HeavyPool
+from cloud.gateway import Gateway, Inference
 from cloud.limits import Limits, open_limits
+from cloud.metrics import GatewayCollector, cloud_registry
 from cloud.publish import Publisher
 from cloud.registry import RegistryService
+from cloud.replicas import Replicas
+from cloud.response_cache import MemoryCache
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
+from cloud.shadow import Shadows
 from cloud.supervisor import TritonServer
-from cloud.triton import TritonClient, check_link
+from cloud.traffic_desk import Serving, TrafficDesk
+from cloud.traffic_service import TrafficService
+from cloud.tritons import open_replicas, start_replicas
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
+from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc, usage_pb2_grpc
+from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc, traffic_pb2_grpc, usage_pb2_grpc
 from security.enrolment import IssuingCa
 from security.interceptors import AuthInterceptor
 from security.repository import CloudRepository
@@ -57,9 +66,13 @@ _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
 _SERVICES: Final = (
-    SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService", "isthmus.v1.RolloutService",
+    SERVICE,
+    "isthmus.v1.FleetService",
+    "isthmus.v1.RegistryService",
+    "isthmus.v1.RolloutService",
+    "isthmus.v1.TrafficService",
     "isthmus.v1.UsageService",
-)  # fmt: skip
+)
 
 log = structlog.get_logger(__name__)
 
@@ -69,10 +82,15 @@ class Cloud:
     """A running cloud."""
 
     address: str
-    pool: HeavyPool
-    triton: TritonServer | None  # None where an external one is used
+    pool: Replicas
+    metrics: str | None  # where Prometheus reads, if anywhere
     limits: Limits
     _stack: AsyncExitStack
+
+    @property
+    def triton(self) -> TritonServer | None:
+        """Return the first Triton that is our child; None where external ones are used."""
+        return next((replica.server for replica in self.pool), None)
 
     async def stop(self) -> None:
         """Stop in order: requests first, Triton last."""
@@ -96,66 +114,65 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         place = settings.blobs.rstrip("/") or str(state)
         blobs, deltas, catalog = Blobs(f"{place}/blobs"), Deltas(f"{place}/deltas"), Catalog()
 
-        triton, client = _triton(settings, state, stack)
-        pool = HeavyPool(
-            client,
-            state / "triton",
-            push=triton is None,
-            load_s=settings.triton_load_s,
-            drain_s=settings.default_deadline_s,
-            count_stubs=triton.count_stubs if triton is not None else lambda: None,
-        )
-        stack.push_async_callback(pool.close)
+        replicas = open_replicas(settings, state, stack)
+        stack.push_async_callback(replicas.close)
+        desk = TrafficDesk(database, catalog, replicas, poll_s=settings.rollout_poll_s)
+        desk.read()
         roster = Roster(database, lambda model, version: publisher.variants(model, version), time.time)
         publisher = Publisher(
-            database, blobs, deltas, repository, catalog, pool, roster,
+            database, blobs, deltas, repository, catalog, replicas, roster,
             heavy_versions=settings.heavy_versions, delta_bases=settings.delta_bases, used_bases=settings.used_bases,
+            traffic=desk.versions,
         )  # fmt: skip
+        desk.serve_with(Serving(publisher.check_not_withdrawn, lambda model: publisher.follow((model,))))
         conductor = Conductor(
             database,
             roster,
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
         )
-        # A Triton of our own is another one each time; one that is shared keeps its name.
-        source = client.address if settings.triton else f"{client.address} of {uuid.uuid4().hex}"
-
-        async def statistics() -> dict[str, list[Any]]:
-            return {source: await client.statistics()}
-
-        limits = await open_limits(settings, database, state, statistics, stack)
+        limits = await open_limits(settings, database, state, _told_by(replicas), stack)
         for name, work in limits.works.items():
             await stack.enter_async_context(_background(work(), name=name))
         server, address = _server(settings, issuer)
-        gateway = Gateway(
-            catalog, pool, client, limits.admission, limits.meter, default_deadline_s=settings.default_deadline_s
-        )
+        counters = GatewayCounters()
+        shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
+        stack.push_async_callback(shadows.close)
+        cache = MemoryCache(settings.cache_bytes)
+        inference = Inference(desk, shadows, cache, counters, limits.admission, limits.meter)
+        gateway = Gateway(catalog, replicas, inference, default_deadline_s=settings.default_deadline_s)
         server.add_generic_rpc_handlers([gateway.handler()])
+        services: Any = _Services(server)
         fleet = FleetService(
             database, conductor, issuer, authority, admission=limits.admission, token_ttl_s=settings.token_ttl_s
         )
-        fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow), server
-        )
-        fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
-        usage_pb2_grpc.add_UsageServiceServicer_to_server(limits.service, server)
+        registry = RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow)
+        traffic = TrafficService(desk, catalog, replicas, counters)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, services)
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, services)
+        fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), services)
+        traffic_pb2_grpc.add_TrafficServiceServicer_to_server(traffic, services)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(limits.service, services)
 
-        ready_file = _ReadyFile(settings.ready_file, address, triton)
+        ready_file = _ReadyFile(settings.ready_file, address, replicas)
         ready_file.check()
         stack.callback(ready_file.remove)
-        await _start_triton(triton, client, pool, ready_file)
+        await start_replicas(replicas, ready_file.rewrite)
         await publisher.restore()
         await conductor.refresh()
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
-        await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
+        await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
+        await stack.enter_async_context(_background(desk.follow(), name="traffic"))
         await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
+        collectors = [GatewayCollector(counters, replicas, cache), limits.collector()]
+        metrics = await _listen_for_metrics(settings, collectors, stack)
+        ready_file.metrics = metrics
         servicer = await _listen(server, settings.drain_s, stack)
-        await stack.enter_async_context(_background(_report_health(servicer, pool), name="health"))
+        await stack.enter_async_context(_background(_report_health(servicer, replicas), name="health"))
         stack.callback(conductor.close)
         ready_file.write()
-        log.info("cloud serves", address=address, models=catalog.models)
-        return Cloud(address, pool, triton, limits, stack.pop_all())
+        log.info("cloud serves", address=address, metrics=metrics, models=catalog.models)
+        return Cloud(address, replicas, metrics, limits, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -186,49 +203,27 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
     return state
 
 
-def _triton(settings: CloudSettings, state: Path, stack: AsyncExitStack) -> tuple[TritonServer | None, TritonClient]:
-    if settings.triton:
-        check_link(settings.triton, ca=settings.triton_ca, plaintext=settings.triton_plaintext)
-        server, client = None, TritonClient(settings.triton, ca=settings.triton_ca)
-    else:
-        server = TritonServer(
-            state / "triton",
-            log_file=state / "triton.log",
-            start_s=settings.triton_start_s,
-            stop_s=settings.triton_stop_s,
-        )
-        stack.push_async_callback(server.stop)
-        client = TritonClient(server.address)
-    stack.push_async_callback(client.close)
-    return server, client
+def _told_by(replicas: Replicas) -> Callable[[], Awaitable[dict[str, list[Any]]]]:
+    """Return what asks each Triton for its statistics. A child is another one each time; one that is shared is not."""
+    run = uuid.uuid4().hex
 
+    async def ask() -> dict[str, list[Any]]:
+        told = {}
+        for replica in replicas:
+            if replica.serving or replica.drained:
+                name = replica.name if replica.server is None else f"{replica.name} of {run}"
+                with contextlib.suppress(UnavailableError):  # one that is away is asked again the next time
+                    told[name] = await replica.client.statistics()
+        return told
 
-async def _start_triton(
-    triton: TritonServer | None, client: TritonClient, pool: HeavyPool, ready_file: _ReadyFile
-) -> None:
-    if triton is None:
-        if not await client.is_live():
-            raise UnavailableError(
-                f"no Triton answers at {client.address}",
-                hint="start it there, or leave --triton out to have one started here",
-                reason="triton-unavailable",
-            )
-        log.info("using an external Triton", address=client.address, version=await client.server_version())
-        await pool.restore()
-        return
-
-    async def on_started() -> None:
-        await pool.restore()
-        ready_file.rewrite()
-
-    await triton.start(on_started)
+    return ask
 
 
 def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Server, str]:
     """Return a server that is bound to its address, and that address."""
     check_free(settings.listen, "listen")
     server = grpc.aio.server(
-        interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())),
+        interceptors=(AuthInterceptor(issuer.verifier()), StatusInterceptor()),
         options=(
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -251,10 +246,29 @@ def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Serv
     return server, f"{settings.listen.rpartition(':')[0]}:{port}"
 
 
+class _Services:
+    """Takes services in for a server, by their names only.
+
+    Generated code also registers each method by itself. grpc.aio then waits for a call of each of them, and sorts
+    through all that it waits for whenever one comes: with forty methods that costs a request more than its token does.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Take in a service."""
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        """Do without its methods by themselves."""
+
+
 async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack) -> health.aio.HealthServicer:
     servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), server)
+    services: Any = _Services(server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, services)
+    reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), services)
     for service in ("", *_SERVICES):
         await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
@@ -263,14 +277,25 @@ async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack
     return servicer
 
 
-async def _report_health(servicer: health.aio.HealthServicer, pool: HeavyPool) -> None:
+async def _listen_for_metrics(
+    settings: CloudSettings, collectors: Sequence[Collector], stack: AsyncExitStack
+) -> str | None:
+    if settings.metrics_listen is None:
+        return None
+    server = MetricsServer(settings.metrics_listen, cloud_registry(*collectors), public=settings.metrics_public)
+    address = await server.start()
+    stack.push_async_callback(server.stop)
+    return address
+
+
+async def _report_health(servicer: health.aio.HealthServicer, replicas: Replicas) -> None:
     """Say NOT_SERVING of inference, and of inference only, while Triton is away: devices still get tokens and updates.
 
     The process as a whole ("") stays SERVING: restarting or bypassing it would not bring Triton back any sooner.
     """
     status = health_pb2.HealthCheckResponse
     while True:
-        await servicer.set(SERVICE, status.SERVING if await pool.is_up() else status.NOT_SERVING)
+        await servicer.set(SERVICE, status.SERVING if replicas.is_up else status.NOT_SERVING)
         await asyncio.sleep(_HEALTH_S)
 
 
@@ -306,9 +331,10 @@ async def _keep_fresh(repository: CloudRepository) -> None:
 class _ReadyFile:
     """Tells scripts where the cloud listens; exists while it serves."""
 
-    def __init__(self, path: Path | None, address: str, triton: TritonServer | None) -> None:
-        self._path, self._address, self._triton = path, address, triton
+    def __init__(self, path: Path | None, address: str, replicas: Replicas) -> None:
+        self._path, self._address, self._replicas = path, address, replicas
         self._written = False
+        self.metrics: str | None = None
 
     def check(self) -> None:
         """Check that the file can be written, before anything is started.
@@ -325,7 +351,9 @@ class _ReadyFile:
         """Write the file, whole or not at all."""
         if self._path is None:
             return
-        record = {"address": self._address, "pid": os.getpid(), "triton_pid": self._triton.pid if self._triton else 0}
+        pids = [replica.server.pid for replica in self._replicas if replica.server is not None]
+        record = {"address": self._address, "pid": os.getpid(), "triton_pid": pids[0] if pids else 0}
+        record |= {"triton_pids": pids} | ({} if self.metrics is None else {"metrics": self.metrics})
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(record) + "\n")
         temporary.replace(self._path)
@@ -340,6 +368,15 @@ class _ReadyFile:
         """Remove the file."""
         if self._written and self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def open_runner() -> asyncio.Runner:
+    """Return what runs the cloud: uvloop's event loop where it is installed, which takes less for a request."""
+    if importlib.util.find_spec("uvloop") is None:
+        return asyncio.Runner()
+    import uvloop
+
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
 async def serve_until_signal(settings: CloudSettings) -> None:

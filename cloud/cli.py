@@ -22,20 +22,23 @@ def serve(
     blobs: Annotated[
         str | None, typer.Option(help="Folder or fsspec address, such as s3://bucket/folder, for bundles.")
     ] = None,
-    triton: Annotated[str | None, typer.Option(help="HOST:PORT of a running Triton instead of a child.")] = None,
+    triton: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of a running Triton instead of a child; repeat for more.")
+    ] = None,
+    triton_children: Annotated[int | None, typer.Option(help="How many Tritons to start here.", metavar="N")] = None,
     database: Annotated[str | None, typer.Option(help="postgresql://USER@HOST/NAME instead of SQLite.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Gets address and process ids once serving.")] = None,
     config: ConfigOption = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests end and exit with 0."""
-    import asyncio
-
-    from cloud.bootstrap import serve_until_signal
+    from cloud.bootstrap import open_runner, serve_until_signal
     from cloud.config import CloudSettings
 
-    flags = {"home": home, "listen": listen, "blobs": blobs, "triton": triton, "database": database}
+    flags: dict[str, object] = {"home": home, "listen": listen, "blobs": blobs, "database": database}
+    flags |= {"triton": ",".join(triton) if triton else None, "triton_children": triton_children}
     flags |= {"ready_file": ready_file}
-    asyncio.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
+    with open_runner() as runner:
+        runner.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
 
 
 @app.command()

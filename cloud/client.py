@@ -560,6 +560,18 @@ class CloudClient:
             "models": [_statistics_row(model) for model in statistics.model_stats],
         }
 
+    def stub(self, kind: Callable[[grpc.Channel], Any]) -> Any:
+        """Return a stub of another service on this connection."""
+        return kind(self._channel)
+
+    def call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        """Return the answer of one call.
+
+        Raises:
+            IsthmusError: It failed; the message begins with what could not be done.
+        """
+        return self._call(what, method, request, timeout_s)
+
     def _call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:
             return method(request, timeout=timeout_s or self._timeout_s)

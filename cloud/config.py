@@ -72,7 +72,10 @@ class CloudSettings(Settings):
     blobs: str = Field(
         default="", description="Folder or fsspec address, such as s3://bucket/folder, for bundles; empty: in `home`"
     )
-    triton: str = Field(default="", description="HOST:PORT of a running Triton; empty starts one as a child")
+    triton: str = Field(
+        default="", description="HOST:PORT of running Tritons, separated by commas; empty starts children"
+    )
+    triton_children: int = Field(default=1, ge=1, le=16, description="How many Tritons are started where none is named")
     triton_ca: Path | None = Field(
         default=None, description="CA of an external Triton; without it the link is plain text"
     )
@@ -99,6 +102,16 @@ class CloudSettings(Settings):
     )
     database: str = Field(
         default="", description="Address of a PostgreSQL database; empty keeps an SQLite file in the workspace"
+    )
+    cache_bytes: int = Field(
+        default=64 << 20,
+        ge=0,
+        le=1 << 40,
+        description="Memory for kept answers, where a traffic policy keeps any",
+    )
+    metrics_listen: str | None = Field(default=None, description="HOST:PORT for Prometheus; off when unset")
+    metrics_public: bool = Field(
+        default=False, description="Allow metrics_listen beyond loopback, without TLS or tokens"
     )
     rollout_poll_s: float = Field(
         default=1.0, gt=0, le=60, description="How often rollouts are decided on and other replicas are followed"
@@ -131,8 +144,16 @@ class CloudSettings(Settings):
 
     @field_validator("triton")
     @classmethod
-    def _empty_or_address(cls, value: str) -> str:
-        return cls._host_and_port(value) if value else value
+    def _empty_or_addresses(cls, value: str) -> str:
+        addresses = [cls._host_and_port(address.strip()) for address in value.split(",")] if value else []
+        if len(set(addresses)) < len(addresses):
+            raise ValueError("expected each Triton once")
+        return ",".join(addresses)
+
+    @property
+    def tritons(self) -> tuple[str, ...]:
+        """Return the addresses of the running Tritons."""
+        return tuple(self.triton.split(",")) if self.triton else ()
 
 
 class OperatorSettings(Settings):

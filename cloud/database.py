@@ -35,7 +35,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from isthmus.errors import ConfigError, MissingExtraError
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 _WRITE_LOCK: Final = 0x69737468  # of PostgreSQL's advisory locks: any number that nobody else takes
 _DATABASE_HINT: Final = "--database takes sqlite:///FILE or postgresql://USER@HOST/NAME"
 _ROW_ID: Final = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by INTEGER only
@@ -182,6 +182,24 @@ class RolloutStage(Base):
     soak_s: Mapped[int]
     threshold: Mapped[int | None] = mapped_column(BigInteger)
     started_at: Mapped[float | None]
+
+
+class Traffic(Base):
+    """How the requests for a model are spread over its versions (cloud.traffic)."""
+
+    __tablename__ = "traffic"
+    model: Mapped[str] = mapped_column(ForeignKey("models.name"), primary_key=True)
+    policy: Mapped[bytes]  # TrafficPolicy
+    revision: Mapped[int] = mapped_column(BigInteger, index=True)
+
+
+class Drain(Base):
+    """Whether a Triton that several clouds may use gets requests."""
+
+    __tablename__ = "drains"
+    replica: Mapped[str] = mapped_column(primary_key=True)  # its address
+    drained: Mapped[bool]
+    revision: Mapped[int] = mapped_column(BigInteger)
 
 
 class Event(Base):

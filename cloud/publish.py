@@ -38,8 +38,9 @@ from cloud import database as db
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog, unknown_model
 from cloud.deltas import PreparedDelta, prepare_deltas
-from cloud.heavy import HeavyId, HeavyPool
-from cloud.records import check_no_rollout, supersede
+from cloud.heavy import HeavyId
+from cloud.records import check_no_rollout, end_share, supersede
+from cloud.replicas import Replicas
 from isthmus.bundle import CALIBRATION, GOLDEN, Manifest, Variant, parse_calibration, parse_manifest
 from isthmus.digests import sha256_bytes
 from isthmus.errors import BundleError, ConflictError, IsthmusError, NotFoundError, TrustError
@@ -78,6 +79,7 @@ class Publisher:
         delta_bases: From how many earlier versions deltas are prepared, whether devices run them or not.
         used_bases: From how many of the versions that devices run, those on most devices first.
         fleet: Knows which versions devices run and are told.
+        traffic: Returns the versions of a model that requests are spread over.
         clock: Returns Unix seconds.
     """
 
@@ -88,18 +90,20 @@ class Publisher:
         deltas: Deltas,
         repository: CloudRepository,
         catalog: Catalog,
-        pool: HeavyPool,
+        pool: Replicas,
         fleet: Fleet,
         *,
         heavy_versions: int = 3,
         delta_bases: int = 3,
         used_bases: int = 8,
+        traffic: Callable[[str], Collection[int]] = lambda _model: (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database, self._blobs, self._deltas = database, blobs, deltas
         self._repository, self._catalog, self._pool = repository, catalog, pool
         self._heavy_versions, self._clock = heavy_versions, clock
         self._delta_bases, self._used_bases, self._fleet = delta_bases, used_bases, fleet
+        self._traffic = traffic
         self._lock = asyncio.Lock()
 
     async def restore(self) -> None:
@@ -126,12 +130,16 @@ class Publisher:
             self._catalog.release(model, released)
 
     async def _load_wanted(self, model: str) -> None:
-        for heavy in sorted(self._catalog.wanted(model, self._heavy_versions, self._fleet.versions_told(model))):
+        for heavy in sorted(self._wanted(model)):
             try:
                 manifest = await asyncio.to_thread(self.manifest, heavy.model, heavy.version)
                 await self._load_heavy(heavy, manifest)
             except (BundleError, TrustError, NotFoundError) as error:
                 log.exception("heavy model cannot be served", heavy=heavy.name, reason=error.reason)
+
+    def _wanted(self, model: str) -> set[HeavyId]:
+        also = {*self._fleet.versions_told(model), *self._traffic(model)}
+        return self._catalog.wanted(model, self._heavy_versions, also)
 
     async def publish(
         self,
@@ -203,13 +211,7 @@ class Publisher:
                     reason="unknown-version",
                 )
             await asyncio.to_thread(self._check_release, model)
-            terms = await asyncio.to_thread(self.terms_of, model, version)
-            if terms.withdrawn:
-                raise ConflictError(
-                    f"{model}@{version} was withdrawn: {terms.withdrawn}",
-                    reason="withdrawn",
-                    hint="isthmus model list shows the versions that can be released",
-                )
+            await asyncio.to_thread(self.check_not_withdrawn, model, version)
             heavy = self._catalog.heavy(model, version)
             await self._load_heavy(heavy, await asyncio.to_thread(self.manifest, model, heavy.version))
             await _uninterrupted(self._release(model, version))
@@ -264,6 +266,20 @@ class Publisher:
         """Return what the operators say about one version; nothing where they do not list it."""
         return self.terms().get(manifest_path(model, version), Terms())
 
+    def check_not_withdrawn(self, model: str, version: int) -> None:
+        """Check that no operator has withdrawn a version.
+
+        Raises:
+            ConflictError: One has.
+        """
+        terms = self.terms_of(model, version)
+        if terms.withdrawn:
+            raise ConflictError(
+                f"{model}@{version} was withdrawn: {terms.withdrawn}",
+                reason="withdrawn",
+                hint="isthmus model list shows the versions that can be released",
+            )
+
     def variants(self, model: str, version: int) -> tuple[Variant, ...]:
         """Return the variants of a published version.
 
@@ -308,7 +324,7 @@ class Publisher:
         log.info("version released", model=model, version=version)
 
     async def _retire_unwanted(self, model: str) -> None:
-        wanted = self._catalog.wanted(model, self._heavy_versions, self._fleet.versions_told(model))
+        wanted = self._wanted(model)
         for heavy in self._pool.loaded:
             if heavy.model == model and heavy not in wanted:
                 await self._pool.retire(heavy)
@@ -410,6 +426,7 @@ class Publisher:
         with self._database.write() as session:
             revision = db.next_revision(session)
             supersede(session, model, revision)
+            end_share(session, model, version, revision)
             row = session.get_one(db.Model, model)
             row.released, row.revision = version, revision
 

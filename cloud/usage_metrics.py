@@ -33,13 +33,13 @@ class UsageCollector(Collector):
         """Return every metric with its values as of now."""
         labels = ("tenant", "model", "version")
         requests = CounterMetricFamily(
-            "isthmus_gateway_requests", "Requests, by what became of them.", labels=(*labels, "outcome")
+            "isthmus_usage_requests", "Requests, by what became of them.", labels=(*labels, "outcome")
         )
-        received = CounterMetricFamily("isthmus_gateway_request_bytes", "Bytes of requests.", labels=labels)
-        sent = CounterMetricFamily("isthmus_gateway_answer_bytes", "Bytes of answers.", labels=labels)
-        calls = CounterMetricFamily("isthmus_gateway_calls", "Requests that went on to Triton.", labels=labels)
+        received = CounterMetricFamily("isthmus_usage_request_bytes", "Bytes of requests.", labels=labels)
+        sent = CounterMetricFamily("isthmus_usage_answer_bytes", "Bytes of answers.", labels=labels)
+        calls = CounterMetricFamily("isthmus_usage_calls", "Requests that went on to Triton.", labels=labels)
         seconds = CounterMetricFamily(
-            "isthmus_gateway_call_seconds", "Time until Triton's answers were there.", labels=labels
+            "isthmus_usage_call_seconds", "Time until Triton's answers were there.", labels=labels
         )
         for (tenant, model, version), counts in sorted(self._meter.totals().items()):
             values = (tenant, model, str(version))

@@ -45,7 +45,7 @@ log = structlog.get_logger(__name__)
 
 
 class MetricsListener(Protocol):
-    """Where metrics are read (edge.metrics_server); loaded only by an agent that has one."""
+    """Where metrics are read (isthmus.metrics_server); loaded only by an agent that has one."""
 
     async def start(self) -> str:
         """Listen; return the address."""

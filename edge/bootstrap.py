@@ -31,7 +31,7 @@ from edge.response_cache import ResponseCache
 from edge.retry import QuotaPause, RetryBudget
 from edge.router import Router
 from edge.runtimes import RUNTIMES, is_installed
-from edge.server import AgentServer, InferenceService, is_local, may_use_all
+from edge.server import AgentServer, InferenceService, may_use_all
 from edge.shadow import Shadow
 from edge.spool import Spool
 from edge.state import Order
@@ -39,6 +39,7 @@ from edge.store import SlotStore
 from edge.updater import Updater
 from edge.uplink import Uplink, open_channel
 from isthmus import __version__
+from isthmus.address import is_local
 from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
@@ -326,7 +327,7 @@ def _metrics(
     if settings.metrics_listen is None:
         return None
     from edge.metrics import AgentCollector, agent_registry
-    from edge.metrics_server import MetricsServer
+    from isthmus.metrics_server import MetricsServer
 
     registry = agent_registry(AgentCollector(device_id, models, uplink, spools, cache, audit, updaters))
     return MetricsServer(settings.metrics_listen, registry, public=settings.metrics_public)

@@ -71,6 +71,14 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "GetRollout": FLEET_ADMIN,
         "ListRollouts": FLEET_ADMIN,
     },
+    "isthmus.v1.TrafficService": {
+        "SetTraffic": TRAFFIC_ADMIN,
+        "RollbackTraffic": TRAFFIC_ADMIN,
+        "ListTraffic": TRAFFIC_ADMIN,
+        "ListReplicas": TRAFFIC_ADMIN,
+        "DrainReplica": TRAFFIC_ADMIN,
+        "ResumeReplica": TRAFFIC_ADMIN,
+    },
     "isthmus.v1.RegistryService": {
         "FetchMetadata": REGISTRY_READ,
         "FetchBlob": REGISTRY_READ,

@@ -38,6 +38,7 @@ GROUPS: Final = {
     "token": Group("security.cli:token_app", "Mint and inspect access tokens."),
     "cloud": Group("cloud.cli:app", "Run the gateway, registry and Triton.", "cloud"),
     "model": Group("cloud.operator_cli:model_app", "Publish, release and list model versions."),
+    "traffic": Group("cloud.traffic_cli:app", "Spread requests over versions; drain and resume Tritons."),
     "rollout": Group("cloud.rollout_cli:app", "Roll a version out in stages, watch, pause, resume and abort."),
     "device": Group("cloud.operator_cli:device_app", "Invite, list, label, pin and retry devices."),
     "quota": Group("cloud.usage_cli:quota_app", "Set, show and clear what tenants, devices and models may ask."),

@@ -118,7 +118,14 @@ def trailing_metadata(error: errors.IsthmusError) -> tuple[tuple[str, str], ...]
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata."""
+    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata.
+
+    What it makes of a method's handler it keeps for later calls. So it belongs last, next to the methods: what another
+    interceptor makes anew for each call would be translated anew for each call.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Any, Any]] = {}  # by method: the handler, and what was made of it
 
     async def intercept_service(
         self,
@@ -129,7 +136,12 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        return translate_errors(handler)
+        method = str(handler_call_details.method)
+        known = self._made.get(method)
+        if known is None or known[0] is not handler:
+            known = self._made[method] = (handler, translate_errors(handler))
+        made: grpc.RpcMethodHandler[Any, Any] = known[1]
+        return made
 
 
 def translate_errors(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:

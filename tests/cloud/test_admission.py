@@ -177,7 +177,7 @@ def test_as_many_run_as_may(stage: Stage) -> None:
             pending = [asyncio.ensure_future(infer(slow)) for _ in range(2)]
 
             async def both_run() -> bool:
-                return stage.cloud.pool._running.total() == 2
+                return bool(sum(replica.under_way for replica in stage.cloud.pool) == 2)
 
             await eventually(both_run, "two requests run")
             assert await infer() == "too-many-requests"
@@ -245,10 +245,10 @@ def test_tells_prometheus(stage: Stage) -> None:
 
     lines = stage.runner.run(story()).splitlines()
     series = 'tenant="scraped",version="1"'
-    assert f'isthmus_gateway_requests_total{{model="triage",outcome="answered",{series}}} 3.0' in lines
-    assert f'isthmus_gateway_requests_total{{model="triage",outcome="limited",{series}}} 2.0' in lines
-    assert f'isthmus_gateway_calls_total{{model="triage",{series}}} 3.0' in lines
-    assert f'isthmus_gateway_request_bytes_total{{model="triage",{series}}} {5.0 * len(REQUEST)}' in lines
+    assert f'isthmus_usage_requests_total{{model="triage",outcome="answered",{series}}} 3.0' in lines
+    assert f'isthmus_usage_requests_total{{model="triage",outcome="limited",{series}}} 2.0' in lines
+    assert f'isthmus_usage_calls_total{{model="triage",{series}}} 3.0' in lines
+    assert f'isthmus_usage_request_bytes_total{{model="triage",{series}}} {5.0 * len(REQUEST)}' in lines
     assert 'isthmus_quota_refusals_total{reason="quota-exceeded",tenant="scraped"} 2.0' in lines
     shared = isinstance(stage.cloud.limits.store, RedisQuotas)
     assert ("isthmus_quota_redis_up 1.0" in lines) is shared

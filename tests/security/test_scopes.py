@@ -4,10 +4,10 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from isthmus.oip import service_pb2
-from isthmus.v1 import agent_pb2, fleet_pb2, registry_pb2, usage_pb2
+from isthmus.v1 import agent_pb2, fleet_pb2, registry_pb2, traffic_pb2, usage_pb2
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC, SCOPES, SCOPES_OF_ROLE
 
-FILES = (service_pb2, agent_pb2, fleet_pb2, registry_pb2, usage_pb2, health_pb2, reflection_pb2)
+FILES = (service_pb2, agent_pb2, fleet_pb2, registry_pb2, traffic_pb2, usage_pb2, health_pb2, reflection_pb2)
 
 
 def _methods() -> set[str]:
