@@ -18,6 +18,7 @@ NAMES: Final = (
     "compile",
     "tuning",
     "fleet",
+    "limits",
     "gateway",
 )
 

@@ -14,7 +14,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ from cloud.counters import GatewayCounters
 from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway, Inference
+from cloud.limits import Limits, open_limits
 from cloud.memory import give_back, limit_heaps
 from cloud.metrics import GatewayCollector, cloud_registry
 from cloud.publish import Publisher
@@ -49,11 +51,11 @@ from cloud.traffic_desk import Serving, TrafficDesk
 from cloud.traffic_service import TrafficService
 from cloud.tritons import open_replicas, start_replicas
 from isthmus.address import check_free
-from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
 from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc, traffic_pb2_grpc
+from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc, traffic_pb2_grpc, usage_pb2_grpc
 from security.enrolment import IssuingCa
 from security.interceptors import AuthInterceptor
 from security.repository import CloudRepository
@@ -70,6 +72,7 @@ _SERVICES: Final = (
     "isthmus.v1.RegistryService",
     "isthmus.v1.RolloutService",
     "isthmus.v1.TrafficService",
+    "isthmus.v1.UsageService",
 )
 
 log = structlog.get_logger(__name__)
@@ -82,6 +85,7 @@ class Cloud:
     address: str
     pool: Replicas
     metrics: str | None  # where Prometheus reads, if anywhere
+    limits: Limits
     _stack: AsyncExitStack
 
     @property
@@ -128,22 +132,28 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
         )
+        limits = await open_limits(settings, database, state, _told_by(replicas), stack)
+        for name, work in limits.works.items():
+            await stack.enter_async_context(_background(work(), name=name))
         server, address = _server(settings, issuer)
         counters = GatewayCounters()
         shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
         stack.push_async_callback(shadows.close)
         cache = MemoryCache(settings.cache_bytes)
-        inference = Inference(desk, shadows, cache, counters)
+        inference = Inference(desk, shadows, cache, counters, limits.admission, limits.meter)
         gateway = Gateway(catalog, replicas, inference, default_deadline_s=settings.default_deadline_s)
         server.add_generic_rpc_handlers([gateway.handler()])
         services: Any = _Services(server)
-        fleet = FleetService(database, conductor, issuer, authority, token_ttl_s=settings.token_ttl_s)
+        fleet = FleetService(
+            database, conductor, issuer, authority, admission=limits.admission, token_ttl_s=settings.token_ttl_s
+        )
         registry = RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow)
         traffic = TrafficService(desk, catalog, replicas, counters)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, services)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, services)
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), services)
         traffic_pb2_grpc.add_TrafficServiceServicer_to_server(traffic, services)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(limits.service, services)
 
         ready_file = _ReadyFile(settings.ready_file, address, replicas)
         ready_file.check()
@@ -156,14 +166,15 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(desk.follow(), name="traffic"))
         await stack.enter_async_context(_background(give_back(), name="memory"))
         await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
-        metrics = await _listen_for_metrics(settings, [GatewayCollector(counters, replicas, cache)], stack)
+        collectors = [GatewayCollector(counters, replicas, cache), limits.collector()]
+        metrics = await _listen_for_metrics(settings, collectors, stack)
         ready_file.metrics = metrics
         servicer = await _listen(server, settings.drain_s, stack)
         await stack.enter_async_context(_background(_report_health(servicer, replicas), name="health"))
         stack.callback(conductor.close)
         ready_file.write()
         log.info("cloud serves", address=address, metrics=metrics, models=catalog.models)
-        return Cloud(address, replicas, metrics, stack.pop_all())
+        return Cloud(address, replicas, metrics, limits, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -192,6 +203,22 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
             reason="workspace-in-use",
         ) from error
     return state
+
+
+def _told_by(replicas: Replicas) -> Callable[[], Awaitable[dict[str, list[Any]]]]:
+    """Return what asks each Triton for its statistics. A child is another one each time; one that is shared is not."""
+    run = uuid.uuid4().hex
+
+    async def ask() -> dict[str, list[Any]]:
+        told = {}
+        for replica in replicas:
+            if replica.serving or replica.drained:
+                name = replica.name if replica.server is None else f"{replica.name} of {run}"
+                with contextlib.suppress(UnavailableError):  # one that is away is asked again the next time
+                    told[name] = await replica.client.statistics()
+        return told
+
+    return ask
 
 
 def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Server, str]:

@@ -33,7 +33,7 @@ from isthmus.errors import (
 from isthmus.oip import service_pb2, service_pb2_grpc
 from isthmus.status import from_rpc
 from isthmus.stick import Index, StickWriter, blob_name, delta_name, metadata_name
-from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc
+from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc, usage_pb2, usage_pb2_grpc
 from security.keyfiles import read_file
 from security.metadata import manifest_path
 from security.repository import OperatorRepository
@@ -98,6 +98,7 @@ class CloudClient:
         self._registry: Any = registry_pb2_grpc.RegistryServiceStub(self._channel)
         self._fleet: Any = fleet_pb2_grpc.FleetServiceStub(self._channel)
         self._rollouts: Any = fleet_pb2_grpc.RolloutServiceStub(self._channel)
+        self._usage: Any = usage_pb2_grpc.UsageServiceStub(self._channel)
         self._inference: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -517,6 +518,30 @@ class CloudClient:
         """Return all rollouts, newest first."""
         request = fleet_pb2.ListRolloutsRequest(model=model)
         return list(self._call("list rollouts", self._rollouts.ListRollouts, request).rollouts)
+
+    def usage(self, request: Any) -> list[Any]:
+        """Return the rows of a GetUsageRequest."""
+        try:
+            return [row for part in self._usage.GetUsage(request, timeout=self._timeout_s) for row in part.rows]
+        except grpc.RpcError as error:
+            raise self._explained(error, "cannot read usage") from error
+
+    def compute(self, request: Any) -> list[Any]:
+        """Return the rows of a GetComputeRequest."""
+        return list(self._call("read Triton's usage", self._usage.GetCompute, request).rows)
+
+    def set_quota(self, quota: Any) -> None:
+        """Set a quota."""
+        self._call("set the quota", self._usage.SetQuota, usage_pb2.SetQuotaRequest(quota=quota))
+
+    def quotas(self, tenant: str = "") -> list[Any]:
+        """Return the quotas that are set, of one tenant or all that may be seen."""
+        request = usage_pb2.ListQuotasRequest(tenant=tenant)
+        return list(self._call("list quotas", self._usage.ListQuotas, request).quotas)
+
+    def clear_quota(self, scope: Any) -> None:
+        """Remove a quota."""
+        self._call("clear the quota", self._usage.ClearQuota, usage_pb2.ClearQuotaRequest(scope=scope))
 
     def status(self) -> dict[str, Any]:
         """Return what the cloud runs: Triton's version and each loaded heavy model with its counters."""

@@ -5,9 +5,61 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from cloud.quotas import Defaults, Limits, parse_rate, parse_size
+from isthmus.errors import InputError
 from isthmus.settings import Settings
+
+
+class QuotaSettings(BaseModel):
+    """What one quota allows; what is left out has no limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rate: str = Field(default="", description='Requests in a time, "100/s", "5/min" or "1000/h".')
+    burst: int | None = Field(default=None, ge=0, description="Requests at once; left out: one second's worth.")
+    bytes_rate: str = Field(default="", description='Bytes of requests in a time, "10MB/s".')
+    bytes_burst: str = Field(default="", description='Bytes at once, "50MB"; left out: one second\'s worth.')
+    concurrency: int | None = Field(default=None, ge=0, description="Requests in progress.")
+
+    @property
+    def limits(self) -> Limits:
+        """Return what it allows.
+
+        Raises:
+            InputError: It cannot be.
+        """
+        return Limits(
+            rate=parse_rate(self.rate) if self.rate else None,
+            burst=self.burst,
+            bytes_rate=parse_rate(self.bytes_rate, sizes=True) if self.bytes_rate else None,
+            bytes_burst=parse_size(self.bytes_burst) if self.bytes_burst else None,
+            concurrency=self.concurrency,
+        )
+
+    @model_validator(mode="after")
+    def _can_be(self) -> QuotaSettings:
+        try:
+            _ = self.limits
+        except InputError as error:
+            raise ValueError(error.message) from error
+        return self
+
+
+class QuotasSettings(BaseModel):
+    """Quotas of whom no operator has set any: the table `[quotas]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tenant: QuotaSettings = Field(default=QuotaSettings(), description="Of each tenant.")
+    device: QuotaSettings = Field(default=QuotaSettings(), description="Of each device, or other caller.")
+    model: QuotaSettings = Field(default=QuotaSettings(), description="Of each model of a tenant.")
+
+    @property
+    def defaults(self) -> Defaults:
+        """Return what they allow."""
+        return Defaults(self.tenant.limits, self.device.limits, self.model.limits)
 
 
 class CloudSettings(Settings):
@@ -63,6 +115,22 @@ class CloudSettings(Settings):
     )
     rollout_poll_s: float = Field(
         default=1.0, gt=0, le=60, description="How often rollouts are decided on and other replicas are followed"
+    )
+    quotas: QuotasSettings = Field(
+        default=QuotasSettings(), description="Quotas where none is set: tables tenant, device and model"
+    )
+    device_streams: int = Field(default=2, ge=1, le=1000, description="Open Watch streams of one device")
+    redis: SecretStr = Field(
+        default=SecretStr(""),
+        description="redis://, rediss:// or unix:// address of a Redis that several clouds share; empty: memory",
+    )
+    redis_ca: Path | None = Field(default=None, description="CA of a Redis at rediss://; without it the system's")
+    redis_plaintext: bool = Field(default=False, description="Allow plain text to a Redis that is not on this machine")
+    redis_timeout_s: float = Field(
+        default=1.0, gt=0, le=60, description="How long Redis may take to answer before requests are counted here"
+    )
+    metering_flush_s: float = Field(
+        default=10.0, ge=0.1, le=3600, description="How often counts of requests move to the database"
     )
     ready_file: Path | None = Field(default=None, description="File that gets the address and process ids once serving")
 

@@ -227,6 +227,81 @@ class Assertion(Base):
     __table_args__ = (ForeignKeyConstraint(["device_id"], ["devices.id"]),)
 
 
+class Quota(Base):
+    """What an operator allows a tenant, perhaps one device or model of it; cloud.quotas says what the columns mean."""
+
+    __tablename__ = "quotas"
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    device: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    rate: Mapped[str]  # as it was written; "" for no limit
+    burst: Mapped[int | None] = mapped_column(BigInteger)
+    bytes_rate: Mapped[str]
+    bytes_burst: Mapped[int | None] = mapped_column(BigInteger)
+    concurrency: Mapped[int | None] = mapped_column(BigInteger)
+    set_at: Mapped[float]
+    set_by: Mapped[str]
+
+
+class Usage(Base):
+    """What was asked of the gateways in an hour; `cloud.metering` says what the columns mean."""
+
+    __tablename__ = "usage"
+    hour: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    device: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    answered: Mapped[int] = mapped_column(BigInteger)
+    cached: Mapped[int] = mapped_column(BigInteger)
+    refused: Mapped[int] = mapped_column(BigInteger)
+    limited: Mapped[int] = mapped_column(BigInteger)
+    failed: Mapped[int] = mapped_column(BigInteger)
+    cancelled: Mapped[int] = mapped_column(BigInteger)
+    bytes_in: Mapped[int] = mapped_column(BigInteger)
+    bytes_out: Mapped[int] = mapped_column(BigInteger)
+    calls: Mapped[int] = mapped_column(BigInteger)
+    call_us: Mapped[int] = mapped_column(BigInteger)
+
+
+class UsageRun(Base):
+    """A run of a gateway, and the last segment of its journal whose counts are in the table of usage."""
+
+    __tablename__ = "usage_runs"
+    run: Mapped[str] = mapped_column(primary_key=True)
+    segment: Mapped[int] = mapped_column(BigInteger)
+
+
+class TritonUsage(Base):
+    """What Tritons did for a heavy model in an hour; `cloud.triton_usage` says what the columns mean."""
+
+    __tablename__ = "triton_usage"
+    hour: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)  # of the heavy half
+    answered: Mapped[int] = mapped_column(BigInteger)
+    failed: Mapped[int] = mapped_column(BigInteger)
+    inferences: Mapped[int] = mapped_column(BigInteger)
+    executions: Mapped[int] = mapped_column(BigInteger)
+    queue_ns: Mapped[int] = mapped_column(BigInteger)
+    compute_ns: Mapped[int] = mapped_column(BigInteger)
+
+
+class TritonMark(Base):
+    """The sums of a model in a Triton when they were last looked at."""
+
+    __tablename__ = "triton_marks"
+    source: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    answered: Mapped[int] = mapped_column(BigInteger)
+    failed: Mapped[int] = mapped_column(BigInteger)
+    inferences: Mapped[int] = mapped_column(BigInteger)
+    executions: Mapped[int] = mapped_column(BigInteger)
+    queue_ns: Mapped[int] = mapped_column(BigInteger)
+    compute_ns: Mapped[int] = mapped_column(BigInteger)
+    last_ms: Mapped[int] = mapped_column(BigInteger)
+
+
 class Database:
     """Sessions on one database.
 

@@ -27,6 +27,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
+from cloud.admission import Admission
 from cloud.catalog import unknown_model
 from cloud.conductor import Conductor
 from cloud.rollout import matches
@@ -62,6 +63,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         conductor: Knows and decides what devices run.
         issuer: Mints access tokens.
         authority: Signs device certificates.
+        admission: Limits how many streams a device has open.
         token_ttl_s: Life of the access tokens.
         clock: Returns Unix seconds.
     """
@@ -73,11 +75,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         issuer: TokenIssuer,
         authority: IssuingCa,
         *,
+        admission: Admission,
         token_ttl_s: int = 900,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database, self._conductor = database, conductor
-        self._issuer, self._authority = issuer, authority
+        self._issuer, self._authority, self._admission = issuer, authority, admission
         self._token_ttl_s, self._clock = token_ttl_s, clock
 
     async def Invite(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -171,6 +174,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
         Raises:
             InputError: Too many models.
+            QuotaError: The device has as many open streams as it may.
         """
         del context
         if len(request.models) > MAX_WATCHED:
@@ -181,7 +185,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         models = sorted({m for m in request.models if claims.may_use(m) and len(m) <= _MAX_NAME and m.isprintable()})
         until = claims.expires_at.timestamp()
         facts = request.facts.SerializeToString(deterministic=True)
-        async with contextlib.aclosing(self._conductor.watch(claims.subject, models, facts)) as changes:
+        watching = contextlib.aclosing(self._conductor.watch(claims.subject, models, facts))
+        async with self._admission.stream(claims), watching as changes:
             while (left_s := until - self._clock()) > 0:
                 try:
                     model, told = await asyncio.wait_for(anext(changes), left_s)

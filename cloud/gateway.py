@@ -23,16 +23,18 @@ from typing import Any, Final
 import grpc
 import structlog
 
+from cloud.admission import Admission
 from cloud.catalog import Catalog, unknown_model
 from cloud.counters import ANSWERED, GatewayCounters
 from cloud.heavy import HeavyId
+from cloud.metering import Call, Meter
 from cloud.replicas import Replicas
 from cloud.response_cache import ResponseCache, cache_key
 from cloud.shadow import Shadows
 from cloud.traffic import Shadow
 from cloud.traffic_desk import Route, TrafficDesk
 from isthmus import __version__
-from isthmus.errors import IsthmusError, NotFoundError
+from isthmus.errors import IsthmusError, NotFoundError, QuotaError
 from isthmus.oip import SERVICE, service_pb2, set_parameter
 from isthmus.oip_head import RequestHead, read_head
 from security.interceptors import current_claims
@@ -57,6 +59,8 @@ class Inference:
     shadows: Shadows
     cache: ResponseCache
     counters: GatewayCounters
+    admission: Admission
+    meter: Meter
 
 
 class Gateway:
@@ -75,6 +79,7 @@ class Gateway:
         self._catalog, self._replicas = catalog, replicas
         self._desk, self._shadows = inference.desk, inference.shadows
         self._cache, self._counters = inference.cache, inference.counters
+        self._admission, self._meter = inference.admission, inference.meter
         self._default_deadline_s = default_deadline_s
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -97,26 +102,35 @@ class Gateway:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def model_infer(self, raw: bytes, context: _Context) -> bytes:
-        """Answer one inference request.
+        """Answer one inference request, and count it, whatever becomes of it.
 
         Raises:
+            QuotaError: The caller, its tenant or the model has had its share for now.
             InputError: The request is not a ModelInferRequest, or Triton refuses its tensors.
             NotFoundError: There is no such model or version for this caller.
             UnavailableError: The heavy model cannot answer now.
         """
-        started = time.perf_counter()
-        head, claims = read_head(raw), current_claims()
+        claims = current_claims()
+        with self._meter.call(claims, len(raw)) as call:
+            return await self._infer(raw, claims, call, context)
+
+    async def _infer(self, raw: bytes, claims: Claims, call: Call, context: _Context) -> bytes:
+        started, head = time.perf_counter(), read_head(raw)
         if not claims.may_use(head.model_name):
             raise unknown_model(head.model_name)
         route = self._desk.route(head, claims.subject)
+        call.resolved(head.model_name, route.version)
         counters = self._counters.of(head.model_name)
         outcome = "internal"
         try:
-            answer = await self._answer(raw, head, route, claims.tenant, context)
+            async with self._admission.admit(claims, head.model_name, len(raw)):
+                answer = await self._answer(raw, head, route, call, claims.tenant, context)
             outcome = ANSWERED
         except IsthmusError as error:
             outcome = error.reason
-            log.info(
+            # A caller beyond its quota must not fill the log, too; it is counted.
+            level = "debug" if isinstance(error, QuotaError) else "info"
+            getattr(log, level)(
                 "inference failed", request_id=_request_id(head.id, context), subject=claims.subject,
                 heavy=route.heavy.name, reason=error.reason, bytes=len(raw),
             )  # fmt: skip
@@ -129,7 +143,9 @@ class Gateway:
         counters.latency.note(time.perf_counter() - started)
         return answer
 
-    async def _answer(self, raw: bytes, head: RequestHead, route: Route, tenant: str, context: _Context) -> bytes:
+    async def _answer(
+        self, raw: bytes, head: RequestHead, route: Route, call: Call, tenant: str, context: _Context
+    ) -> bytes:
         """Return what was answered before, or what a Triton answers; the names and versions are the caller's."""
         counters, policy = self._counters.of(head.model_name), route.policy
         key = cache_key(tenant, route.heavy, head) if policy.cache_s else None
@@ -137,14 +153,20 @@ class Gateway:
             kept = await self._cache.get(tenant, key)
             if kept is not None:
                 counters.cache_hits += 1
-                return b"".join((kept, _suffix(head.model_name, route.version, route.assignment), _cached(head.id)))
+                suffix = _suffix(head.model_name, route.version, route.assignment)
+                answer = b"".join((kept, suffix, _cached(head.id)))
+                call.cached(len(answer))
+                return answer
             counters.cache_misses += 1
+        call.sent()
         answer = await self._replicas.infer(route.heavy, raw, timeout_s=self._time_left(head, context))
+        suffix = _suffix(head.model_name, route.version, route.assignment)
+        call.answered(len(answer) + len(suffix))
         if key is not None:
             await self._cache.put(tenant, key, answer, policy.cache_s)
         if policy.shadow is not None:
             self._copy(policy.shadow, head.model_name, route, raw, answer)
-        return answer + _suffix(head.model_name, route.version, route.assignment)
+        return answer + suffix
 
     def _copy(self, shadow: Shadow, model: str, route: Route, raw: bytes, answer: bytes) -> None:
         heavy = self._catalog.heavy(model, shadow.version)

@@ -31,7 +31,10 @@ class UpdateSettings(BaseModel):
     fetch_outside_window: bool = Field(default=True, description="Bring files at any time, change in the window.")
     jitter_s: float = Field(default=0.0, ge=0, le=604_800, description="Longest wait of a device before a fetch.")
     crashes: int = Field(default=3, ge=1, le=100, description="Crashes in a row after which a version is given up.")
-    trial: Terms = Field(default=Terms(), description="How versions prove themselves, where the cloud does not say.")
+    trial: Terms = Field(
+        default=Terms(soak_s=60.0, max_error_rate=0.02, max_latency_ratio=3.0),
+        description="How versions prove themselves, where the cloud does not say.",
+    )
 
 
 class EdgeSettings(Settings):

@@ -14,20 +14,37 @@ INFER: Final = "infer"
 REGISTRY_READ: Final = "registry:read"
 REGISTRY_PUBLISH: Final = "registry:publish"
 FLEET_ADMIN: Final = "fleet:admin"
-TRAFFIC_ADMIN: Final = "traffic:admin"
 DEVICE: Final = "device"
+AUDIT_READ: Final = "audit:read"
+USAGE_READ: Final = "usage:read"
+TRAFFIC_ADMIN: Final = "traffic:admin"
+ACCESS_ADMIN: Final = "access:admin"
 
 # Not scopes: what a method may ask for instead of one.
 PUBLIC: Final = "public"  # no token; the request carries its own proof, or there is nothing to protect
 AUTHENTICATED: Final = "authenticated"  # any valid token
 
-SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, TRAFFIC_ADMIN, DEVICE})
+SCOPES: Final = frozenset(
+    {
+        INFER,
+        REGISTRY_READ,
+        REGISTRY_PUBLISH,
+        FLEET_ADMIN,
+        DEVICE,
+        AUDIT_READ,
+        USAGE_READ,
+        TRAFFIC_ADMIN,
+        ACCESS_ADMIN,
+    }
+)
 
 SCOPES_OF_ROLE: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
         "device": frozenset({INFER, REGISTRY_READ, DEVICE}),
         "client": frozenset({INFER}),
-        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, TRAFFIC_ADMIN}),
+        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, USAGE_READ, TRAFFIC_ADMIN}),
+        "auditor": frozenset({AUDIT_READ, USAGE_READ, REGISTRY_READ}),
+        "admin": SCOPES,
     }
 )
 
@@ -72,6 +89,13 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "Release": REGISTRY_PUBLISH,
         "SubmitMetadata": REGISTRY_PUBLISH,
         "ListVersions": REGISTRY_READ,
+    },
+    "isthmus.v1.UsageService": {
+        "GetUsage": USAGE_READ,
+        "GetCompute": ACCESS_ADMIN,
+        "SetQuota": ACCESS_ADMIN,
+        "ListQuotas": USAGE_READ,
+        "ClearQuota": ACCESS_ADMIN,
     },
     "isthmus.v1.AgentService": {
         "GetStatus": INFER,

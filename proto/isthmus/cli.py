@@ -41,6 +41,8 @@ GROUPS: Final = {
     "traffic": Group("cloud.traffic_cli:app", "Spread requests over versions; drain and resume Tritons."),
     "rollout": Group("cloud.rollout_cli:app", "Roll a version out in stages, watch, pause, resume and abort."),
     "device": Group("cloud.operator_cli:device_app", "Invite, list, label, pin and retry devices."),
+    "quota": Group("cloud.usage_cli:quota_app", "Set, show and clear what tenants, devices and models may ask."),
+    "usage": Group("cloud.usage_cli:usage_app", "Show what was asked of the cloud, as a table, CSV or JSON."),
     "edge": Group("edge.cli:app", "Enrol a device and run its agent.", "edge-openvino"),
     "delta": Group("isthmus.delta.cli:app", "Make, apply and inspect deltas of files."),
     "config": Group("isthmus.config_cli:app", "Show where each setting's value comes from."),

@@ -4,12 +4,14 @@ Servers translate on the way out (`StatusInterceptor`): the caller gets the mess
 other exception only "internal error"; details go to the log. Clients translate on the way in (`from_rpc`).
 
 What a status code cannot say travels as trailing metadata: the error's class (FAILED_PRECONDITION stands for five of
-them), its reason, and its hint, percent-encoded as the message itself is.
+them), its reason, its hint, percent-encoded as the message itself is, and when to try again: in milliseconds under the
+name that gRPC's own retries know (gRFC A6), and in whole seconds under HTTP's.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote, unquote
@@ -31,6 +33,7 @@ STATUS_OF: Final[tuple[tuple[type[errors.IsthmusError], grpc.StatusCode], ...]] 
     (errors.BundleError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.DeltaError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.VerificationError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.QuotaError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
 )
@@ -46,6 +49,8 @@ _KIND_OF: Final = {  # for codes that say enough; a peer that sends no class is 
 KIND_KEY: Final = "isthmus-error"  # the `reason` of the class in isthmus.errors
 REASON_KEY: Final = "isthmus-reason"
 HINT_KEY: Final = "isthmus-hint"
+PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
+RETRY_AFTER_KEY: Final = "retry-after"
 TOO_LATE: Final = "deadline-exceeded"  # the reason of an UnavailableError for which time ran out
 _READABLE: Final = "".join(chr(code) for code in range(32, 127) if chr(code) != "%")
 # A status that is larger than the peer's limit for metadata (8 KiB by default) would be lost as a whole.
@@ -80,6 +85,12 @@ def from_rpc(
     told = _trailing(error)
     kind = _kind(told.get(KIND_KEY, ""), code) or _KIND_OF.get(code, errors.UnavailableError)
     hint = unquote(told.get(HINT_KEY, "")) or hints.get(kind, "")
+    if kind is errors.QuotaError:
+        wait_ms = told.get(PUSHBACK_KEY, "")
+        retry_after_s = int(wait_ms) / 1000 if wait_ms.isascii() and wait_ms.isdigit() else None
+        return errors.QuotaError(
+            f"{what}: {detail}", reason=told.get(REASON_KEY, ""), hint=hint, retry_after_s=retry_after_s
+        )
     return kind(f"{what}: {detail}", reason=told.get(REASON_KEY, ""), hint=hint)
 
 
@@ -98,7 +109,10 @@ def _kind(name: str, code: grpc.StatusCode) -> type[errors.IsthmusError] | None:
 def trailing_metadata(error: errors.IsthmusError) -> tuple[tuple[str, str], ...]:
     """Return what a status code and message do not say of `error`, as trailing metadata."""
     kind = next((kind for kind, _ in STATUS_OF if isinstance(error, kind)), errors.IsthmusError)
-    metadata = ((KIND_KEY, kind.reason), (REASON_KEY, error.reason))
+    metadata: tuple[tuple[str, str], ...] = ((KIND_KEY, kind.reason), (REASON_KEY, error.reason))
+    if isinstance(error, errors.QuotaError) and error.retry_after_s is not None:
+        wait_ms = math.ceil(error.retry_after_s * 1000)
+        metadata += ((PUSHBACK_KEY, str(wait_ms)), (RETRY_AFTER_KEY, str(math.ceil(wait_ms / 1000))))
     hint = quote(error.hint, safe=_READABLE)
     return (*metadata, (HINT_KEY, hint)) if 0 < len(hint) <= _MAX_HINT else metadata
 

@@ -14,8 +14,11 @@ import grpc
 
 from benchmarks.devices import LightDevice, Script, all_good
 from cloud import database as db
+from cloud.admission import Admission
 from cloud.conductor import Conductor, Releases
 from cloud.fleet import FleetService
+from cloud.quota_store import MemoryQuotas
+from cloud.quotas import QuotaBook
 from cloud.records import supersede
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
@@ -187,7 +190,10 @@ async def fleet_on(
     conductor = Conductor(database, roster, registry.releases(), clock=clock, poll_s=0.05)
     await conductor.refresh()
     server = grpc.aio.server(interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())))
-    service = FleetService(database, conductor, issuer, IssuingCa.load(workspace.home), clock=clock)
+    admission = Admission(QuotaBook(), MemoryQuotas(), streams=1000)  # a test's devices share few names
+    service = FleetService(
+        database, conductor, issuer, IssuingCa.load(workspace.home), admission=admission, clock=clock
+    )
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
     fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
     credentials = server_credentials(workspace.home / "server.key", workspace.home / "server.pem")

@@ -30,6 +30,7 @@ from edge.plan import choose_variant
 from edge.router import Router
 from edge.state import Order
 from edge.store import SlotStore
+from edge.trial import Terms
 from edge.updater import Updater
 from edge.uplink import open_channel
 from isthmus.bundle import GOLDEN, MANIFEST, Heavy, Variant, index_files, parse_manifest
@@ -194,7 +195,7 @@ class CloudDevice:
             choose=choose,
             open_slot=open_model,
             report=report,
-            conditions=Conditions(UpdateSettings(), self.home.path.name, MODEL),
+            conditions=Conditions(UpdateSettings(trial=Terms()), self.home.path.name, MODEL),
         )
 
     async def follow(self, version: int) -> Outcome:

@@ -1,0 +1,416 @@
+"""Quotas at the gateway: over real TLS, with real tokens, a real Triton, a real Redis, real agents' uplinks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from cloud.bootstrap import Cloud
+from cloud.client import Address, CloudClient
+from cloud.redis_quotas import RedisQuotas
+from edge.breaker import Breaker
+from edge.uplink import Answer, Failure, Uplink, open_channel
+from isthmus.errors import IsthmusError, NotFoundError, PermissionDeniedError, QuotaError
+from isthmus.oip import MODEL_INFER
+from isthmus.status import PUSHBACK_KEY, REASON_KEY, RETRY_AFTER_KEY, from_rpc
+from isthmus.tensors import encode_request
+from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, usage_pb2
+from security.tls import channel_credentials
+from security.tokens import TokenIssuer
+from tests.cloud.conftest import eventually
+from tests.cloud.redis_server import redis_process
+from tests.cloud.test_serve import cloud_process, isthmus
+from tests.cloud.workspaces import Workspace, make_bundle, make_workspace, serving
+
+pytestmark = pytest.mark.slow
+
+X = np.array([[1, 2, 3, 4]], dtype=np.float32)
+SLOW = np.array([[-2, 2, 3, 4]], dtype=np.float32)
+REQUEST = encode_request("triage", {"x": X}).SerializeToString()
+CLIENTS, AT_ONCE = 8, 5
+REQUESTS = 10_000
+
+
+def token(workspace: Workspace, subject: str, role: str = "client", tenant: str = "acme") -> str:
+    issuer = TokenIssuer.load(workspace.home)
+    return issuer.mint(subject, role, models=("*",), ttl=timedelta(hours=1), tenant=tenant)[0]
+
+
+def admin(workspace: Workspace, address: str, role: str = "admin", tenant: str = "acme") -> CloudClient:
+    file = workspace.root / f"{role}-{tenant}.token"
+    file.write_text(token(workspace, "boss", role, tenant))
+    return CloudClient(Address(address, workspace.trust, file), timeout_s=20.0)
+
+
+def quota(tenant: str, device: str = "", model: str = "", **limits: Any) -> Any:
+    scope = usage_pb2.QuotaScope(tenant=tenant, device=device, model=model)
+    return usage_pb2.Quota(scope=scope, limits=usage_pb2.QuotaLimits(**limits))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A cloud that serves triage."""
+
+    runner: asyncio.Runner
+    workspace: Workspace
+    cloud: Cloud
+
+    def set(self, *args: str, **limits: Any) -> None:
+        async def story() -> None:
+            with admin(self.workspace, self.cloud.address) as client:
+                await asyncio.to_thread(client.set_quota, quota(*args, **limits))
+
+        self.runner.run(story())
+
+    def usage(self, tenant: str) -> dict[str, int]:
+        async def story() -> list[Any]:
+            with admin(self.workspace, self.cloud.address) as client:
+                return await asyncio.to_thread(client.usage, usage_pb2.GetUsageRequest(tenant=tenant))
+
+        (row,) = self.runner.run(story())
+        return {name: getattr(row, name) for name in ("answered", "limited", "refused", "failed", "cancelled", "calls")}
+
+
+@pytest.fixture(scope="module", params=["memory", "redis"])
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    folder = tmp_path_factory.mktemp("admission")
+    workspace = make_workspace(folder / "workspace")
+    redis = request.getfixturevalue("redis_address") if request.param == "redis" else ""
+    with asyncio.Runner() as runner:
+        running = serving(workspace, redis=redis, redis_timeout_s=60)
+        cloud = runner.run(running.__aenter__())
+
+        async def publish() -> None:
+            with workspace.client(cloud) as client:
+                bundle = make_bundle(folder / "v1", 1)
+                await asyncio.to_thread(client.publish, bundle, workspace.operator)
+
+        runner.run(publish())
+        yield Stage(runner, workspace, cloud)
+        runner.run(running.__aexit__(None, None, None))
+
+
+@asynccontextmanager
+async def caller(workspace: Workspace, address: str, subject: str, tenant: str = "acme") -> AsyncIterator[Any]:
+    """Yield a call of ModelInfer on a connection of its own."""
+    credentials = channel_credentials(workspace.trust / "ca.pem")
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    metadata = (("authorization", f"Bearer {token(workspace, subject, tenant=tenant)}"),)
+    async with grpc.aio.secure_channel(address, credentials, options=options) as channel:
+        method: Any = channel.unary_unary(MODEL_INFER)
+
+        async def infer(request: bytes = REQUEST) -> str:
+            try:
+                await method(request, metadata=metadata, timeout=60)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    raise
+                return str(dict(error.trailing_metadata() or ())[REASON_KEY])
+            return "answered"
+
+        yield infer
+
+
+async def flood(workspace: Workspace, addresses: list[str], requests: int, tenant: str) -> Counter[str]:
+    """Send so many requests from eight clients, each as fast as it is answered; count what becomes of them."""
+    assert requests % (CLIENTS * AT_ONCE) == 0
+    outcomes: Counter[str] = Counter()
+
+    async def client(number: int) -> None:
+        async with caller(workspace, addresses[number % len(addresses)], f"client-{number}", tenant) as infer:
+            for _ in range(requests // CLIENTS // AT_ONCE):
+                outcomes.update(await asyncio.gather(*(infer() for _ in range(AT_ONCE))))
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(CLIENTS):
+            group.create_task(client(number))
+    return outcomes
+
+
+def test_of_ten_thousand_requests_the_burst_is_answered_and_not_one_more(stage: Stage) -> None:
+    stage.set("exact", rate="0/s", burst=2345)
+    outcomes = stage.runner.run(flood(stage.workspace, [stage.cloud.address], REQUESTS, "exact"))
+    assert outcomes == {"answered": 2345, "quota-exceeded": REQUESTS - 2345}
+    counted = stage.usage("exact")
+    assert (counted["answered"], counted["limited"], counted["calls"]) == (2345, REQUESTS - 2345, 2345)
+    assert sum(counted.values()) - counted["calls"] == REQUESTS
+
+
+def test_each_device_and_model_has_its_own(stage: Stage) -> None:
+    stage.set("shares", "*", rate="0/s", burst=3)
+    stage.set("shares", "", "triage", rate="0/s", burst=7)
+
+    async def story() -> list[int]:
+        answered = []
+        for number in range(4):
+            async with caller(stage.workspace, stage.cloud.address, f"d{number}", "shares") as infer:
+                answered.append([await infer() for _ in range(5)].count("answered"))
+        return answered
+
+    assert stage.runner.run(story()) == [3, 3, 1, 0]
+
+
+def test_as_many_run_as_may(stage: Stage) -> None:
+    stage.set("narrow", concurrency=2)
+
+    async def story() -> None:
+        slow = encode_request("triage", {"x": SLOW}).SerializeToString()
+        async with caller(stage.workspace, stage.cloud.address, "a", "narrow") as infer:
+            for _ in range(2):
+                outcomes = await asyncio.gather(*(infer(slow) for _ in range(6)))
+                assert sorted(outcomes) == ["answered"] * 2 + ["too-many-requests"] * 4
+            # An answer makes room before its caller has it.
+            assert [await infer() for _ in range(20)] == ["answered"] * 20
+            pending = [asyncio.ensure_future(infer(slow)) for _ in range(2)]
+
+            async def both_run() -> bool:
+                return bool(sum(replica.under_way for replica in stage.cloud.pool) == 2)
+
+            await eventually(both_run, "two requests run")
+            assert await infer() == "too-many-requests"
+            for call in pending:
+                call.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+            async def has_room() -> bool:
+                return bool(await infer() == "answered")
+
+            await eventually(has_room, "those that were cancelled have left")
+
+    stage.runner.run(story())
+
+
+def test_a_refusal_tells_programs_and_people_when_to_come_back(stage: Stage) -> None:
+    stage.set("hinted", rate="2/min", burst=1)
+
+    async def story() -> None:
+        metadata = (("authorization", f"Bearer {token(stage.workspace, 'a', tenant='hinted')}"),)
+        async with stage.workspace.channel(stage.cloud) as channel:
+            method: Any = channel.unary_unary(MODEL_INFER)
+            await method(REQUEST, metadata=metadata, timeout=20)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await method(REQUEST, metadata=metadata, timeout=20)
+        told = dict(raised.value.trailing_metadata() or ())
+        assert 0 < int(told[PUSHBACK_KEY]) <= 30_000
+        assert 0 < int(told[RETRY_AFTER_KEY]) <= 30
+        error = from_rpc(raised.value, "cannot ask")
+        assert isinstance(error, QuotaError)
+        assert error.retry_after_s == int(told[PUSHBACK_KEY]) / 1000
+        assert "tenant hinted" in error.message
+        assert error.hint.startswith("try again in")
+
+    stage.runner.run(story())
+
+
+def test_an_agent_waits_as_long_as_it_is_told(stage: Stage) -> None:
+    stage.set("patient", rate="1/min", burst=1)
+
+    async def story() -> None:
+        channel = open_channel(stage.cloud.address, stage.workspace.trust / "ca.pem")
+        access = token(stage.workspace, "camera", "device", "patient")
+        uplink = Uplink(channel, lambda: access, Breaker(), Breaker(), guard_s=0.01, longest_s=20.0)
+        outcomes = [await uplink.escalate(REQUEST, remaining_s=20.0, check=lambda _: None) for _ in range(4)]
+        await channel.close()
+        assert isinstance(outcomes[0], Answer)
+        assert outcomes[1:] == [Failure("quota"), Failure("quota", "backing-off"), Failure("quota", "backing-off")]
+        assert 0 < uplink._quota._until - uplink._clock() <= 60
+        assert (uplink.counters.attempts, uplink.counters.skipped) == (2, 2)
+
+    stage.runner.run(story())
+    assert stage.usage("patient")["limited"] == 1
+
+
+def test_tells_prometheus(stage: Stage) -> None:
+    stage.set("scraped", rate="0/s", burst=3)
+
+    async def story() -> str:
+        async with caller(stage.workspace, stage.cloud.address, "a", "scraped") as infer:
+            assert [await infer() for _ in range(5)].count("answered") == 3
+        registry = CollectorRegistry(auto_describe=True)
+        registry.register(stage.cloud.limits.collector())
+        return generate_latest(registry).decode()
+
+    lines = stage.runner.run(story()).splitlines()
+    series = 'tenant="scraped",version="1"'
+    assert f'isthmus_usage_requests_total{{model="triage",outcome="answered",{series}}} 3.0' in lines
+    assert f'isthmus_usage_requests_total{{model="triage",outcome="limited",{series}}} 2.0' in lines
+    assert f'isthmus_usage_calls_total{{model="triage",{series}}} 3.0' in lines
+    assert f'isthmus_usage_request_bytes_total{{model="triage",{series}}} {5.0 * len(REQUEST)}' in lines
+    assert 'isthmus_quota_refusals_total{reason="quota-exceeded",tenant="scraped"} 2.0' in lines
+    shared = isinstance(stage.cloud.limits.store, RedisQuotas)
+    assert ("isthmus_quota_redis_up 1.0" in lines) is shared
+
+
+def test_a_request_that_is_larger_than_ever_allowed_is_refused_for_good(stage: Stage) -> None:
+    stage.set("small", bytes_rate="1KB/s", bytes_burst=1000)
+
+    async def story() -> None:
+        metadata = (("authorization", f"Bearer {token(stage.workspace, 'a', tenant='small')}"),)
+        large = encode_request("triage", {"x": np.ones((8, 4), np.float32)}, request_id="x" * 2000).SerializeToString()
+        async with stage.workspace.channel(stage.cloud) as channel:
+            method: Any = channel.unary_unary(MODEL_INFER)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await method(large, metadata=metadata, timeout=20)
+            assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert dict(raised.value.trailing_metadata() or ())[REASON_KEY] == "too-large"
+            await method(REQUEST, metadata=metadata, timeout=20)
+
+    stage.runner.run(story())
+    assert stage.usage("small")["limited"] == 1
+
+
+def test_a_quota_that_is_cleared_counts_no_more(stage: Stage) -> None:
+    stage.set("cleared", rate="0/s", burst=0)
+
+    async def story() -> None:
+        async with caller(stage.workspace, stage.cloud.address, "a", "cleared") as infer:
+            assert await infer() == "quota-exceeded"
+            with admin(stage.workspace, stage.cloud.address) as client:
+                scope = usage_pb2.QuotaScope(tenant="cleared")
+                assert [q.scope.tenant for q in await asyncio.to_thread(client.quotas, "cleared")] == ["cleared"]
+                await asyncio.to_thread(client.clear_quota, scope)
+                with pytest.raises(NotFoundError):
+                    await asyncio.to_thread(client.clear_quota, scope)
+            assert await infer() == "answered"
+
+    stage.runner.run(story())
+
+
+def test_an_operator_sees_its_own_tenant_and_sets_nothing(stage: Stage) -> None:
+    stage.set("mine", rate="5/s")
+    stage.set("theirs", rate="5/s")
+
+    async def story() -> None:
+        for tenant in ("mine", "theirs"):
+            async with caller(stage.workspace, stage.cloud.address, "a", tenant) as infer:
+                assert await infer() == "answered"
+        with admin(stage.workspace, stage.cloud.address, "operator", "mine") as client:
+            request = usage_pb2.GetUsageRequest(by=["tenant"])
+            assert [row.tenant for row in await asyncio.to_thread(client.usage, request)] == ["mine"]
+            assert {q.scope.tenant for q in await asyncio.to_thread(client.quotas)} == {"mine"}
+            forbidden: list[Any] = [
+                (client.usage, usage_pb2.GetUsageRequest(tenant="theirs")),
+                (client.quotas, "theirs"),
+                (client.set_quota, quota("mine", rate="1000/s")),
+                (client.clear_quota, usage_pb2.QuotaScope(tenant="mine")),
+            ]
+            for method, argument in forbidden:
+                with pytest.raises(PermissionDeniedError):
+                    await asyncio.to_thread(method, argument)
+
+    stage.runner.run(story())
+
+
+def test_what_cannot_be_a_quota_is_refused(stage: Stage) -> None:
+    async def story() -> None:
+        with admin(stage.workspace, stage.cloud.address) as client:
+            wrong = [
+                quota("", rate="1/s"), quota("t", rate="fast"), quota("t", burst=5), quota("t", concurrency=-1),
+                quota("t\n", rate="1/s"), quota("t", "d" * 1000, rate="1/s"), quota("t", rate="1/s", burst=2**60),
+            ]  # fmt: skip
+            for each in wrong:
+                with pytest.raises(IsthmusError):
+                    await asyncio.to_thread(client.set_quota, each)
+
+    stage.runner.run(story())
+
+
+def test_a_device_has_two_open_streams_and_no_third(stage: Stage) -> None:
+    async def story() -> None:
+        metadata = (("authorization", f"Bearer {token(stage.workspace, 'camera', 'device')}"),)
+        async with stage.workspace.channel(stage.cloud) as channel:
+            fleet: Any = fleet_pb2_grpc.FleetServiceStub(channel)
+            request = fleet_pb2.WatchRequest(models=["triage"])
+            streams = [fleet.Watch(request, metadata=metadata) for _ in range(2)]
+            for stream in streams:
+                await stream.read()
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await fleet.Watch(request, metadata=metadata).read()
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert dict(raised.value.trailing_metadata() or ())[REASON_KEY] == "too-many-streams"
+            other = (("authorization", f"Bearer {token(stage.workspace, 'door', 'device')}"),)
+            await fleet.Watch(request, metadata=other).read()
+            streams[0].cancel()
+
+            async def has_room() -> bool:
+                stream = fleet.Watch(request, metadata=metadata)
+                try:
+                    await stream.read()
+                except grpc.aio.AioRpcError:
+                    return False
+                stream.cancel()
+                return True
+
+            await eventually(has_room, "the stream that was cancelled has left")
+
+    stage.runner.run(story())
+
+
+def _second_home(workspace: Workspace, root: Path) -> Workspace:
+    """Another replica's folders: the same keys, and a state of its own."""
+    import shutil
+
+    shutil.copytree(workspace.root, root, ignore=shutil.ignore_patterns("state", "ready.json"))
+    return Workspace(root)
+
+
+def test_two_gateways_share_one_redis_to_the_request(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "one")
+    with redis_process(_made(tmp_path / "redis")) as (address, redis), ExitStack() as stack:
+        shared = {
+            "ISTHMUS_CLOUD_REDIS": address,
+            "ISTHMUS_CLOUD_REDIS_TIMEOUT_S": "60",
+            "ISTHMUS_CLOUD_DATABASE": f"sqlite:///{tmp_path / 'shared.db'}",
+            "ISTHMUS_CLOUD_BLOBS": str(tmp_path / "blobs"),
+            "ISTHMUS_CLOUD_TRITON_STOP_S": "0.2",
+            "ISTHMUS_CLOUD_METERING_FLUSH_S": "0.5",
+        }
+        _, one = stack.enter_context(cloud_process(workspace, **shared))
+        with admin(workspace, one["address"]) as client:
+            bundle = make_bundle(tmp_path / "v1", 1)
+            client.publish(bundle, workspace.operator)
+            client.set_quota(quota("exact", rate="0/s", burst=1234))
+            client.set_quota(quota("later", rate="0/s", burst=10))
+        other_home = _second_home(workspace, tmp_path / "two")
+        _, two = stack.enter_context(cloud_process(other_home, **shared))
+        addresses = [one["address"], two["address"]]
+        outcomes = asyncio.run(flood(workspace, addresses, REQUESTS, "exact"))
+        assert outcomes == {"answered": 1234, "quota-exceeded": REQUESTS - 1234}
+
+        def counted(tenant: str) -> int:
+            flags = ("--trust", workspace.trust, "--token-file", workspace.root / "admin-acme.token", "--cloud")
+            shown = isthmus("usage", "--tenant", tenant, "--json", *flags, one["address"])
+            assert shown.returncode == 0, shown.stderr
+            return sum(row["requests"] for row in json.loads(shown.stdout))
+
+        async def all_counted() -> bool:
+            return await asyncio.to_thread(counted, "exact") == REQUESTS
+
+        asyncio.run(eventually(all_counted, "both gateways' counts are in the database", within_s=60))
+        _kill(redis)
+        # Without Redis each gateway counts by itself: more than was meant, but never without a limit.
+        outcomes = asyncio.run(flood(workspace, addresses, 320, "later"))
+        assert outcomes == {"answered": 20, "quota-exceeded": 300}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait(30)
