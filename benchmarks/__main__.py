@@ -18,8 +18,9 @@ NAMES: Final = (
     "compile",
     "tuning",
     "fleet",
-    "limits",
     "gateway",
+    "authentication",
+    "limits",
 )
 
 folder = Path("build/benchmarks")

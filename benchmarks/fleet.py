@@ -126,14 +126,14 @@ def run(database: str, size: int, idle_s: float) -> dict[str, Any]:
 
 
 async def _measure(workspace: Workspace, cloud: CloudProcess, folder: Path, size: int, idle_s: float) -> dict[str, Any]:
-    trust = channel_credentials(workspace.trust / "ca.pem")
+    ca = workspace.trust / "ca.pem"
     devices = [LightDevice(f"device-{n}", folder, "triage", soak=lambda _seconds: 0.0) for n in range(size)]
     began = time.monotonic()
     await _enrol(workspace, cloud, devices)
     enrol_s = time.monotonic() - began
 
     rss_before, cpu_before, began = cloud.rss_mib(), cloud.cpu_s(), time.monotonic()
-    running = [asyncio.create_task(device.run(lambda: cloud.address, trust)) for device in devices]
+    running = [asyncio.create_task(device.run(lambda: cloud.address, ca)) for device in devices]
     await _until(lambda: all(device.serving == 1 and device.reports >= 2 for device in devices))
     connect_s, connect_cpu_s = time.monotonic() - began, cloud.cpu_s() - cpu_before
     kib = (cloud.rss_mib() - rss_before) * 1024 / size
@@ -174,10 +174,10 @@ async def connect_devices(
     workspace: Workspace, cloud: CloudProcess, folder: Path, size: int
 ) -> AsyncIterator[list[LightDevice]]:
     """Enrol devices, and keep each connected with an open Watch stream."""
-    trust = channel_credentials(workspace.trust / "ca.pem")
+    ca = workspace.trust / "ca.pem"
     devices = [LightDevice(f"{folder.name}-{n}", folder, "triage", soak=lambda _seconds: 0.0) for n in range(size)]
     await _enrol(workspace, cloud, devices)
-    running = [asyncio.create_task(device.run(lambda: cloud.address, trust)) for device in devices]
+    running = [asyncio.create_task(device.run(lambda: cloud.address, ca)) for device in devices]
     try:
         await _until(lambda: all(device.watching.is_set() and device.reports >= 2 for device in devices))
         yield devices

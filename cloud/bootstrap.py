@@ -14,8 +14,7 @@ import json
 import os
 import signal
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +27,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import Collector
 
+from cloud.access_service import AccessService
+from cloud.access_store import AccessStore
+from cloud.audit_service import AuditService
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
@@ -39,11 +41,14 @@ from cloud.gateway import Gateway, Inference
 from cloud.limits import Limits, open_limits
 from cloud.memory import give_back, limit_heaps
 from cloud.metrics import GatewayCollector, cloud_registry
+from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
+from cloud.recorder import Recorder
 from cloud.redis_quotas import connect
 from cloud.registry import RegistryService
 from cloud.replicas import Replicas
 from cloud.response_cache import MemoryCache, ResponseCache
+from cloud.revocations import Revocations
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
 from cloud.shadow import Shadows
@@ -51,29 +56,52 @@ from cloud.supervisor import TritonServer
 from cloud.traffic_desk import Serving, TrafficDesk
 from cloud.traffic_service import TrafficService
 from cloud.tritons import open_replicas, start_replicas
+from cloud.unsealer import SealingService, Unsealer
 from isthmus.address import check_free
-from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
+from isthmus.errors import ConfigError, ConflictError, IsthmusError
 from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc, traffic_pb2_grpc, usage_pb2_grpc
+from isthmus.v1 import (
+    access_pb2_grpc,
+    audit_pb2_grpc,
+    fleet_pb2_grpc,
+    registry_pb2_grpc,
+    sealing_pb2_grpc,
+    traffic_pb2_grpc,
+    usage_pb2_grpc,
+)
+from security.audit.budget import SUMMARY_S, Budget
+from security.audit.interceptors import ActionAudit, RefusalAudit
+from security.audit.keys import PUBLIC, load_audit_key, load_public_keys
+from security.audit.writer import AuditLog, Terms
+from security.authenticator import Authenticator
+from security.binding import Guard
 from security.enrolment import IssuingCa
+from security.guard import CallGuard
 from security.interceptors import AuthInterceptor
-from security.repository import CloudRepository
+from security.listener import Listener
+from security.oidc import OidcIssuers
+from security.roles import AccessBook
+from security.tenants import TenantRepositories
 from security.tls import server_credentials
-from security.tokens import TokenIssuer
+from security.tokens import TokenIssuer, TokenVerifier
 
 _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", "tuf/1.root.json")
 _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
+_FOLLOW_S: Final = 1.0  # how often the files of keys are looked at
 _SERVICES: Final = (
     SERVICE,
     "isthmus.v1.FleetService",
     "isthmus.v1.RegistryService",
     "isthmus.v1.RolloutService",
+    "isthmus.v1.AccessService",
     "isthmus.v1.TrafficService",
     "isthmus.v1.UsageService",
+    "isthmus.v1.AuditService",
+    "isthmus.v1.SealingService",
 )
 
 log = structlog.get_logger(__name__)
@@ -84,9 +112,10 @@ class Cloud:
     """A running cloud."""
 
     address: str
+    device_address: str  # where devices call, with their certificates
     pool: Replicas
-    metrics: str | None  # where Prometheus reads, if anywhere
     limits: Limits
+    metrics: str | None  # where Prometheus reads, if anywhere
     _stack: AsyncExitStack
 
     @property
@@ -110,7 +139,10 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
     async with AsyncExitStack() as stack:
         state = _open_state(settings.home, stack)
         issuer, authority = TokenIssuer.load(settings.home), IssuingCa.load(settings.home)
-        repository = CloudRepository(settings.home)
+        repositories = TenantRepositories(settings.home)
+        trail, refusals = _audit_log(settings, state), Budget()
+        stack.callback(trail.close)
+        recorder = Recorder(trail, share=settings.audit_share)
         database = Database(settings.database) if settings.database else open_database(state / "isthmus.db")
         stack.callback(database.close)
         place = settings.blobs.rstrip("/") or str(state)
@@ -121,8 +153,9 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         desk = TrafficDesk(database, catalog, replicas, poll_s=settings.rollout_poll_s)
         desk.read()
         roster = Roster(database, lambda model, version: publisher.variants(model, version), time.time)
+        owners, book = BlobOwners(database), AccessBook()
         publisher = Publisher(
-            database, blobs, deltas, repository, catalog, replicas, roster,
+            database, blobs, deltas, repositories, owners, catalog, replicas, roster,
             heavy_versions=settings.heavy_versions, delta_bases=settings.delta_bases, used_bases=settings.used_bases,
             traffic=desk.versions,
         )  # fmt: skip
@@ -132,50 +165,82 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
             roster,
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
+            recorder=recorder,
         )
-        limits = await open_limits(settings, database, state, _told_by(replicas), stack)
+        access, issuers = AccessStore(database, book, poll_s=settings.access_poll_s), OidcIssuers(settings.oidc)
+        guard, verifier = Guard(), issuer.verifier()
+        revocations = Revocations(database, guard)
+        await revocations.refresh()
+        limits = await open_limits(settings, database, state, replicas.statistics_by_source, stack)
         for name, work in limits.works.items():
             await stack.enter_async_context(_background(work(), name=name))
-        server, address = _server(settings, issuer)
+        authenticator = Authenticator(verifier, book=book, issuers=issuers)
+        server, address, device_address = _server(
+            settings,
+            RefusalAudit(trail, refusals),
+            AuthInterceptor(authenticator, guard=guard),
+            CallGuard(settings.listener),
+            ActionAudit(trail),  # sees requests that were read and parsed
+        )
         counters = GatewayCounters()
         shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
         stack.push_async_callback(shadows.close)
         cache = _cache(settings, stack)
         inference = Inference(desk, shadows, cache, counters, limits.admission, limits.meter)
-        gateway = Gateway(catalog, replicas, inference, default_deadline_s=settings.default_deadline_s)
+        unsealer = Unsealer(settings.home)
+        gateway = Gateway(
+            catalog, replicas, inference,
+            default_deadline_s=settings.default_deadline_s, recorder=recorder, unsealer=unsealer,
+        )  # fmt: skip
         server.add_generic_rpc_handlers([gateway.handler()])
-        services: Any = _Services(server)
+        traffic_pb2_grpc.add_TrafficServiceServicer_to_server(TrafficService(desk, catalog, replicas, counters), server)
         fleet = FleetService(
-            database, conductor, issuer, authority, admission=limits.admission, token_ttl_s=settings.token_ttl_s
-        )
-        registry = RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow)
-        traffic = TrafficService(desk, catalog, replicas, counters)
-        fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, services)
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, services)
-        fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), services)
-        traffic_pb2_grpc.add_TrafficServiceServicer_to_server(traffic, services)
-        usage_pb2_grpc.add_UsageServiceServicer_to_server(limits.service, services)
+            database, conductor, issuer, authority, admission=limits.admission,
+            revocations=revocations, device_address=settings.device_address or f":{device_address.rpartition(':')[2]}",
+            unbound_tokens=settings.unbound_tokens, token_ttl_s=settings.token_ttl_s, tenants=repositories.names,
+            recorder=recorder,
+        )  # fmt: skip
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
+        registry = RegistryService(
+            database, blobs, deltas, repositories, catalog, publisher, owners,
+            changed=conductor.follow, recorder=recorder,
+        )  # fmt: skip
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server)
+        access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(access), server)
+        sealing_pb2_grpc.add_SealingServiceServicer_to_server(SealingService(unsealer), server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(trail.folder), server)
+        fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(limits.service, server)
 
-        ready_file = _ReadyFile(settings.ready_file, address, replicas)
+        ready_file = _ReadyFile(settings.ready_file, address, device_address, replicas)
         ready_file.check()
         stack.callback(ready_file.remove)
         await start_replicas(replicas, ready_file.rewrite)
         await publisher.restore()
         await conductor.refresh()
+        await access.refresh()
+        stack.push_async_callback(access.keep_used)
+        await stack.enter_async_context(_background(access.run(), name="access"))
+        for external in issuers.all:
+            await stack.enter_async_context(_background(external.keys.run(), name=f"oidc-{external.config.name}"))
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
+        await stack.enter_async_context(_background(revocations.run(), name="revocations"))
+        await stack.enter_async_context(_background(_follow_keys(issuer, verifier, authority), name="keys"))
         await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
         await stack.enter_async_context(_background(desk.follow(), name="traffic"))
         await stack.enter_async_context(_background(give_back(), name="memory"))
-        await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
-        collectors = [GatewayCollector(counters, replicas, cache), limits.collector()]
-        metrics = await _listen_for_metrics(settings, collectors, stack)
+        await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
+        await stack.enter_async_context(_background(_sum_up(trail, refusals), name="audit-summaries"))
+        metrics = await _listen_for_metrics(
+            settings, [GatewayCollector(counters, replicas, cache), limits.collector()], stack
+        )
         ready_file.metrics = metrics
         servicer = await _listen(server, settings.drain_s, stack)
         await stack.enter_async_context(_background(_report_health(servicer, replicas), name="health"))
         stack.callback(conductor.close)
         ready_file.write()
-        log.info("cloud serves", address=address, metrics=metrics, models=catalog.models)
-        return Cloud(address, replicas, metrics, limits, stack.pop_all())
+        log.info("cloud serves", address=address, device_address=device_address, metrics=metrics, models=catalog.models)
+        return Cloud(address, device_address, replicas, limits, metrics, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -206,76 +271,62 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
     return state
 
 
-def _told_by(replicas: Replicas) -> Callable[[], Awaitable[dict[str, list[Any]]]]:
-    """Return what asks each Triton for its statistics. A child is another one each time; one that is shared is not."""
-    run = uuid.uuid4().hex
-
-    async def ask() -> dict[str, list[Any]]:
-        told = {}
-        for replica in replicas:
-            if replica.serving or replica.drained:
-                name = replica.name if replica.server is None else f"{replica.name} of {run}"
-                with contextlib.suppress(UnavailableError):  # one that is away is asked again the next time
-                    told[name] = await replica.client.statistics()
-        return told
-
-    return ask
-
-
-def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Server, str]:
-    """Return a server that is bound to its address, and that address."""
-    check_free(settings.listen, "listen")
-    server = grpc.aio.server(
-        interceptors=(AuthInterceptor(issuer.verifier()), StatusInterceptor()),
-        options=(
-            ("grpc.max_receive_message_length", settings.max_message_bytes),
-            ("grpc.max_send_message_length", settings.max_message_bytes),
-            # Buffers that every connection has; they grow with what comes.
-            ("grpc.tsi.max_frame_size", 4096),
-            ("grpc.experimental.tcp_min_read_chunk_size", 1024),
-            ("grpc.experimental.tcp_read_chunk_size", 1024),
-            ("grpc.so_reuseport", 0),  # or a second cloud would silently share the port
-            ("grpc.keepalive_time_ms", 60_000),  # finds watchers that went away without a word
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ),
+def _audit_log(settings: CloudSettings, state: Path) -> AuditLog:
+    """Return the log, and with it the key; whoever cannot keep a record must not serve."""
+    key = load_audit_key(settings.home)
+    return AuditLog(
+        settings.audit_folder or state / "audit",
+        key,
+        keys=load_public_keys(settings.home / PUBLIC),
+        terms=Terms(checkpoint_s=settings.audit_checkpoint_s, min_free_bytes=settings.audit_min_free_mib << 20),
     )
-    credentials = server_credentials(settings.home / "server.key", settings.home / "server.pem")
+
+
+async def _sum_up(trail: AuditLog, refusals: Budget) -> None:
+    """Record the counts of refusals that were not recorded one by one."""
     try:
-        port = server.add_secure_port(settings.listen, credentials)
+        while True:
+            await asyncio.sleep(SUMMARY_S)
+            for event in refusals.summary():
+                trail.note(event)
+    finally:
+        for event in refusals.summary(at_once=True):
+            trail.note(event)
+
+
+def _server(settings: CloudSettings, *interceptors: grpc.aio.ServerInterceptor) -> tuple[grpc.aio.Server, str, str]:
+    """Return a server that is bound to its two addresses, and these: for everybody, and for devices."""
+    server = Listener(
+        settings.listener,
+        message_bytes=settings.max_message_bytes,
+        calls=settings.concurrent_calls,
+        interceptors=(StatusInterceptor(), *interceptors),
+    )
+    key, chain = settings.home / "server.key", settings.home / "server.pem"
+    address = _bind(server, "listen", settings.listen, server_credentials(key, chain))
+    asking = server_credentials(key, chain, settings.home / "issuing-ca.pem")
+    return server, address, _bind(server, "device_listen", settings.device_listener, asking)
+
+
+def _bind(server: grpc.aio.Server, setting: str, address: str, credentials: grpc.ServerCredentials) -> str:
+    check_free(address, setting)
+    try:
+        port = server.add_secure_port(address, credentials)
     except RuntimeError:
         port = 0
     if port == 0:
         raise ConfigError(
-            f"listen: cannot listen on {settings.listen}",
-            hint="another program may have the port, or the address is not this machine's; --listen takes another one",
+            f"{setting}: cannot listen on {address}",
+            hint=f"another program may have it, or it is not this machine's; {setting} takes another address",
             reason="address-in-use",
         )
-    return server, f"{settings.listen.rpartition(':')[0]}:{port}"
-
-
-class _Services:
-    """Takes services in for a server, by their names only.
-
-    Generated code also registers each method by itself. grpc.aio then waits for a call of each of them, and sorts
-    through all that it waits for whenever one comes: with forty methods that costs a request more than its token does.
-    """
-
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
-
-    def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        """Take in a service."""
-        self._server.add_generic_rpc_handlers(handlers)
-
-    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
-        """Do without its methods by themselves."""
+    return f"{address.rpartition(':')[0]}:{port}"
 
 
 async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack) -> health.aio.HealthServicer:
     servicer = health.aio.HealthServicer()
-    services: Any = _Services(server)
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, services)
-    reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), services)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), server)
     for service in ("", *_SERVICES):
         await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
@@ -337,11 +388,11 @@ def _complain(task: asyncio.Task[Any]) -> None:
         log.critical("background work died; restart the cloud", work=task.get_name(), exc_info=error)
 
 
-async def _keep_fresh(repository: CloudRepository) -> None:
+async def _keep_fresh(repositories: TenantRepositories) -> None:
     """Re-sign the metadata that is about to expire, now and every hour."""
     while True:
         try:
-            await asyncio.to_thread(repository.refresh_if_due, datetime.now(UTC))
+            await asyncio.to_thread(repositories.refresh_if_due, datetime.now(UTC))
         except (IsthmusError, OSError) as error:  # a disk may be full for a while
             log.exception("signed metadata not renewed", reason=getattr(error, "reason", "disk"))
             await asyncio.sleep(_REFRESH_AGAIN_S)
@@ -349,11 +400,23 @@ async def _keep_fresh(repository: CloudRepository) -> None:
             await asyncio.sleep(_REFRESH_S)
 
 
+async def _follow_keys(issuer: TokenIssuer, verifier: TokenVerifier, authority: IssuingCa) -> None:
+    """Take up token keys and an issuing authority that were rotated, and let go keys whose time is over."""
+    published = issuer.jwks
+    while True:
+        await asyncio.sleep(_FOLLOW_S)
+        authority.refresh()
+        issuer.refresh()
+        if (jwks := issuer.jwks) != published:  # in one step with the line above: nothing is signed that is not known
+            verifier.use_keys(jwks)
+            published = jwks
+
+
 class _ReadyFile:
     """Tells scripts where the cloud listens; exists while it serves."""
 
-    def __init__(self, path: Path | None, address: str, replicas: Replicas) -> None:
-        self._path, self._address, self._replicas = path, address, replicas
+    def __init__(self, path: Path | None, address: str, device_address: str, replicas: Replicas) -> None:
+        self._path, self._address, self._device_address, self._replicas = path, address, device_address, replicas
         self._written = False
         self.metrics: str | None = None
 
@@ -373,8 +436,14 @@ class _ReadyFile:
         if self._path is None:
             return
         pids = [replica.server.pid for replica in self._replicas if replica.server is not None]
-        record = {"address": self._address, "pid": os.getpid(), "triton_pid": pids[0] if pids else 0}
-        record |= {"triton_pids": pids} | ({} if self.metrics is None else {"metrics": self.metrics})
+        record = {
+            "address": self._address,
+            "device_address": self._device_address,
+            "pid": os.getpid(),
+            "triton_pid": pids[0] if pids else 0,
+            "triton_pids": pids,
+        }
+        record |= {} if self.metrics is None else {"metrics": self.metrics}
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(record) + "\n")
         temporary.replace(self._path)

@@ -19,6 +19,9 @@ ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings
 def serve(
     home: Annotated[Path | None, typer.Option(help="The workspace's cloud folder.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = None,
+    device_listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT that asks for device certificates; default: the port after --listen.")
+    ] = None,
     blobs: Annotated[
         str | None, typer.Option(help="Folder or fsspec address, such as s3://bucket/folder, for bundles.")
     ] = None,
@@ -34,8 +37,8 @@ def serve(
     from cloud.bootstrap import open_runner, serve_until_signal
     from cloud.config import CloudSettings
 
-    flags: dict[str, object] = {"home": home, "listen": listen, "blobs": blobs, "database": database}
-    flags |= {"triton": ",".join(triton) if triton else None, "triton_children": triton_children}
+    flags: dict[str, object] = {"home": home, "listen": listen, "device_listen": device_listen, "blobs": blobs}
+    flags |= {"database": database, "triton": ",".join(triton) if triton else None, "triton_children": triton_children}
     flags |= {"ready_file": ready_file}
     with open_runner() as runner:
         runner.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
@@ -47,6 +50,7 @@ def accept(
     cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
     trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with an operator's token.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant to act in, for admins of the cloud.")] = None,
     config: ConfigOption = None,
 ) -> None:
     """Hand signed metadata to the cloud: a new root, delegations. All FILES take effect, or none."""
@@ -55,7 +59,7 @@ def accept(
     from security.keyfiles import read_file
 
     offered = {path.name: read_file(path, hint="isthmus keys makes these files") for path in files}
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         client.submit(offered)
     note(f"the cloud serves {', '.join(offered)}")
 
@@ -65,13 +69,14 @@ def status(
     cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
     trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with an operator's token.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant to act in, for admins of the cloud.")] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show Triton's version, the loaded heavy models and their counters."""
     from cloud.operator_cli import connect
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         record = client.status()
     if as_json:
         show_record("cloud", record, as_json=True)

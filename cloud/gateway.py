@@ -24,19 +24,22 @@ import grpc
 import structlog
 
 from cloud.admission import Admission
-from cloud.catalog import Catalog, unknown_model
+from cloud.catalog import Catalog
 from cloud.counters import ANSWERED, GatewayCounters
 from cloud.heavy import HeavyId
 from cloud.metering import Call, Meter
+from cloud.recorder import Recorder
 from cloud.replicas import Replicas
 from cloud.response_cache import ResponseCache, cache_key
 from cloud.shadow import Shadows
 from cloud.traffic import Shadow
 from cloud.traffic_desk import Route, TrafficDesk
+from cloud.unsealer import Unsealer
 from isthmus import __version__
-from isthmus.errors import IsthmusError, NotFoundError, QuotaError
+from isthmus.errors import InputError, IsthmusError, NotFoundError, QuotaError
 from isthmus.oip import SERVICE, service_pb2, set_parameter
 from isthmus.oip_head import RequestHead, read_head
+from isthmus.sealed import SEALED
 from security.interceptors import current_claims
 from security.tokens import Claims
 
@@ -71,15 +74,25 @@ class Gateway:
         replicas: The Tritons with the heavy models.
         inference: What chooses versions, compares, keeps and counts answers.
         default_deadline_s: For requests that come without a deadline.
+        recorder: Hears of answered requests.
+        unsealer: Opens sealed inputs; None refuses them.
     """
 
     def __init__(
-        self, catalog: Catalog, replicas: Replicas, inference: Inference, *, default_deadline_s: float = 30.0
+        self,
+        catalog: Catalog,
+        replicas: Replicas,
+        inference: Inference,
+        *,
+        default_deadline_s: float = 30.0,
+        recorder: Recorder | None = None,
+        unsealer: Unsealer | None = None,
     ) -> None:
         self._catalog, self._replicas = catalog, replicas
         self._desk, self._shadows = inference.desk, inference.shadows
         self._cache, self._counters = inference.cache, inference.counters
         self._admission, self._meter = inference.admission, inference.meter
+        self._recorder, self._unsealer = recorder or Recorder(), unsealer
         self._default_deadline_s = default_deadline_s
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -112,19 +125,20 @@ class Gateway:
         """
         claims = current_claims()
         with self._meter.call(claims, len(raw)) as call:
-            return await self._infer(raw, claims, call, context)
+            head = read_head(raw)
+            self._catalog.check_may_see(claims, head.model_name)
+            route = self._desk.route(head, claims.subject)
+            call.resolved(head.model_name, route.version)
+            return await self._counted(raw, head, route, call, context)
 
-    async def _infer(self, raw: bytes, claims: Claims, call: Call, context: _Context) -> bytes:
-        started, head = time.perf_counter(), read_head(raw)
-        if not claims.may_use(head.model_name):
-            raise unknown_model(head.model_name)
-        route = self._desk.route(head, claims.subject)
-        call.resolved(head.model_name, route.version)
+    async def _counted(self, raw: bytes, head: RequestHead, route: Route, call: Call, context: _Context) -> bytes:
+        """Answer, and count what became of it by version and assignment."""
+        started, claims = time.perf_counter(), call.claims
         counters = self._counters.of(head.model_name)
         outcome = "internal"
         try:
             async with self._admission.admit(claims, head.model_name, len(raw)):
-                answer = await self._answer(raw, head, route, call, claims.tenant, context)
+                answer = await self._answer(raw, head, route, call, context)
             outcome = ANSWERED
         except IsthmusError as error:
             outcome = error.reason
@@ -141,32 +155,40 @@ class Gateway:
         finally:
             counters.outcomes[route.version, route.assignment, outcome] += 1
         counters.latency.note(time.perf_counter() - started)
+        sealed = SEALED in head.parameters()
+        self._recorder.answered(head.model_name, route.version, head.id[:_MAX_ID], sealed=sealed, context=context)
         return answer
 
-    async def _answer(
-        self, raw: bytes, head: RequestHead, route: Route, call: Call, tenant: str, context: _Context
-    ) -> bytes:
+    async def _answer(self, raw: bytes, head: RequestHead, route: Route, call: Call, context: _Context) -> bytes:
         """Return what was answered before, or what a Triton answers; the names and versions are the caller's."""
-        counters, policy = self._counters.of(head.model_name), route.policy
-        key = cache_key(tenant, route.heavy, head) if policy.cache_s else None
+        counters, policy, tenant = self._counters.of(head.model_name), route.policy, call.claims.tenant
+        suffix = _suffix(head.model_name, route.version, route.assignment)
+        sealed = SEALED in head.parameters()
+        key = cache_key(tenant, route.heavy, head) if policy.cache_s and not sealed else None
         if key is not None:
             kept = await self._cache.get(tenant, key)
             if kept is not None:
                 counters.cache_hits += 1
-                suffix = _suffix(head.model_name, route.version, route.assignment)
-                answer = b"".join((kept, suffix, _cached(head.id)))
-                call.cached(len(answer))
-                return answer
+                whole = b"".join((kept, suffix, _cached(head.id)))
+                call.cached(len(whole))
+                return whole
             counters.cache_misses += 1
+        timeout_s = self._time_left(head, context)
+        # Opened here and nowhere before: what is cached, logged or kept on the way is the envelope.
+        plain = self._opened(raw, call.claims) if sealed else raw
         call.sent()
-        answer = await self._replicas.infer(route.heavy, raw, timeout_s=self._time_left(head, context))
-        suffix = _suffix(head.model_name, route.version, route.assignment)
+        answer = await self._replicas.infer(route.heavy, plain, timeout_s=timeout_s)
         call.answered(len(answer) + len(suffix))
         if key is not None:
             await self._cache.put(tenant, key, answer, policy.cache_s)
         if policy.shadow is not None:
-            self._copy(policy.shadow, head.model_name, route, raw, answer)
+            self._copy(policy.shadow, head.model_name, route, plain, answer)
         return answer + suffix
+
+    def _opened(self, raw: bytes, claims: Claims) -> bytes:
+        if self._unsealer is None:
+            raise InputError(f"{SEALED}: sealed inputs are not opened here", reason="sealed-unknown-key")
+        return self._unsealer.open(service_pb2.ModelInferRequest.FromString(raw), claims)
 
     def _copy(self, shadow: Shadow, model: str, route: Route, raw: bytes, answer: bytes) -> None:
         heavy = self._catalog.heavy(model, shadow.version)
@@ -174,8 +196,7 @@ class Gateway:
             self._shadows.offer(shadow, heavy, raw, answer, self._counters.of(model).shadow)
 
     def _resolve(self, claims: Claims, model: str, version: str) -> tuple[int, HeavyId]:
-        if not claims.may_use(model):
-            raise unknown_model(model)
+        self._catalog.check_may_see(claims, model)
         return self._catalog.resolve(model, version)
 
     def _time_left(self, head: RequestHead, context: _Context) -> float:
@@ -231,13 +252,13 @@ class Gateway:
             UnavailableError: Triton does not answer.
         """
         claims = current_claims()
-        if request.name and not (claims.may_use(request.name) and request.name in self._catalog.models):
-            raise unknown_model(request.name)
+        if request.name:
+            self._catalog.check_may_see(claims, request.name)
         known = {heavy.name: heavy for heavy in self._replicas.loaded}
         answer = service_pb2.ModelStatisticsResponse()
         for statistics in await self._replicas.statistics():
             heavy = known.get(statistics.name)
-            if heavy is None or not claims.may_use(heavy.model) or request.name not in ("", heavy.model):
+            if heavy is None or not self._catalog.may_see(claims, heavy.model) or request.name not in ("", heavy.model):
                 continue
             statistics.name, statistics.version = heavy.model, str(heavy.version)
             if request.version in ("", statistics.version):

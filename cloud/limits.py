@@ -62,10 +62,11 @@ async def open_limits(
     await follower.refresh()
     store = _store(settings)
     stack.push_async_callback(store.close)
-    meter = Meter(usage, Journal(state / "metering"), flush_s=settings.metering_flush_s)
+    flush_s, keep_days = settings.metering_flush_s, settings.usage_days
+    meter = Meter(usage, Journal(state / "metering"), flush_s=flush_s, keep_days=keep_days)
     await meter.start()
     stack.push_async_callback(meter.close)
-    compute = TritonUsage(database, tritons, every_s=settings.metering_flush_s)
+    compute = TritonUsage(database, tritons, every_s=flush_s)
     works: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
         "quotas": follower.run, "metering": meter.run, "compute": compute.run,
     }  # fmt: skip

@@ -48,6 +48,7 @@ class Meter:
         table: Where counts are kept.
         journal: Where they are until then.
         flush_s: How often they are moved.
+        keep_days: How long the database keeps them.
         clock: Unix seconds.
     """
 
@@ -57,10 +58,11 @@ class Meter:
         journal: Journal,
         *,
         flush_s: float = 10.0,
+        keep_days: int = 400,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._table, self._journal = table, journal
-        self._flush_s, self._clock = flush_s, clock
+        self._flush_s, self._keep_s, self._clock = flush_s, keep_days * 86400, clock
         self._usage: Usage = {}
         self._waiting: tuple[Segment, Usage] | None = None  # of a commit that failed
         self._lock = asyncio.Lock()
@@ -99,11 +101,16 @@ class Meter:
         self._journal.write(key, outcome, bytes_in, bytes_out, calls, us)
 
     async def run(self) -> None:
-        """Move counts to the database every few seconds, for ever."""
+        """Move counts to the database every few seconds and forget old ones every hour, for ever."""
+        forgotten_at = 0
         while True:
             await asyncio.sleep(self._flush_s)
             with suppress(SQLAlchemyError, OSError):  # `flush` has said so; they are moved the next time
                 await self.flush()
+                hour = int(self._clock()) // HOUR * HOUR
+                if hour != forgotten_at:
+                    await asyncio.to_thread(self._table.forget, hour - self._keep_s)
+                    forgotten_at = hour
 
     async def flush(self) -> None:
         """Move all counts to the database.
@@ -168,11 +175,11 @@ class Meter:
 class Call:
     """One request, counted when the block ends; what it is for and what came of it is told on the way."""
 
-    __slots__ = ("_bytes_in", "_bytes_out", "_calls", "_claims", "_meter", "_model", "_outcome", "_started", "_us",
-                 "_version")  # fmt: skip
+    __slots__ = ("_bytes_in", "_bytes_out", "_calls", "_meter", "_model", "_outcome", "_started", "_us", "_version",
+                 "claims")  # fmt: skip
 
     def __init__(self, meter: Meter, claims: Claims, bytes_in: int) -> None:
-        self._meter, self._claims, self._bytes_in = meter, claims, bytes_in
+        self._meter, self.claims, self._bytes_in = meter, claims, bytes_in
         self._model, self._version = "", 0
         self._bytes_out, self._calls, self._started, self._us = 0, 0, 0, 0
         self._outcome = _FAILED
@@ -187,7 +194,7 @@ class Call:
         if self._started:
             self._stop()
         self._meter.count(
-            self._claims, self._model, self._version, self._outcome if error is None else _outcome_of(error),
+            self.claims, self._model, self._version, self._outcome if error is None else _outcome_of(error),
             self._bytes_in, self._bytes_out if error is None else 0, self._calls, self._us,
         )  # fmt: skip
 

@@ -13,6 +13,8 @@ Each has its own connection and its own pool of models (cloud.heavy). Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import uuid
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +112,7 @@ class Replicas:
         self._replicas = tuple(replicas)
         self._budget = RetryBudget()
         self._turn = 0
+        self._run = uuid.uuid4().hex
         self._changes = asyncio.Lock()  # loads, retirements, and who serves
 
     def __iter__(self) -> Any:
@@ -226,6 +229,16 @@ class Replicas:
         if not answers:
             raise UnavailableError("cannot read statistics: Triton does not answer", reason=LOST)
         return merged(answers)
+
+    async def statistics_by_source(self) -> dict[str, list[Any]]:
+        """Return the ModelStatistics messages of each Triton that answers, by a name that no other one ever had."""
+        found: dict[str, list[Any]] = {}
+        for replica in self._replicas:
+            # A Triton of our own is another one each time; one that is shared keeps its name.
+            source = replica.client.address if replica.server is None else f"{replica.client.address} of {self._run}"
+            with contextlib.suppress(UnavailableError):
+                found[source] = await replica.client.statistics()
+        return found
 
     # -- models ---------------------------------------------------------------------------------------------------
 

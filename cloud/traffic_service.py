@@ -6,11 +6,12 @@ from typing import Any, Final
 
 from cloud.catalog import Catalog
 from cloud.counters import ANSWERED, GatewayCounters
-from cloud.fleet import check_may_use
 from cloud.replicas import Replica, Replicas
 from cloud.traffic_desk import TrafficDesk
+from isthmus.errors import PermissionDeniedError
 from isthmus.v1 import traffic_pb2, traffic_pb2_grpc
 from security.interceptors import current_claims
+from security.tenancy import DEFAULT_TENANT
 
 _MOST_WAIT_S: Final = 600
 
@@ -30,7 +31,7 @@ class TrafficService(traffic_pb2_grpc.TrafficServiceServicer):
             ConflictError: No version is released, or one was withdrawn or cannot be loaded.
         """
         del context
-        check_may_use(request.model)
+        self._catalog.check_may_see(current_claims(), request.model)
         return traffic_pb2.SetTrafficResponse(policy=await self._desk.change(request, current_claims().subject))
 
     async def RollbackTraffic(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -40,7 +41,7 @@ class TrafficService(traffic_pb2_grpc.TrafficServiceServicer):
             NotFoundError: There is no such model.
         """
         del context
-        check_may_use(request.model)
+        self._catalog.check_may_see(current_claims(), request.model)
         policy = await self._desk.roll_back(request.model, current_claims().subject)
         released = self._catalog.released(request.model) or 0
         return traffic_pb2.RollbackTrafficResponse(policy=policy, released=released)
@@ -53,9 +54,9 @@ class TrafficService(traffic_pb2_grpc.TrafficServiceServicer):
         """
         del context
         if request.model:
-            check_may_use(request.model)
+            self._catalog.check_may_see(current_claims(), request.model)
         claims, policies = current_claims(), self._desk.policies()
-        models = [model for model in policies if claims.may_use(model) and request.model in ("", model)]
+        models = [model for model in policies if request.model in ("", model) and self._catalog.may_see(claims, model)]
         return traffic_pb2.ListTrafficResponse(reports=[self._report(model, policies[model]) for model in models])
 
     def _report(self, model: str, policy: Any) -> Any:
@@ -82,8 +83,13 @@ class TrafficService(traffic_pb2_grpc.TrafficServiceServicer):
         )
 
     async def ListReplicas(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Tell the Tritons of this cloud."""
+        """Tell the Tritons of this cloud.
+
+        Raises:
+            PermissionDeniedError: The caller is one tenant's only.
+        """
         del request, context
+        _check_whole_cloud()
         return traffic_pb2.ListReplicasResponse(replicas=[_replica(replica) for replica in self._replicas])
 
     async def DrainReplica(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -92,8 +98,10 @@ class TrafficService(traffic_pb2_grpc.TrafficServiceServicer):
         Raises:
             NotFoundError: There is none of that name.
             ConflictError: No other one serves.
+            PermissionDeniedError: The caller is one tenant's only.
         """
         del context
+        _check_whole_cloud()
         wait_s = min(request.wait_s, _MOST_WAIT_S)
         return traffic_pb2.DrainReplicaResponse(replica=_replica(await self._desk.drain(request.name, wait_s)))
 
@@ -102,9 +110,23 @@ class TrafficService(traffic_pb2_grpc.TrafficServiceServicer):
 
         Raises:
             NotFoundError: There is none of that name.
+            PermissionDeniedError: The caller is one tenant's only.
         """
         del context
+        _check_whole_cloud()
         return traffic_pb2.ResumeReplicaResponse(replica=_replica(await self._desk.resume(request.name)))
+
+
+def _check_whole_cloud() -> None:
+    """Check that the caller may act on what all tenants share.
+
+    Raises:
+        PermissionDeniedError: It may not.
+    """
+    if current_claims().tenant != DEFAULT_TENANT:
+        raise PermissionDeniedError(
+            "Tritons serve all tenants: the default tenant looks after them", reason="wrong-tenant"
+        )
 
 
 def _replica(replica: Replica) -> Any:

@@ -58,6 +58,12 @@ class UsageTable:
             for start in range(0, len(rows), _AT_ONCE):
                 add_rows(session, db.Usage, _KEYS, _COUNTS, rows[start : start + _AT_ONCE])
 
+    def forget(self, before: int) -> None:
+        """Remove what was asked, and computed, in hours that began before a time."""
+        with self._database.write() as session:
+            session.execute(delete(db.Usage).where(db.Usage.hour < before))
+            session.execute(delete(db.TritonUsage).where(db.TritonUsage.hour < before))
+
     def read(self, question: Question) -> list[tuple[tuple[Any, ...], Counts]]:
         """Return the groups that were asked for, each with its counts, in order."""
         columns: list[Any] = [getattr(db.Usage, name) for name in question.by]

@@ -28,7 +28,7 @@ async def _echo(raw: bytes, _context: Any) -> bytes:
 async def serve(key: Path, certificate: Path) -> None:
     """Serve for ever."""
     server = grpc.aio.server()
-    handlers: dict[str, Any] = {"ModelInfer": grpc.unary_unary_rpc_method_handler(_echo)}
+    handlers: Any = {"ModelInfer": grpc.unary_unary_rpc_method_handler(_echo)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_secure_port("127.0.0.1:0", server_credentials(key, certificate))
     await server.start()

@@ -21,6 +21,7 @@ from cloud.usage_rows import Question, UsageTable
 from isthmus.errors import InputError, IsthmusError, NotFoundError, QuotaError, UnavailableError
 from isthmus.status import TOO_LATE
 from security.tokens import Claims
+from tests.cloud.conftest import eventually
 
 HOUR = 1_800_000_000
 
@@ -285,6 +286,30 @@ def test_a_segment_reads_back_up_to_what_is_torn(
         assert found != wanted[-1]
     segment.remove()
     journal.close()
+
+
+def test_what_is_old_is_forgotten(table: UsageTable, folder: Path) -> None:
+    clock = Clock()
+
+    async def story() -> None:
+        counter = Meter(table, Journal(folder), flush_s=0.01, keep_days=2, clock=clock)
+        await counter.start()
+        for day in range(4):
+            clock.now = HOUR + day * 86400.0
+            ask(counter)
+        await counter.flush()
+        running = asyncio.create_task(counter.run())
+
+        async def is_forgotten() -> bool:
+            return await asyncio.to_thread(lambda: usage(table)[()].requests == 3)
+
+        await eventually(is_forgotten, "what is older than two days is gone")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await counter.close()
+
+    asyncio.run(story())
+    assert {hour for (hour,) in usage(table, "hour")} == {HOUR + day * 86400 for day in (1, 2, 3)}
 
 
 def test_totals_are_those_since_the_start(table: UsageTable, folder: Path) -> None:

@@ -128,6 +128,6 @@ def test_parameters_that_do_not_matter_are_left_out_of_the_content() -> None:
     for values in ({}, {"timeout": 5}, {"timeout": 7}, {"mode": "fast"}, {"mode": "fast", "timeout": 1}):
         request = encode_request("triage", {"x": np.ones((1, 3), np.float32)})
         for name, value in values.items():
-            set_parameter(request, name, value)
+            set_parameter(request, name, value)  # type: ignore[arg-type]
         requests.append(b"".join(read_head(request.SerializeToString()).content(lambda name: name == "timeout")))
     assert requests[0] == requests[1] == requests[2] != requests[3] == requests[4]
