@@ -18,6 +18,8 @@ NAMES: Final = (
     "compile",
     "tuning",
     "fleet",
+    "gateway",
+    "authentication",
     "limits",
 )
 

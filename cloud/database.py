@@ -34,8 +34,9 @@ from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from isthmus.errors import ConfigError, MissingExtraError
+from security.tenancy import DEFAULT_TENANT
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 _WRITE_LOCK: Final = 0x69737468  # of PostgreSQL's advisory locks: any number that nobody else takes
 _DATABASE_HINT: Final = "--database takes sqlite:///FILE or postgresql://USER@HOST/NAME"
 _ROW_ID: Final = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by INTEGER only
@@ -60,6 +61,7 @@ class Model(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     released: Mapped[int | None] = mapped_column(BigInteger)
     revision: Mapped[int] = mapped_column(BigInteger, default=0)
+    tenant: Mapped[str] = mapped_column(default=DEFAULT_TENANT)
 
 
 class Ledger(Base):
@@ -88,10 +90,12 @@ class Device(Base):
     __tablename__ = "devices"
     id: Mapped[str] = mapped_column(primary_key=True)
     public_key_pem: Mapped[bytes]
+    key_sha256: Mapped[str] = mapped_column(default="", index=True)  # of the SubjectPublicKeyInfo, hexadecimal
     enrolled_at: Mapped[float]
     last_seen_at: Mapped[float]
     facts: Mapped[bytes] = mapped_column(default=b"")  # DeviceFacts, as the device sent them
     revision: Mapped[int] = mapped_column(BigInteger, default=0, index=True)
+    tenant: Mapped[str] = mapped_column(default=DEFAULT_TENANT)
 
 
 class DeviceModel(Base):
@@ -126,6 +130,21 @@ class Invite(Base):
     device_id: Mapped[str]
     expires_at: Mapped[float]
     used_at: Mapped[float | None]
+    tenant: Mapped[str] = mapped_column(default=DEFAULT_TENANT)
+
+
+class Revocation(Base):
+    """A device, by its name, or a key, by its digest, that is refused until it is lifted; a key never is."""
+
+    __tablename__ = "revocations"
+    kind: Mapped[str] = mapped_column(primary_key=True)  # "device" or "key"
+    value: Mapped[str] = mapped_column(primary_key=True)
+    device_id: Mapped[str] = mapped_column(index=True)
+    reason: Mapped[str]
+    revoked_at: Mapped[float]
+    revoked_by: Mapped[str]
+    lifted_at: Mapped[float | None]
+    revision: Mapped[int] = mapped_column(BigInteger, index=True)
 
 
 class Report(Base):
@@ -182,6 +201,24 @@ class RolloutStage(Base):
     soak_s: Mapped[int]
     threshold: Mapped[int | None] = mapped_column(BigInteger)
     started_at: Mapped[float | None]
+
+
+class Traffic(Base):
+    """How the requests for a model are spread over its versions (cloud.traffic)."""
+
+    __tablename__ = "traffic"
+    model: Mapped[str] = mapped_column(ForeignKey("models.name"), primary_key=True)
+    policy: Mapped[bytes]  # TrafficPolicy
+    revision: Mapped[int] = mapped_column(BigInteger, index=True)
+
+
+class Drain(Base):
+    """Whether a Triton that several clouds may use gets requests."""
+
+    __tablename__ = "drains"
+    replica: Mapped[str] = mapped_column(primary_key=True)  # its address
+    drained: Mapped[bool]
+    revision: Mapped[int] = mapped_column(BigInteger)
 
 
 class Event(Base):

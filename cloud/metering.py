@@ -175,11 +175,11 @@ class Meter:
 class Call:
     """One request, counted when the block ends; what it is for and what came of it is told on the way."""
 
-    __slots__ = ("_bytes_in", "_bytes_out", "_calls", "_claims", "_meter", "_model", "_outcome", "_started", "_us",
-                 "_version")  # fmt: skip
+    __slots__ = ("_bytes_in", "_bytes_out", "_calls", "_meter", "_model", "_outcome", "_started", "_us", "_version",
+                 "claims")  # fmt: skip
 
     def __init__(self, meter: Meter, claims: Claims, bytes_in: int) -> None:
-        self._meter, self._claims, self._bytes_in = meter, claims, bytes_in
+        self._meter, self.claims, self._bytes_in = meter, claims, bytes_in
         self._model, self._version = "", 0
         self._bytes_out, self._calls, self._started, self._us = 0, 0, 0, 0
         self._outcome = _FAILED
@@ -194,7 +194,7 @@ class Call:
         if self._started:
             self._stop()
         self._meter.count(
-            self._claims, self._model, self._version, self._outcome if error is None else _outcome_of(error),
+            self.claims, self._model, self._version, self._outcome if error is None else _outcome_of(error),
             self._bytes_in, self._bytes_out if error is None else 0, self._calls, self._us,
         )  # fmt: skip
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from edge.trial import Terms
 from edge.window import parse_window
 from isthmus.settings import Settings
+from security.listener import ListenerLimits
 
 
 def _check_window(text: str) -> str:
     parse_window(text)
     return text
+
+
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
 
 
 class UpdateSettings(BaseModel):
@@ -35,6 +40,16 @@ class UpdateSettings(BaseModel):
         default=Terms(soak_s=60.0, max_error_rate=0.02, max_latency_ratio=3.0),
         description="How versions prove themselves, where the cloud does not say.",
     )
+
+
+class EdgeListener(ListenerLimits):
+    """The limits of a device's listener: `[listener]`."""
+
+    connections: int = Field(default=256, ge=1, le=1 << 20, description="Open connections; more are closed at once.")
+    streams: int = Field(default=128, ge=1, le=1 << 16, description="Calls in progress on one connection.")
+    caller_calls: int = Field(default=96, ge=1, le=1 << 16, description="Calls in progress of one token's subject.")
+    stranger_calls: int = Field(default=16, ge=1, le=1 << 16, description="Calls in progress without a token, in all.")
+    peer_calls: int = Field(default=8, ge=1, le=1 << 16, description="Calls in progress of one address, no token.")
 
 
 class EdgeSettings(Settings):
@@ -71,6 +86,7 @@ class EdgeSettings(Settings):
     model_calls: int = Field(
         default=128, ge=1, le=4096, description="Requests of one model in progress; more are refused."
     )
+    listener: EdgeListener = Field(default=EdgeListener(), description="What the listener takes from callers.")
     message_mib: int = Field(default=64, ge=1, le=1024, description="Largest message, MiB.")
     allow_non_finite: bool = Field(default=False, description="Accept NaN and infinity in inputs.")
     stream_requests: int = Field(
@@ -104,6 +120,10 @@ class EdgeSettings(Settings):
     )
     response_cache_mib: int = Field(
         default=0, ge=0, le=1 << 16, description="Memory for answers to requests that come again, MiB; 0 for none."
+    )
+    seal_inputs: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+        default=(),
+        description='Inputs that only the gateway may read: "text", "triage/text" for one model, "*" for all.',
     )
     capture: bool = Field(default=False, description="Keep escalated requests with the cloud's answers.")
     capture_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for captures, MiB a model.")

@@ -8,7 +8,6 @@ tables answer UNIMPLEMENTED. Without TLS the listener binds loopback addresses a
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -27,33 +26,21 @@ from edge.router import Router
 from edge.stream import answer_stream
 from edge.unoffered import UNOFFERED
 from isthmus import __version__
-from isthmus.address import UNIX, check_free, split_address
+from isthmus.address import UNIX, check_free, is_local
 from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError, UnavailableError
 from isthmus.oip import SERVICE, service_pb2, set_parameter
 from isthmus.status import status_of, translate_errors
 from isthmus.v1 import agent_pb2
+from security.listener import Listener, ListenerLimits
 
 log = structlog.get_logger(__name__)
 
 AGENT_SERVICE: Final = "isthmus.v1.AgentService"
 
+_OWN_MACHINE: Final = ListenerLimits(age_s=0)
+
 Handler = Callable[[bytes, Any], Awaitable[Any]]
 StreamHandler = Callable[[AsyncIterator[bytes], Any], Awaitable[None]]
-
-
-def is_local(address: str, what: str = "listen") -> bool:
-    """Return whether only this machine can reach a listener at `address` (HOST:PORT or unix:PATH).
-
-    Raises:
-        ConfigError: It is no address; `what` names the option that it was given for.
-    """
-    if address.startswith(UNIX):
-        return True
-    host, _ = split_address(address, what)
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def may_use_all(model: str) -> bool:
@@ -250,6 +237,7 @@ class AgentServer:
         deferred: Methods of the agent's service that are about deferred requests.
         interceptors: Run before every call; they answer with statuses, not with our errors.
         concurrent_calls: Calls in progress; more are refused with RESOURCE_EXHAUSTED.
+        limits: What the listener takes from whoever connects.
         message_bytes: Largest message.
     """
 
@@ -266,6 +254,7 @@ class AgentServer:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         concurrent_calls: int = 128,
         message_bytes: int = 64 << 20,
+        limits: ListenerLimits = _OWN_MACHINE,
     ) -> None:
         if credentials is None and not is_local(listen):
             raise ConfigError(f"{listen} can be reached from other machines: expected TLS credentials, got none")
@@ -274,14 +263,8 @@ class AgentServer:
         self._service = service
         self._credentials = credentials
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(
-            interceptors=tuple(interceptors),
-            maximum_concurrent_rpcs=concurrent_calls,
-            options=(
-                ("grpc.max_receive_message_length", message_bytes),
-                ("grpc.max_send_message_length", message_bytes),
-                ("grpc.so_reuseport", 0),  # a second agent on the port must fail, not take half of the requests
-            ),
+        self._server = Listener(
+            limits, message_bytes=message_bytes, calls=concurrent_calls, interceptors=tuple(interceptors)
         )
 
         async def get_status(request: agent_pb2.GetStatusRequest) -> agent_pb2.GetStatusResponse:

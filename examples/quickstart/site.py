@@ -34,6 +34,7 @@ class Site:
     cloud: Server | None = None
     agent: Server | None = None
     cloud_address: str = "127.0.0.1:0"
+    device_address: str = "127.0.0.1:0"  # of the cloud, for devices
     agent_address: str = "127.0.0.1:0"
     _device: Path = field(init=False)
 
@@ -68,9 +69,11 @@ class Site:
             self.folder / "site" / "cloud",
             "--listen",
             self.cloud_address,
+            "--device-listen",
+            self.device_address,
         )
         state = self.cloud.wait_ready()
-        self.cloud_address = str(state["address"])
+        self.cloud_address, self.device_address = str(state["address"]), str(state["device_address"])
         return state
 
     def running_cloud(self) -> Server:

@@ -10,10 +10,11 @@ name that gRPC's own retries know (gRFC A6), and in whole seconds under HTTP's.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 from urllib.parse import quote, unquote
 
 import grpc
@@ -47,6 +48,10 @@ _KIND_OF: Final = {  # for codes that say enough; a peer that sends no class is 
     grpc.StatusCode.FAILED_PRECONDITION: errors.TrustError,
 }
 KIND_KEY: Final = "isthmus-error"  # the `reason` of the class in isthmus.errors
+# Initial metadata of answers to devices: what the time is for the server, Unix milliseconds, and where it asks for
+# certificates.
+TIME_KEY: Final = "isthmus-time"
+ADDRESS_KEY: Final = "isthmus-device-address"
 REASON_KEY: Final = "isthmus-reason"
 HINT_KEY: Final = "isthmus-hint"
 PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
@@ -118,7 +123,14 @@ def trailing_metadata(error: errors.IsthmusError) -> tuple[tuple[str, str], ...]
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata."""
+    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata.
+
+    What it makes of a method's handler it keeps for later calls. So it belongs last, next to the methods: what another
+    interceptor makes anew for each call would be translated anew for each call.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Any, Any]] = {}  # by method: the handler, and what was made of it
 
     async def intercept_service(
         self,
@@ -129,7 +141,12 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        return translate_errors(handler)
+        method = str(handler_call_details.method)
+        known = self._made.get(method)
+        if known is None or known[0] is not handler:
+            known = self._made[method] = (handler, translate_errors(handler))
+        made: grpc.RpcMethodHandler[Any, Any] = known[1]
+        return made
 
 
 def translate_errors(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
@@ -141,8 +158,13 @@ def wrap_handler(
     handler: grpc.RpcMethodHandler[Any, Any],
     unary: Callable[[Callable[..., Any]], Callable[..., Any]],
     stream: Callable[[Callable[..., Any]], Callable[..., Any]],
+    *,
+    unparsed: bool = False,
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response."""
+    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response.
+
+    `unparsed` hands requests on as bytes, for a wrapper that parses them itself, after it has looked at the call.
+    """
     parts: Any = handler
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -156,7 +178,7 @@ def wrap_handler(
     wrapped = stream(behaviour) if parts.response_streaming else unary(behaviour)
     wrapped_handler: grpc.RpcMethodHandler[Any, Any] = make(
         wrapped,
-        request_deserializer=parts.request_deserializer,
+        request_deserializer=None if unparsed else parts.request_deserializer,
         response_serializer=parts.response_serializer,
     )
     return wrapped_handler
@@ -168,7 +190,7 @@ def _translated(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             result = behaviour(request, context)
             return await result if inspect.isawaitable(result) else result
         except errors.IsthmusError as error:
-            _fail(context, error)
+            fail(context, error)
         except Exception as error:
             _fail_internal(context, error)
 
@@ -185,7 +207,7 @@ def _translated_stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             async for response in result:
                 yield response
         except errors.IsthmusError as error:
-            _fail(context, error)
+            fail(context, error)
         except Exception as error:
             _fail_internal(context, error)
 
@@ -193,13 +215,28 @@ def _translated_stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # Not `context.abort`: its exception is kept by the call that it ended, with every frame that it has passed, and so with
-# the request, until the garbage collector comes by. That is seldom, and a request can be megabytes.
+# the request and its metadata, until the garbage collector comes by. That is seldom, and they can be megabytes.
 
 
-def _fail(context: grpc.aio.ServicerContext[Any, Any], error: errors.IsthmusError) -> None:
+def fail(context: grpc.aio.ServicerContext[Any, Any], error: errors.IsthmusError) -> None:
+    """Set the status of a call that returns now; where one answer is expected, grpc sends an empty one with it."""
     context.set_trailing_metadata(trailing_metadata(error))
     context.set_details(error.message[:_MAX_MESSAGE])
     context.set_code(status_of(error))
+
+
+async def refuse(context: grpc.aio.ServicerContext[Any, Any], error: errors.IsthmusError) -> NoReturn:
+    """End a call with a status and nothing else: an empty answer would wait for as long as the caller opens no window.
+
+    Raises:
+        AbortError: Always; it is for grpc.
+    """
+    try:
+        await context.abort(status_of(error), error.message[:_MAX_MESSAGE], trailing_metadata(error))
+    except grpc.aio.AbortError as abort:
+        # Once it has passed all frames of this call, it lets go of them.
+        asyncio.get_running_loop().call_soon(abort.with_traceback, None)
+        raise
 
 
 def _fail_internal(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:

@@ -177,7 +177,7 @@ def test_as_many_run_as_may(stage: Stage) -> None:
             pending = [asyncio.ensure_future(infer(slow)) for _ in range(2)]
 
             async def both_run() -> bool:
-                return stage.cloud.pool._running.total() == 2
+                return bool(sum(replica.under_way for replica in stage.cloud.pool) == 2)
 
             await eventually(both_run, "two requests run")
             assert await infer() == "too-many-requests"

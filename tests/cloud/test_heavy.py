@@ -139,6 +139,49 @@ def test_retiring_waits_for_requests_under_way(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_requests_whose_callers_have_gone_are_not_run_where_triton_batches(tmp_path: Path) -> None:
+    """Without a dynamic batcher Triton runs them all the same: FACTS that docs/gateway.md tells."""
+    slow = encode_request("triage", {"x": np.array([[-2, 0, 0, 0]], np.float32)}).SerializeToString()
+
+    async def story() -> None:
+        async with running(tmp_path, watched=False) as (server, pool):
+            client = TritonClient(server.address)
+            (pool.folder(TWO) / "config.pbtxt").write_text(
+                CONFIG.replace("max_batch_size: 8", "max_batch_size: 1") + "dynamic_batching { }"
+            )
+            for heavy in (ONE, TWO):
+                await pool.load(heavy)
+
+            async def counts(heavy: HeavyId) -> tuple[int, int]:
+                found = {model.name: model for model in await client.statistics()}[heavy.name]
+                return found.execution_count, found.inference_stats.fail.count
+
+            async def leave(heavy: HeavyId, *, timeout_s: float) -> None:
+                asked = [asyncio.create_task(pool.infer(heavy, slow, timeout_s=timeout_s)) for _ in range(6)]
+
+                async def reached_triton() -> bool:
+                    return pool._loaded[heavy].running == 6
+
+                await eventually(reached_triton, "the requests are there")
+                await asyncio.wait(asked, timeout=0.1)  # Triton has begun with the first
+                for task in asked:
+                    task.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
+
+            async def settled(heavy: HeavyId, all_run: bool) -> bool:
+                runs, dropped = await counts(heavy)
+                return runs == 6 if all_run else runs + dropped == 6
+
+            await leave(TWO, timeout_s=10)
+            await eventually(lambda: settled(TWO, False), "what was cancelled is dropped")
+            assert (await counts(TWO))[0] <= 2
+            await leave(ONE, timeout_s=10)
+            await eventually(lambda: settled(ONE, True), "without a batcher all run")
+            await client.close()
+
+    asyncio.run(story())
+
+
 def test_a_killed_triton_comes_back_with_its_models(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (server, pool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -44,3 +45,23 @@ def test_json_lines_carry_level_time_and_request_id(capsys: pytest.CaptureFixtur
     told = json.loads(line)
     assert (told["event"], told["level"], told["request_id"], told["model"]) == ("shown", "warning", "r-1", "m")
     assert told["timestamp"].endswith("Z")
+
+
+HOSTILE = "cam\n2026-01-01 [info] all is well \x1b[2K\x1b[1A\x1b]0;x\x07\x9b31m\r\u2028\u202e" + "x" * 10_000
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_nothing_that_others_send_can_begin_a_line_or_speak_to_the_terminal(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(json=as_json)
+    log = structlog.get_logger("test")
+    log.info("device invited", device=HOSTILE, models=[HOSTILE, 1], more={HOSTILE: (HOSTILE,)}, by=None)
+    with structlog.contextvars.bound_contextvars(request_id=HOSTILE):
+        log.info("refused")
+    shown = capsys.readouterr().err
+    assert len(shown.splitlines()) == len(shown.split("\n")) - 1 == 2
+    lines = re.sub(r"\x1b\[\d*m", "", shown).split("\n")  # the colours that the renderer itself writes
+    assert all(line.isprintable() for line in lines)
+    assert all(len(line) < 40_000 for line in lines)
+    assert "cam" in shown

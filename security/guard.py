@@ -1,0 +1,193 @@
+"""What one caller may cost while its calls are in progress: their number, and the time that its messages may take.
+
+gRPC's core ends connections, not calls: a request whose last byte never comes would be waited for as long as its
+connection lives. So requests are read here, under a time limit, before the method is called; and bytes that are no
+message are the caller's error, which grpc.aio would report as its own.
+
+The guard stands behind the check of tokens: what is refused there costs nothing here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from types import TracebackType
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from isthmus.errors import IdentityError, InputError, OverloadedError, UnavailableError
+from isthmus.status import TOO_LATE, fail, refuse
+from security.interceptors import current_claims
+from security.listener import ListenerLimits
+from security.scopes import METHOD_SCOPES, PUBLIC
+
+_TOO_MANY: Final = "too-many-calls"
+# Streams of requests that may be silent for as long as their callers have nothing to ask.
+_PATIENT: Final = frozenset({"/inference.GRPCInferenceService/ModelStreamInfer"})
+
+
+class CallGuard(grpc.aio.ServerInterceptor):
+    """Reads requests under a time limit and counts each caller's calls.
+
+    Args:
+        limits: The listener's.
+        method_scopes: What each method asks for, by its full path.
+    """
+
+    def __init__(self, limits: ListenerLimits, method_scopes: Mapping[str, str] = METHOD_SCOPES) -> None:
+        self._limits = limits
+        self._method_scopes = method_scopes
+        self._handlers: dict[str, tuple[Any, Any]] = {}  # by method: the handler, and what was made of it
+        self._calls: dict[str, int] = {}  # in progress, by caller
+        self._strangers = 0
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Return the method's handler, guarded."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = str(handler_call_details.method)
+        if (size := _size(handler_call_details.invocation_metadata or ())) > self._limits.metadata_bytes:
+            return _too_large(size, self._limits.metadata_bytes)
+        known, guarded = self._handlers.get(method, (None, None))
+        if known is not handler:
+            guarded = self._guarded(method, handler)
+            self._handlers[method] = handler, guarded
+        made: grpc.RpcMethodHandler[Any, Any] = guarded
+        return made
+
+    def _guarded(self, method: str, handler: Any) -> Any:
+        """Return a handler that reads requests itself; to gRPC, each is a stream of bytes."""
+        public = self._method_scopes.get(method) == PUBLIC
+        parse = handler.request_deserializer
+        behaviour = next(
+            b
+            for b in (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+            if b is not None
+        )
+        idle_s = None if method in _PATIENT else self._limits.stream_idle_s
+
+        async def argument(context: Any) -> Any:
+            if handler.request_streaming:
+                return _messages(context, parse, idle_s)
+            raw = await _read(context, self._limits.request_s)
+            if raw is grpc.aio.EOF:
+                raise InputError("expected a request, and the stream ended", reason="malformed-request")
+            return _parsed(raw, parse)
+
+        async def call(_requests: Any, context: Any) -> Any:
+            with await self._place(context, public=public):
+                result = behaviour(await argument(context), context)
+                return await result if inspect.isawaitable(result) else result
+
+        async def stream(_requests: Any, context: Any) -> AsyncIterator[Any]:
+            with await self._place(context, public=public):
+                result = behaviour(await argument(context), context)
+                if inspect.isawaitable(result):  # a method that calls context.write itself
+                    await result
+                    return
+                async for response in result:
+                    yield response
+
+        make: Any = grpc.stream_unary_rpc_method_handler
+        if handler.response_streaming:
+            make = grpc.stream_stream_rpc_method_handler
+        return make(stream if handler.response_streaming else call, None, handler.response_serializer)
+
+    async def _place(self, context: Any, *, public: bool) -> _Place:
+        """Count a call in, or refuse it: its caller has as many in progress as it may have, or strangers do."""
+        caller, limit = self._caller(context)
+        count = self._calls.get(caller, 0)
+        if count >= limit:
+            await refuse(context, OverloadedError(f"this caller has {count} calls in progress", reason=_TOO_MANY))
+        if public and self._strangers >= self._limits.stranger_calls:
+            await refuse(context, OverloadedError("too many calls without a token in progress", reason=_TOO_MANY))
+        self._calls[caller] = count + 1
+        self._strangers += public
+        return _Place(self, caller, public=public)
+
+    def _caller(self, context: Any) -> tuple[str, int]:
+        """Return who calls, by token or else by address, and how many calls it may have in progress."""
+        try:
+            claims = current_claims()
+        except IdentityError:
+            return f"peer {str(context.peer()).rpartition(':')[0]}", self._limits.peer_calls
+        return f"{claims.tenant} {claims.subject}", self._limits.caller_calls
+
+    def leave(self, caller: str, *, public: bool) -> None:
+        """Count a call out."""
+        self._strangers -= public
+        left = self._calls[caller] - 1
+        if left:
+            self._calls[caller] = left
+        else:
+            del self._calls[caller]
+
+
+class _Place:
+    """A call in progress."""
+
+    __slots__ = ("_caller", "_guard", "_public")
+
+    def __init__(self, guard: CallGuard, caller: str, *, public: bool) -> None:
+        self._guard, self._caller, self._public = guard, caller, public
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._guard.leave(self._caller, public=self._public)
+
+
+def _size(metadata: Any) -> int:
+    """Return the size of metadata as HTTP/2 counts it."""
+    return sum(len(key) + len(value) + 32 for key, value in metadata)
+
+
+def _too_large(size: int, limit: int) -> grpc.RpcMethodHandler[Any, Any]:
+    """Refuse metadata that gRPC's core let through: it looks at each frame of a header block by itself."""
+
+    error = OverloadedError(f"metadata: expected at most {limit} bytes, got {size}", reason="metadata-too-large")
+
+    async def end(_requests: Any, context: Any) -> AsyncIterator[bytes]:
+        fail(context, error)
+        return
+        yield b""  # never reached: it makes this function a stream, which ends with a status and no answer
+
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(end)
+    return handler
+
+
+async def _read(context: Any, seconds: float | None) -> Any:
+    raw: Any = None
+    try:
+        async with asyncio.timeout(seconds):
+            raw = await context.read()
+    except TimeoutError:
+        await refuse(context, UnavailableError(f"no whole message came within {seconds:g} s", reason=TOO_LATE))
+    return raw
+
+
+async def _messages(context: Any, parse: Any, idle_s: float | None) -> AsyncIterator[Any]:
+    while (raw := await _read(context, idle_s)) is not grpc.aio.EOF:
+        yield _parsed(raw, parse)
+
+
+def _parsed(raw: bytes, parse: Callable[[bytes], Any] | None) -> Any:
+    if parse is None:
+        return raw
+    try:
+        return parse(raw)
+    except DecodeError as error:
+        raise InputError(
+            f"expected a serialized message, got {len(raw)} bytes that are not one", reason="malformed-request"
+        ) from error
