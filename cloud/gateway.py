@@ -155,8 +155,9 @@ class Gateway:
         finally:
             counters.outcomes[route.version, route.assignment, outcome] += 1
         counters.latency.note(time.perf_counter() - started)
-        sealed = SEALED in head.parameters()
-        self._recorder.answered(head.model_name, route.version, head.id[:_MAX_ID], sealed=sealed, context=context)
+        if self._recorder.draws():
+            sealed = SEALED in head.parameters()
+            self._recorder.answered(head.model_name, route.version, head.id, sealed=sealed, context=context)
         return answer
 
     async def _answer(self, raw: bytes, head: RequestHead, route: Route, call: Call, context: _Context) -> bytes:

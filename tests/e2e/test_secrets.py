@@ -31,8 +31,8 @@ from isthmus.tensors import encode_request
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.tls import channel_credentials
 from tests.e2e.devices import servable
-from tests.e2e.test_sealed_inputs import Wires, agent, for_devices, point_at
-from tests.e2e.wiretap import middlebox
+from tests.e2e.test_sealed_inputs import Wires, agent, for_devices
+from tests.e2e.wiretap import TcpTap, middlebox
 from tests.edge import bundles
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -81,13 +81,18 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
             *("token", "mint", "--home", workspace / "cloud", "--role", "operator", "--subject", "olga"),
             *("--output", site.token),
         )
+        tap = TcpTap()
+        wires.do(tap.start())
+        stack.callback(lambda: wires.do(tap.cut()))
+        patch.setenv("ISTHMUS_CLOUD_DEVICE_ADDRESS", tap.address)
         site.start_cloud()
+        tap.target = for_devices(site)
         bundle = folder / "bundle"
         bundles.build_bundle(bundle)
         servable(bundle)
         told.run("model", "publish", bundle, *told.operator(), "--operator", workspace / "operator", "--json")
         code = enrol(told)
-        use(told, wires)
+        use(told, wires, tap)
         misuse(told, code)
         for words in (("keys", "show", workspace), ("keys", "sealing", "show", workspace), ("device", "list")):
             told.run(*words, *(told.operator() if words[0] == "device" else ()))
@@ -113,15 +118,14 @@ def enrol(told: Installation) -> str:
     return code
 
 
-def use(told: Installation, wires: Wires) -> None:
+def use(told: Installation, wires: Wires, tap: TcpTap) -> None:
     """Run the agent through somebody who reads tokens and assertions as they pass."""
     cloud, home = told.site.folder / "site" / "cloud", DeviceHome(told.device)
     stack = middlebox(
         for_devices(told.site), home.ca, (cloud / "server.key", cloud / "server.pem"), (home.key, home.certificate)
     )
-    box, address = wires.do(stack.__aenter__())
+    box, tap.target = wires.do(stack.__aenter__())
     try:
-        point_at(told.device, address)
         with agent(told.site, told.device, "agent") as (_, listening):
             with grpc.insecure_channel(listening) as channel:
                 stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
