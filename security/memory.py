@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 _EVERY_S: Final = 5.0
-_WORTH_IT: Final = 32 << 20  # bytes more than after the last time
+_WORTH_IT: Final = 32 << 20  # bytes more than the least
+_TRIES: Final = 12  # a flood's last calls end some time after it
 _PAGE: Final = 4096
 _STATM: Final = Path("/proc/self/statm")
 
@@ -35,11 +36,13 @@ async def give_back() -> None:
     trim = _trimmer()
     if trim is None or not _STATM.exists():
         return
-    lowest = resident_bytes()
+    floor, tries = resident_bytes(), 0
     while True:
         await asyncio.sleep(_EVERY_S)
-        if resident_bytes() > lowest + _WORTH_IT:
-            await asyncio.to_thread(trim, 0)
-            lowest = resident_bytes()
-        else:
-            lowest = min(lowest, resident_bytes())
+        if resident_bytes() <= floor + _WORTH_IT:
+            floor, tries = min(floor, resident_bytes()), 0
+            continue
+        await asyncio.to_thread(trim, 0)
+        tries += 1
+        if tries == _TRIES:  # it is in use: a model was loaded
+            floor, tries = resident_bytes(), 0
