@@ -4,11 +4,14 @@ Limits that gRPC's C core enforces are options of the server; `ListenerLimits.op
 What the core cannot do is done by `security.guard` for each call, or is left to the firewall (docs/deployment.md).
 """
 
+# ruff: noqa: SLF001 - the accept loop puts grpc.aio's own parts together in another way
+
 from __future__ import annotations
 
 import asyncio
 import resource
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -16,7 +19,9 @@ import structlog
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # compiled, without types
 from pydantic import BaseModel, ConfigDict, Field
 
+from isthmus.errors import OverloadedError
 from isthmus.memory import give_back
+from isthmus.status import end_call, refuse
 from security.scopes import METHOD_SCOPES
 
 log = structlog.get_logger(__name__)
@@ -120,16 +125,19 @@ def allowed_connections(wanted: int) -> int:
 
 
 class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
-    """grpc.aio's server with an accept loop of our own.
+    """grpc.aio's server with an accept loop of our own, because of two of its habits (seen with grpcio 1.80 to 1.85).
 
-    The loop of grpc.aio decodes the name of the method of each call, outside of anything that would catch the error:
-    one call to a method whose name is not UTF-8, from anybody who can connect, shuts the whole server down (seen with
-    grpcio 1.80 to 1.85). Here the core matches the names, as bytes, against those of the methods that exist; whatever
-    else is called is answered with UNIMPLEMENTED without a look at it.
+    It decodes the name of the method of each call, outside of anything that would catch the error: one call to a method
+    whose name is not UTF-8, from anybody who can connect, shuts the whole server down. Here the core matches the names,
+    as bytes, against those of the methods that exist; whatever else is called is answered with UNIMPLEMENTED without a
+    look at it.
+
+    And it leaves the metadata of every call in a reference cycle, until the garbage collector comes by. A header that
+    is named again and again (HPACK) makes 16 MB of 16 KB.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, interceptors: Sequence[Any], options: Any, calls: int) -> None:
-        super().__init__(loop, None, (), tuple(interceptors), options, None)
+        super().__init__(loop, None, (), (), options, None)
         self.event_loop, self.calls_limit, self.calls = loop, calls, 0
         self.interceptors = tuple(interceptors)
         self.handlers: dict[str, Any] = {}
@@ -143,22 +151,36 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
 
     async def _accept(self, method: bytes | None, ended: asyncio.Future[Any]) -> None:
         name = "" if method is None else method.decode()
-        resolver = cygrpc._MethodResolver([], {} if method is None else self.handlers)  # noqa: SLF001
         while True:
             try:
                 state = await (self._request_call() if method is None else self._request_registered_call(method))
-            except cygrpc._RequestCallError as error:  # noqa: SLF001
+            except cygrpc._RequestCallError as error:
                 if self.is_running():
                     continue
                 if not ended.done():
                     ended.set_exception(error)
                 return
             full = self.calls >= self.calls_limit
-            call = cygrpc._handle_rpc(name, resolver, self.interceptors, state, self.event_loop, full)  # noqa: SLF001
-            task = self._keep(cygrpc._schedule_rpc_coro(call, state, self.event_loop, name))  # noqa: SLF001
+            serving = self._serve(name, state, full=full)
+            task = self._keep(cygrpc._schedule_rpc_coro(serving, state, self.event_loop, name))
             if not full:
                 self.calls += 1
                 task.add_done_callback(self._ended)
+
+    async def _serve(self, name: str, state: Any, *, full: bool) -> None:
+        context = cygrpc._ServicerContext(state, None, None, self.event_loop)
+        if name not in self.handlers:
+            await end_call(context, grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
+        if full:
+            await refuse(context, OverloadedError("too many calls are in progress", reason="too-many-calls"))
+        handler = await self._intercepted(0, _Details(name, context.invocation_metadata()))
+        serve = _SERVE[handler.request_streaming, handler.response_streaming]
+        await serve(handler, state, self.event_loop)
+
+    async def _intercepted(self, number: int, details: _Details) -> Any:
+        if number == len(self.interceptors):
+            return self.handlers[details.method]
+        return await self.interceptors[number].intercept_service(partial(self._intercepted, number + 1), details)
 
     def _keep(self, work: Any) -> asyncio.Task[Any]:
         task = self.event_loop.create_task(work)
@@ -168,6 +190,21 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
 
     def _ended(self, _task: asyncio.Task[Any]) -> None:
         self.calls -= 1
+
+
+class _Details(grpc.HandlerCallDetails):
+    """What interceptors and services see of a call before it is served."""
+
+    def __init__(self, method: str, metadata: Any = ()) -> None:
+        self.method, self.invocation_metadata = method, metadata
+
+
+_SERVE: Final[Mapping[tuple[bool, bool], Any]] = {
+    (False, False): cygrpc._handle_unary_unary_rpc,
+    (False, True): cygrpc._handle_unary_stream_rpc,
+    (True, False): cygrpc._handle_stream_unary_rpc,
+    (True, True): cygrpc._handle_stream_stream_rpc,
+}
 
 
 class Listener(grpc.aio.Server):
@@ -246,10 +283,3 @@ def _bound(address: str, port: int) -> int:
     if port == 0:
         raise RuntimeError(f"cannot bind {address}")
     return port
-
-
-class _Details(grpc.HandlerCallDetails):
-    """Asks a service for a method."""
-
-    def __init__(self, method: str) -> None:
-        self.method, self.invocation_metadata = method, ()

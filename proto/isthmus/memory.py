@@ -15,7 +15,8 @@ from typing import Any, Final
 _ARENA_MAX: Final = -8  # M_ARENA_MAX of mallopt(3)
 _HEAPS: Final = 2
 _EVERY_S: Final = 5.0
-_WORTH_IT: Final = 32 << 20  # bytes more than after the last time
+_WORTH_IT: Final = 32 << 20  # bytes more than the least
+_TRIES: Final = 12  # a flood's last calls end some time after it
 _PAGE: Final = 4096
 _STATM: Final = Path("/proc/self/statm")
 
@@ -38,14 +39,16 @@ async def give_back() -> None:
     """Give memory back when a burst is over, until cancelled; returns at once where that cannot be done."""
     if _function("malloc_trim") is None or not _STATM.exists():
         return
-    lowest = _resident_bytes()
+    floor, tries = _resident_bytes(), 0
     while True:
         await asyncio.sleep(_EVERY_S)
-        if _resident_bytes() > lowest + _WORTH_IT:
-            await asyncio.to_thread(trim)
-            lowest = _resident_bytes()
-        else:
-            lowest = min(lowest, _resident_bytes())
+        if _resident_bytes() <= floor + _WORTH_IT:
+            floor, tries = min(floor, _resident_bytes()), 0
+            continue
+        await asyncio.to_thread(trim)
+        tries += 1
+        if tries == _TRIES:  # it is in use: a model was loaded
+            floor, tries = _resident_bytes(), 0
 
 
 def _resident_bytes() -> int:

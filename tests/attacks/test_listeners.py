@@ -233,7 +233,7 @@ def names_that_are_none(target: Target) -> None:
 ATTACKS: Final = (
     rapid_reset, half_open_streams, half_open_connections, unfinished_tls, without_preface, headers_without_end,
     body_byte_by_byte, continuation_flood, empty_continuation_flood, settings_flood, ping_flood, empty_data_flood,
-    priority_and_window_flood, closed_windows, plain_text, names_that_are_none,
+    priority_and_window_flood, hpack_bomb, ten_thousand_headers, closed_windows, plain_text, names_that_are_none,
 )  # fmt: skip
 
 
