@@ -43,7 +43,7 @@ MOST_HOPS: Final = 1.2
 MOST_VERIFY_US: Final = 5.0
 MOST_KIB: Final = 100.0
 QUIET_SHARE: Final = 0.8  # of the processors, idle: other programs would be measured, too
-MOST_WAIT_S: Final = 10.0
+MOST_WAIT_S: Final = 3.0
 _SAMPLE_S: Final = 0.1
 _QUIET_S: Final = 12.0  # after connecting: until the cloud has given back what handshakes left
 
