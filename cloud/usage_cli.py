@@ -109,7 +109,7 @@ def usage(
         str, typer.Option(help="What each row is for: some of tenant, device, model, version, hour.")
     ] = "tenant,model",
     of_triton: Annotated[
-        bool, typer.Option("--triton", help="Instead: what Triton computed, by model and heavy version (admins only).")
+        bool, typer.Option("--triton", help="Instead: what Triton computed, by model and heavy version.")
     ] = False,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="Write CSV to this file; - is standard output.")
