@@ -1,9 +1,9 @@
 """No secret reaches a log: a whole installation runs at level debug, is used and misused, and everything that it wrote
 is searched for every secret that it used.
 
-The secrets: private keys of the workspace and the device in several forms, the operator's token, the enrolment code,
-API keys, and every assertion and access token, which are read where they pass (tests/e2e/wiretap.py). They may be in their own
-files and in the output of the command that was asked for them, and nowhere else.
+The secrets: private keys of the workspace and the device in several forms, tokens of operator and admin, the enrolment
+code, API keys, and every assertion and access token, which are read where they pass (tests/e2e/wiretap.py). They may be
+in their own files and in the output of the command that was asked for them, and nowhere else.
 """
 
 from __future__ import annotations
