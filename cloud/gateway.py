@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from cloud.catalog import Catalog, unknown_model
 from cloud.heavy import HeavyId, HeavyPool
+from cloud.request_names import check_names
 from cloud.triton import TritonClient
 from isthmus import __version__
 from isthmus.errors import InputError, IsthmusError, NotFoundError
@@ -82,6 +83,7 @@ class Gateway:
             request = service_pb2.ModelInferRequest.FromString(raw)
         except DecodeError as error:
             raise InputError("the message is not a ModelInferRequest") from error
+        check_names(request)
         request_id = _request_id(request.id, context)
         claims = current_claims()
         version, heavy = self._resolve(claims, request.model_name, request.model_version)

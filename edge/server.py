@@ -290,6 +290,8 @@ class AgentServer:
         async def import_version(request: agent_pb2.ImportVersionRequest) -> agent_pb2.ImportVersionResponse:
             if imports is None:
                 raise NotFoundError("this agent installs nothing")
+            if "\0" in request.path:
+                raise InputError("path: expected the path of a stick, got one with a null character")
             outcome = await imports.install(Path(request.path), accept_stale=request.accept_stale)
             return agent_pb2.ImportVersionResponse(
                 model=outcome.model,
