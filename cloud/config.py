@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field, field_validator
 
 from isthmus.settings import Settings
-from security.listener import ListenerLimits
+from security.limits import ListenerLimits
 
 
 class CloudListener(ListenerLimits):

@@ -32,7 +32,8 @@ from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError,
 from isthmus.oip import SERVICE, service_pb2, set_parameter
 from isthmus.status import status_of, translate_errors
 from isthmus.v1 import agent_pb2
-from security.listener import Listener, ListenerLimits
+from security.limits import ListenerLimits
+from security.listener import Listener
 
 log = structlog.get_logger(__name__)
 

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from isthmus.errors import IdentityError, InputError, OverloadedError, UnavailableError
 from isthmus.status import TOO_LATE, fail, refuse
 from security.interceptors import current_claims
-from security.listener import ListenerLimits
+from security.limits import ListenerLimits
 from security.scopes import METHOD_SCOPES, PUBLIC
 
 _TOO_MANY: Final = "too-many-calls"

@@ -44,3 +44,13 @@ def test_json_lines_carry_level_time_and_request_id(capsys: pytest.CaptureFixtur
     told = json.loads(line)
     assert (told["event"], told["level"], told["request_id"], told["model"]) == ("shown", "warning", "r-1", "m")
     assert told["timestamp"].endswith("Z")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_values_write_no_lines_and_no_control_characters(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(json=as_json)
+    structlog.get_logger("test").warning("refused", model="a\n2030-01-01 [info] forged\x1b[2J\r\x00\u2028\u202e")
+    shown = capsys.readouterr().err
+    assert len(shown.splitlines()) == 1
+    assert "forged" in shown
+    assert not [part for part in ("\x1b[2J", "\r", "\x00", "\u202e") if part in shown]
