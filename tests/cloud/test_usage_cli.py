@@ -63,6 +63,12 @@ def test_an_admin_sets_shows_and_clears_quotas(
                     },
                 ]  # fmt: skip
                 assert "5/min" in ask("quota", "show", "--tenant", "other").stdout
+                acting = {"ISTHMUS_TENANT": "acme"}
+                shown = command("quota", "show", "--json", *flags, **acting)
+                assert {row["tenant"] for row in json.loads(shown.stdout)} == {"acme"}
+                assert "5/min" in command("quota", "show", "--tenant", "other", *flags, **acting).stdout
+                again = command("quota", "set", "--tenant", "acme", *limits, "--bytes-burst", "50MiB", *flags, **acting)
+                assert again.returncode == 0, again.stderr
                 typo = refused("quota", "set", "--tenant", "acme", "--rate", "fast", *flags)
                 assert (typo.code, "100/s" in typo.error) == (2, True)
                 unknown = refused("quota", "clear", "--tenant", "acme", "--model", "triage", *flags)
