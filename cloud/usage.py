@@ -23,6 +23,8 @@ from isthmus.errors import InputError, NotFoundError, PermissionDeniedError, Una
 from isthmus.v1 import usage_pb2, usage_pb2_grpc
 from security.interceptors import current_claims
 from security.scopes import ACCESS_ADMIN
+from security.tenancy import DEFAULT_TENANT
+from security.tokens import ALL_MODELS
 
 _ROWS: Final = 500  # of one message
 _MAX_NAME: Final = 128
@@ -71,6 +73,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             since=since,
             until=until,
             by=_groups(request.by),
+            models=None if ALL_MODELS in current_claims().models else current_claims().models,
         )
         with suppress(SQLAlchemyError, OSError):  # what is there can be read
             await self._meter.flush()
@@ -80,8 +83,13 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             yield usage_pb2.GetUsageResponse(rows=[_row(question.by, group, counts) for group, counts in some])
 
     async def GetCompute(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Return what Triton computed, up to this moment where it answers."""
+        """Return what Triton computed, up to this moment where it answers.
+
+        Raises:
+            PermissionDeniedError: The caller is one tenant's only.
+        """
         del context
+        _check_whole_cloud()
         with suppress(SQLAlchemyError, UnavailableError):
             await self._compute.look()
         rows = await asyncio.to_thread(self._compute.read, *_times(request))
@@ -92,8 +100,10 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
 
         Raises:
             InputError: It cannot be.
+            PermissionDeniedError: The caller is one tenant's only.
         """
         del context
+        _check_whole_cloud()
         scope, limits = _scope(request.quota.scope), _limits(request.quota.limits)
         await asyncio.to_thread(self._quotas.put, scope, limits, at=self._clock(), by=current_claims().subject)
         await self._follower.refresh()
@@ -113,7 +123,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             quotas=[
                 usage_pb2.Quota(scope=_scope_message(scope), limits=_limits_message(limits))
                 for scope, limits in sorted(rows.items(), key=lambda row: (row[0].tenant, row[0].device, row[0].model))
-                if tenant in ("", scope.tenant)
+                if tenant in ("", scope.tenant) and (scope.model in ("", "*") or current_claims().may_use(scope.model))
             ]
         )
 
@@ -122,8 +132,10 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
 
         Raises:
             NotFoundError: There is none.
+            PermissionDeniedError: The caller is one tenant's only.
         """
         del context
+        _check_whole_cloud()
         scope = _scope(request.scope)
         if not await asyncio.to_thread(self._quotas.remove, scope):
             raise NotFoundError(f"no quota is set for {scope}", hint="isthmus quota show lists them")
@@ -132,10 +144,22 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         return usage_pb2.ClearQuotaResponse()
 
 
+def _check_whole_cloud() -> None:
+    """Check that the caller may see and set what is every tenant's.
+
+    Raises:
+        PermissionDeniedError: It is an admin of one tenant, who would take more of what all tenants share.
+    """
+    if current_claims().tenant != DEFAULT_TENANT:
+        raise PermissionDeniedError(
+            "quotas and Triton's compute are for admins of the default tenant", reason="wrong-tenant"
+        )
+
+
 def _visible(tenant: str) -> str:
-    """Return the tenant whose rows the caller gets; "" is all, for administrators only."""
+    """Return the tenant whose rows the caller gets; "" is all, for administrators of the cloud only."""
     claims = current_claims()
-    if ACCESS_ADMIN in claims.scopes:
+    if ACCESS_ADMIN in claims.scopes and claims.tenant == DEFAULT_TENANT:
         return tenant
     if tenant not in ("", claims.tenant):
         raise PermissionDeniedError(

@@ -32,9 +32,9 @@ def test_an_admin_sets_shows_and_clears_quotas(
         async with serving(workspace) as cloud:
             flags = ("--cloud", cloud.address, "--trust", workspace.trust, "--token-file", token)
 
-            def as_role(role: str) -> None:
+            def as_role(role: str, tenant: str = "acme") -> None:
                 issuer = TokenIssuer.load(workspace.home)
-                token.write_text(issuer.mint("me", role, models=("*",), ttl=timedelta(hours=1), tenant="acme")[0])
+                token.write_text(issuer.mint("me", role, models=("*",), ttl=timedelta(hours=1), tenant=tenant)[0])
 
             def ask(*arguments: object) -> Any:
                 done = command(*arguments, *flags)
@@ -42,7 +42,7 @@ def test_an_admin_sets_shows_and_clears_quotas(
                 return done
 
             def all_of_it() -> None:
-                as_role("admin")
+                as_role("admin", "default")
                 limits = ("--rate", "100/s", "--burst", 200, "--concurrency", 16, "--bytes-rate", "10MB/s")
                 ask("quota", "set", "--tenant", "acme", *limits, "--bytes-burst", "50MiB")
                 ask("quota", "set", "--tenant", "other", "--device", "*", "--model", "triage", "--rate", "5/min")
