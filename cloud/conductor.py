@@ -213,7 +213,7 @@ class Conductor:
 
     def _any_device(self, device_id: str, tenant: str) -> Device:
         """Return the device, or what stands for one whose enrolment this record does not have."""
-        return self.roster.devices.get(device_id) or Device(device_id, 0.0, 0.0, tenant)
+        return self.roster.devices.get(device_id) or Device(device_id, 0.0, 0.0, tenant=tenant)
 
     def _check_tenant(self, device_id: str, tenant: str) -> None:
         if self.roster.devices[device_id].tenant != tenant:

@@ -121,7 +121,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             quotas=[
                 usage_pb2.Quota(scope=_scope_message(scope), limits=_limits_message(limits))
                 for scope, limits in sorted(rows.items(), key=lambda row: (row[0].tenant, row[0].device, row[0].model))
-                if tenant in ("", scope.tenant)
+                if tenant in ("", scope.tenant) and (scope.model in ("", "*") or current_claims().may_use(scope.model))
             ]
         )
 

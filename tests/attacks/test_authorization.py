@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +40,9 @@ FLEET = "/isthmus.v1.FleetService/"
 ROLLOUT = "/isthmus.v1.RolloutService/"
 REGISTRY = "/isthmus.v1.RegistryService/"
 ACCESS = "/isthmus.v1.AccessService/"
+TRAFFIC = "/isthmus.v1.TrafficService/"
+USAGE = "/isthmus.v1.UsageService/"
+AUDIT = "/isthmus.v1.AuditService/"
 UNKNOWN = {"model": "beta.secrex", "device": "beta.cax", "rollout": "beta.secret-9-9", "blob": "0" * 64}
 STAGES = [fleet_pb2.RolloutStage(share=1.0, soak_s=1)]
 
@@ -66,6 +71,10 @@ ASKING: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
     f"{ROLLOUT}AbortRollout": ("rollout", lambda name: {"id": name}),
     f"{ROLLOUT}GetRollout": ("rollout", lambda name: {"id": name}),
     f"{ROLLOUT}ListRollouts": ("model", lambda name: {"model": name}),
+    f"{TRAFFIC}SetTraffic": ("model", lambda name: {"model": name, "cache_s": 5}),
+    f"{TRAFFIC}RollbackTraffic": ("model", lambda name: {"model": name}),
+    f"{TRAFFIC}ListTraffic": ("model", lambda name: {"model": name}),
+    f"{USAGE}GetUsage": ("model", lambda name: {"model": name, "by": ["device"]}),
 }
 # More ways to ask the same methods.
 ASKING_ALSO: list[tuple[str, str, Callable[[str], dict[str, Any]]]] = [
@@ -89,6 +98,20 @@ LISTING: dict[str, dict[str, Any]] = {
     f"{ROLLOUT}ListRollouts": {},
     f"{ACCESS}ListRoles": {},
     f"{ACCESS}ListApiKeys": {},
+    f"{TRAFFIC}ListTraffic": {},
+    f"{USAGE}GetUsage": {"by": ["tenant", "device", "model"]},
+    f"{USAGE}ListQuotas": {},
+    "/isthmus.v1.SealingService/GetSealingKeys": {},
+}
+# What is every tenant's at once: for the tenant that the cloud itself is.
+WHOLE_CLOUD: dict[str, dict[str, Any]] = {
+    f"{TRAFFIC}ListReplicas": {},
+    f"{TRAFFIC}DrainReplica": {"name": "x"},
+    f"{TRAFFIC}ResumeReplica": {"name": "x"},
+    f"{USAGE}GetCompute": {},
+    f"{USAGE}SetQuota": {},
+    f"{USAGE}ClearQuota": {},
+    f"{AUDIT}GetHeads": {},
 }
 NOTHING_TO_ASK = {
     f"{INFERENCE}ServerLive": "says that the process runs",
@@ -98,6 +121,8 @@ NOTHING_TO_ASK = {
     f"{FLEET}RenewCertificate": "an assertion is its own proof",
     f"{FLEET}Watch": "asked below: it ends only when the caller goes",
     f"{REGISTRY}FetchMetadata": "asked below, file by file",
+    f"{AUDIT}SearchRecords": "asked below: a tenant's records hold what its own callers have tried",
+    f"{AUDIT}ExportRecords": "asked below",
     f"{REGISTRY}UploadBlob": "stores what comes, the same whether it is there or not",
     f"{REGISTRY}SubmitMetadata": "checked against the caller's own metadata",
     f"{ACCESS}GrantRole": "is about the caller's tenant, whatever is asked",
@@ -146,7 +171,7 @@ def test_every_method_of_the_cloud_is_asked_or_has_nothing_to_tell(site: Site) -
         for method in METHODS
         if site.call(method, site.asked(method), "").code is not grpc.StatusCode.UNIMPLEMENTED
     }
-    assert offered - set(ASKING) - set(LISTING) - set(NOTHING_TO_ASK) == set()
+    assert offered - set(ASKING) - set(LISTING) - set(WHOLE_CLOUD) - set(NOTHING_TO_ASK) == set()
 
 
 @pytest.mark.parametrize(("method", "kind", "request_of"), _cases(), ids=lambda value: str(value).rpartition("/")[2])
@@ -173,19 +198,57 @@ def test_what_a_token_may_not_use_looks_like_what_is_not_there(
     unknown = {"model": "acme.triagx", "rollout": "acme.triage-9-9"}.get(kind, UNKNOWN[kind])
     hidden, absent = _both(site, method, token, (_hidden(site, kind, "acme"), unknown), request_of)
     assert hidden == absent
-    assert hidden.code is not grpc.StatusCode.OK or method.endswith(("ModelReady", "ListRollouts"))
+    assert hidden.code is not grpc.StatusCode.OK or method.endswith(
+        ("ModelReady", "ListRollouts", "GetUsage", "SearchRecords")
+    )
 
 
 @pytest.mark.parametrize("method", LISTING, ids=lambda value: str(value).rpartition("/")[2])
 def test_lists_hold_nothing_of_other_tenants(site: Site, method: str) -> None:
-    answer = site.call(method, site.asked(method), site.workspace.token("admin", "ann", tenant="acme"))
+    request = site.asked(method, **LISTING[method])
+    answer = site.call(method, request, site.workspace.token("admin", "ann", tenant="acme"))
     assert answer.code is grpc.StatusCode.OK
     for word in (b"beta", b"secret", site.blobs["beta"].encode(), site.blobs["default"].encode()):
         assert word not in answer.body
     if method.endswith(("ListVersions", "ListDevices", "ListRollouts")):
         assert b"acme." in answer.body
     token = site.workspace.token("admin", "ann", models=("acme.other",), tenant="acme")
-    assert b"acme.triage" not in site.call(method, site.asked(method), token).body
+    assert b"acme.triage" not in site.call(method, request, token).body
+
+
+def test_an_auditor_reads_the_records_of_its_tenant_about_its_models(site: Site) -> None:
+    site.call(f"{ROLLOUT}GetRollout", fleet_pb2.GetRolloutRequest(id="x"), site.workspace.token("admin", tenant="acme"))
+
+    def lines(token: str) -> list[dict[str, Any]]:
+        found = []
+        for method in ("SearchRecords", "ExportRecords"):
+            body = site.call(f"{AUDIT}{method}", site.asked(f"{AUDIT}{method}"), token).body
+            found += [json.loads(text) for text in re.findall(rb'\{"action".*?\}(?=[^,"]|$)', body)]
+        return found
+
+    records = lines(site.workspace.token("auditor", "ann", tenant="acme"))
+    assert records
+    assert {record["tenant"] for record in records} == {"acme"}
+    limited = lines(site.workspace.token("auditor", "ann", models=("acme.other",), tenant="acme"))
+    assert {record.get("model", "") for record in limited} <= {"", "acme.other"}
+
+
+@pytest.mark.parametrize("method", WHOLE_CLOUD, ids=lambda value: str(value).rpartition("/")[2])
+def test_what_is_every_tenants_is_for_the_clouds_own(site: Site, method: str) -> None:
+    request = site.asked(method, **WHOLE_CLOUD[method])
+    refused = site.call(method, request, site.workspace.token("admin", "ann", tenant="acme"))
+    assert (refused.code, dict(refused.trailing)[REASON_KEY]) == (grpc.StatusCode.PERMISSION_DENIED, "wrong-tenant")
+    told = site.call(method, request, site.workspace.token("admin", "ann"))
+    assert told.code is not grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_an_operator_of_the_cloud_sees_nothing_of_its_tenants(site: Site) -> None:
+    """Only an admin does, who says so: --tenant."""
+    token = site.workspace.token("operator", "ann")
+    lists = [method for method in (*LISTING, f"{TRAFFIC}ListReplicas") if METHOD_SCOPES[method] != "access:admin"]
+    for method in lists:
+        body = site.call(method, site.asked(method, **(LISTING | WHOLE_CLOUD)[method]), token).body
+        assert not [word for word in (b"acme.", b"beta.", b"secret") if word in body], method
 
 
 def test_the_owner_does_see_and_use_its_own(site: Site) -> None:
