@@ -8,6 +8,7 @@ bit) + (d < 0); the max(0, e - m) bits below those follow raw. No difference is 
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from isthmus.delta.rans import U8, U32
 
 Ints = NDArray[np.unsignedinteger[Any]]
-Differences = NDArray[np.int64]
+Differences = NDArray[np.signedinteger[Any]]
 
 
 class Kind(IntEnum):
@@ -159,6 +160,8 @@ def bit_counts(kind: Kind) -> U8:
 
 def differences(old: Ints, new: Ints, kind: Kind) -> Differences:
     """Return the signed modular differences."""
+    if bits(kind) == 8:
+        return (new - old).view(np.int8)
     half = 1 << (bits(kind) - 1)
     mask = 2 * half - 1
     return ((new.astype(np.int64) - old.astype(np.int64) + half) & mask) - half
@@ -166,6 +169,19 @@ def differences(old: Ints, new: Ints, kind: Kind) -> Differences:
 
 def to_symbols(difference: Differences, kind: Kind) -> tuple[U8, U32]:
     """Return the symbol and the raw bits of each difference."""
+    if bits(kind) == 8:
+        symbols, raw = _octet_symbols(kind)
+        octets = difference.astype(np.int8).view(np.uint8)
+        return symbols.take(octets), raw.take(octets)
+    return _to_symbols(difference, kind)
+
+
+@cache
+def _octet_symbols(kind: Kind) -> tuple[U8, U32]:
+    return _to_symbols(np.arange(256).astype(np.uint8).view(np.int8).astype(np.int64), kind)
+
+
+def _to_symbols(difference: Differences, kind: Kind) -> tuple[U8, U32]:
     mantissa = _MANTISSA[kind]
     size = np.abs(difference)
     pattern = size.astype(np.float64).view(np.int64) >> (52 - mantissa)
@@ -174,7 +190,9 @@ def to_symbols(difference: Differences, kind: Kind) -> tuple[U8, U32]:
     return symbols, (size & ((1 << bit_counts(kind)[symbols].astype(np.int64)) - 1)).astype(np.uint32)
 
 
-def _bases(kind: Kind) -> Differences:
+@cache
+def _bases(kind: Kind) -> Ints:
+    """Return for each symbol its difference without raw bits, modulo 2^width."""
     mantissa = _MANTISSA[kind]
     symbols = np.arange(symbol_count(kind))
     cls = (np.maximum(symbols, 1) - 1) // 2
@@ -182,7 +200,9 @@ def _bases(kind: Kind) -> Differences:
     shifts = exponent - mantissa
     leading = top | 1 << mantissa
     base = np.where(shifts >= 0, leading << np.maximum(shifts, 0), leading >> np.maximum(-shifts, 0))
-    return np.where(symbols == 0, 0, np.where((symbols - 1) & 1, -base, base))
+    signed = np.where(symbols == 0, 0, np.where((symbols - 1) & 1, -base, base))
+    found: Ints = (signed & ((1 << bits(kind)) - 1)).astype(_DTYPES[kind])
+    return found
 
 
 def move(
@@ -195,7 +215,7 @@ def move(
 ) -> Ints:
     """Return the new elements: `old` moved as predicted and by what the symbols and raw bits say, modulo 2^width."""
     dtype = old.dtype
-    base = (_bases(kind) & ((1 << bits(kind)) - 1)).astype(dtype).take(symbols)
+    base = _bases(kind).take(symbols)
     if raw is not None:
         extra = raw.astype(dtype)
         negative = symbols.astype(bool) & ~(symbols & 1).astype(bool)

@@ -81,7 +81,7 @@ def _rebuild_group(file: BinaryIO, base: BinaryIO, group: Group) -> Iterator[byt
     file.seek(coded)
     states = _read(file, 4 * group.lanes)
     words = _Words(file, coded + 4 * group.lanes, group.words)
-    decoder = Decoder(read_states(states), words.take)
+    decoder = Decoder(read_states(states), words.take, group.halvings)
     for segment in group.segments:
         if segment.piece is Piece.LITERAL:
             yield from literals.take(segment.length)
@@ -161,13 +161,33 @@ def blocks(kind: Kind, segment: Segment) -> Iterator[tuple[int, int, int]]:
 
 
 def _tensor(base: BinaryIO, segment: Segment, mine: model.Model, decoder: Decoder) -> Iterator[bytes]:
+    lines = segment.numbers.rows
+    moved = 0  # rows before this block that are not still
     for first_row, at, size in blocks(mine.kind, segment):
         base.seek(segment.old_offset + at)
         old = elements.to_ints(_read(base, size), mine.kind)
-        features = elements.features(old, mine.kind)
-        numbers = segment.numbers
-        expected = model.predict(mine.kind, old, numbers.factors, segment.row, first_row)
-        contexts = model.contexts(features, numbers, mine.feature_numbers, expected.buckets, segment.row, first_row)
-        symbols, raw = decoder.decode(mine.groups.take(contexts), mine.table, mine.bit_counts)
-        new = elements.move(old, symbols, raw, mine.kind, expected.moves, expected.flips)
+        rows = -(-old.size // segment.row)
+        moving = np.flatnonzero(lines[first_row : first_row + rows] != model.STILL)
+        if moving.size == rows or not lines.size:
+            new = _moved(old, segment, mine, decoder, slice(first_row, first_row + rows), moved)
+            moved += rows
+        else:
+            new = old.copy()
+            square = new.reshape(rows, segment.row)
+            part = square[moving]
+            square[moving] = _moved(part.ravel(), segment, mine, decoder, moving + first_row, moved).reshape(part.shape)
+            moved += moving.size
         yield elements.to_bytes(new, mine.kind)
+
+
+def _moved(
+    old: elements.Ints, segment: Segment, mine: model.Model, decoder: Decoder, lines: model.Lines, first: int
+) -> elements.Ints:
+    """Return the new elements of whole rows; `lines` are theirs, and `first` the first one's without those that are still."""
+    numbers = segment.numbers
+    expected = model.predict(mine.kind, old, numbers.factors, slice(first, first + -(-old.size // segment.row)))
+    contexts = model.contexts(
+        old, mine.kind, mine.feature_numbers, numbers, expected.buckets, segment.row, lines
+    )
+    symbols, raw = decoder.decode(mine.slots.take(contexts), mine.table, mine.bit_counts)
+    return elements.move(old, symbols, raw, mine.kind, expected.moves, expected.flips)

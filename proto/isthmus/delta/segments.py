@@ -7,17 +7,17 @@ compared with its bound before it is used.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import BinaryIO, Final
 
 import numpy as np
 import zstandard
-from numpy.typing import DTypeLike, NDArray
 
 from isthmus.delta import elements
 from isthmus.delta.elements import Kind
+from isthmus.delta.fields import Reader, pack_numbers, pack_signed
 from isthmus.delta.model import CONTEXTS, I16, MAX_RANK, MAX_ROW, Factors, Model, Numbers
 from isthmus.delta.rans import MAX_LANES, U8, U32
 from isthmus.errors import DeltaError
@@ -28,6 +28,8 @@ MAX_GROUP: Final = 1 << 28  # bytes of target that a group makes
 MAX_SECTION: Final = 1 << 23  # bytes of literals in one zstd frame
 MAX_DICTIONARY: Final = 1 << 23  # bytes of the old file that a section may refer to
 _MAX_TABLES: Final = 1 << 10  # tables of all models of a group
+_ROWS, _COLUMNS = 1, 2  # flags of a tensor
+_MAX_NUMBER: Final = 1 << 12
 
 
 class Piece(IntEnum):
@@ -69,6 +71,7 @@ class Group:
     segments: Sequence[Segment]
     lanes: int
     words: int
+    halvings: Sequence[int]  # coded elements before each halving of the lanes
 
     @property
     def payload(self) -> int:
@@ -76,9 +79,12 @@ class Group:
         return sum(section.packed for section in self.sections) + 4 * self.lanes + 2 * self.words
 
 
-def pack_map(sections: Sequence[Section], models: Sequence[Model], segments: Sequence[Segment]) -> bytes:
+def pack_map(
+    sections: Sequence[Section], models: Sequence[Model], segments: Sequence[Segment], halvings: Sequence[int]
+) -> bytes:
     """Return the map's bytes."""
-    out = bytearray(struct.pack("<HHI", len(sections), len(models), len(segments)))
+    out = bytearray(struct.pack("<HHIB", len(sections), len(models), len(segments), len(halvings)))
+    out += pack_numbers(halvings)
     for section in sections:
         out += struct.pack("<IIH", section.length, section.packed, len(section.dictionary))
         for offset, length in section.dictionary:
@@ -88,21 +94,34 @@ def pack_map(sections: Sequence[Section], models: Sequence[Model], segments: Seq
         out += struct.pack("<BBBB", model.kind, rows, symbols, model.raw)
         out += model.feature_numbers.astype("<i2").tobytes() + model.groups.tobytes()
         out += model.frequencies.astype("<u2").tobytes()
-    numbers = bytearray()
+    out += bytes(segment.piece for segment in segments)
+    out += pack_numbers(segment.length for segment in segments)
+    out += pack_signed(_distances(segments))
+    tensors = [segment for segment in segments if segment.piece is Piece.TENSOR]
+    factors = [segment.numbers.factors for segment in tensors]
+    out += pack_numbers(segment.model for segment in tensors)
+    out += pack_numbers(segment.row for segment in tensors)
+    out += pack_signed(segment.numbers.base for segment in tensors)
+    out += bytes(_flags(segment.numbers) for segment in tensors)
+    out += bytes(part.left.shape[1] if part else 0 for part in factors)
+    out += pack_signed(part.shift for part in factors if part)
+    out += b"".join(segment.numbers.rows.tobytes() for segment in tensors)
+    out += b"".join(segment.numbers.columns.tobytes() for segment in tensors)
+    out += b"".join(pack_factors(part) for part in factors if part)
+    return bytes(out)
+
+
+def _distances(segments: Sequence[Segment]) -> Iterator[int]:
+    """Yield how far from the end of the last one each run of the base begins."""
+    end = 0
     for segment in segments:
-        out += struct.pack("<BQ", segment.piece, segment.length)
         if segment.piece is not Piece.LITERAL:
-            out += struct.pack("<Q", segment.old_offset)
-        if segment.piece is Piece.TENSOR:
-            mine = segment.numbers
-            flags = bool(mine.rows.size) | bool(mine.columns.size) << 1
-            rank = mine.factors.left.shape[1] if mine.factors else 0
-            shift = mine.factors.shift if mine.factors else 0
-            out += struct.pack("<HIhBBh", segment.model, segment.row, mine.base, flags, rank, shift)
-            numbers += mine.rows.tobytes() + mine.columns.tobytes()
-            if mine.factors:
-                numbers += pack_factors(mine.factors)
-    return bytes(out + numbers)
+            yield segment.old_offset - end
+            end = segment.old_offset + segment.length
+
+
+def _flags(numbers: Numbers) -> int:
+    return bool(numbers.rows.size) | bool(numbers.columns.size) << 1
 
 
 def pack_factors(factors: Factors) -> bytes:
@@ -112,32 +131,6 @@ def pack_factors(factors: Factors) -> bytes:
         for part in (factors.left, factors.right)
     ]
     return b"".join(planes)
-
-
-class _Reader:
-    """Reads fields from the map's bytes."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    def fields(self, layout: str) -> tuple[int, ...]:
-        size = struct.calcsize(layout)
-        return struct.unpack(layout, self._take(size))
-
-    def array(self, dtype: DTypeLike, count: int) -> NDArray[np.generic]:
-        return np.frombuffer(self._take(np.dtype(dtype).itemsize * count), dtype)
-
-    def end(self) -> None:
-        if self._at != len(self._data):
-            raise DeltaError("the map of a group goes on after its last field")
-
-    def _take(self, size: int) -> bytes:
-        taken = self._data[self._at : self._at + size]
-        if len(taken) != size:
-            raise DeltaError("the map of a group ends too early")
-        self._at += size
-        return taken
 
 
 def read_group(file: BinaryIO, *, left: int, old_length: int) -> Group:
@@ -159,8 +152,9 @@ def read_group(file: BinaryIO, *, left: int, old_length: int) -> Group:
         raise DeltaError(f"expected a group of 1 to {min(left, MAX_GROUP)} bytes with a map up to {MAX_MAP}")
     if not 0 <= lanes <= MAX_LANES or words > 4 * MAX_GROUP:
         raise DeltaError(f"expected up to {MAX_LANES} lanes, got {lanes}")
-    reader = _Reader(_unpack(file.read(packed), packed, raw))
-    section_count, model_count, segment_count = reader.fields("<HHI")
+    reader = Reader(_unpack(file.read(packed), packed, raw))
+    section_count, model_count, segment_count, halving_count = reader.fields("<HHIB")
+    halvings = reader.numbers(halving_count)
     sections = [_section(reader, old_length) for _ in range(section_count)]
     models = _models(reader, model_count)
     segments = _segments(reader, segment_count, models, old_length, length)
@@ -168,9 +162,11 @@ def read_group(file: BinaryIO, *, left: int, old_length: int) -> Group:
     literal = sum(segment.length for segment in segments if segment.piece is Piece.LITERAL)
     if literal != sum(section.length for section in sections):
         raise DeltaError("the literal sections are not as long as the segments that need them")
+    if halving_count > lanes.bit_length() or halvings != sorted(halvings):
+        raise DeltaError("the lanes are halved too often, or out of order")
     if lanes == 0 and any(segment.piece is Piece.TENSOR for segment in segments):
         raise DeltaError("expected lanes for the tensors, got none")
-    return Group(length, sections, models, segments, lanes, words)
+    return Group(length, sections, models, segments, lanes, words, halvings)
 
 
 def _unpack(data: bytes, packed: int, raw: int) -> bytes:
@@ -198,7 +194,7 @@ def decompress(frame: bytes, length: int, dictionary: bytes = b"") -> bytes:
     return data
 
 
-def _section(reader: _Reader, old_length: int) -> Section:
+def _section(reader: Reader, old_length: int) -> Section:
     length, packed, runs = reader.fields("<IIH")
     dictionary = []
     for _ in range(runs):
@@ -212,7 +208,7 @@ def _section(reader: _Reader, old_length: int) -> Section:
     return Section(length, packed, tuple(dictionary))
 
 
-def _models(reader: _Reader, count: int) -> list[Model]:
+def _models(reader: Reader, count: int) -> list[Model]:
     models: list[Model] = []
     for _ in range(count):
         kind, rows, symbols, raw = reader.fields("<BBBB")
@@ -231,52 +227,80 @@ def _models(reader: _Reader, count: int) -> list[Model]:
     return models
 
 
-def _segments(reader: _Reader, count: int, models: Sequence[Model], old_length: int, length: int) -> list[Segment]:
-    plain: list[tuple[Segment, int, int, int, int]] = []
-    made = 0
-    for _ in range(count):
-        piece, size = reader.fields("<BQ")
-        if piece not in set(Piece) or not 0 < size <= length - made:
-            raise DeltaError("a segment is of no known kind, or longer than its group")
-        made += size
-        old_offset = 0
-        if piece != Piece.LITERAL:
-            (old_offset,) = reader.fields("<Q")
-            if old_offset + size > old_length:
+def _segments(reader: Reader, count: int, models: Sequence[Model], old_length: int, length: int) -> list[Segment]:
+    pieces = [_piece(number) for number in reader.array(np.uint8, count).tolist()]
+    lengths = reader.numbers(count)
+    if 0 in lengths or sum(lengths) != length:
+        raise DeltaError(f"expected segments of {length} bytes, got {sum(lengths)}")
+    distances = iter(reader.signed(count - pieces.count(Piece.LITERAL)))
+    end, plain = 0, []
+    for piece, size in zip(pieces, lengths, strict=True):
+        begin = 0
+        if piece is not Piece.LITERAL:
+            begin = end + next(distances)
+            end = begin + size
+            if not 0 <= begin <= end <= old_length:
                 raise DeltaError("a segment refers to bytes outside of the base")
-        segment = Segment(Piece(piece), size, old_offset)
-        plain.append(_tensor(reader, segment, models) if piece == Piece.TENSOR else (segment, 0, 0, 0, 0))
-    if made != length:
-        raise DeltaError(f"expected segments of {length} bytes, got {made}")
-    return [_with_numbers(reader, *entry) for entry in plain]
+        plain.append(Segment(piece, size, begin))
+    tensors = iter(_tensors(reader, [segment for segment in plain if segment.piece is Piece.TENSOR], models))
+    return [next(tensors) if segment.piece is Piece.TENSOR else segment for segment in plain]
 
 
-def _tensor(reader: _Reader, segment: Segment, models: Sequence[Model]) -> tuple[Segment, int, int, int, int]:
-    model, row, base, flags, rank, shift = reader.fields("<HIhBBh")
-    if model >= len(models) or not 0 < row <= MAX_ROW or flags > 3 or rank > MAX_RANK:
+def _piece(number: int) -> Piece:
+    if number not in set(Piece):
+        raise DeltaError("a segment is of no known kind")
+    return Piece(number)
+
+
+def _tensors(reader: Reader, plain: Sequence[Segment], models: Sequence[Model]) -> list[Segment]:
+    count = len(plain)
+    tensors = [
+        replace(segment, model=model, row=row, numbers=Numbers(base))
+        for segment, model, row, base in zip(
+            plain, reader.numbers(count), reader.numbers(count), reader.signed(count), strict=True
+        )
+    ]
+    rows = [_rows(segment, models) for segment in tensors]
+    flags = reader.array(np.uint8, count).tolist()
+    ranks = reader.array(np.uint8, count).tolist()
+    if max(flags, default=0) > _ROWS | _COLUMNS or max(ranks, default=0) > MAX_RANK:
+        raise DeltaError("a tensor has unknown numbers, or too many factors")
+    shifts = reader.signed(count - ranks.count(0))
+    if max(map(abs, shifts), default=0) > _MAX_NUMBER:
+        raise DeltaError("the factors of a tensor are out of scale")
+    ahead = iter(shifts)
+    lines = [reader.array(np.int8, size if flag & _ROWS else 0).astype(np.int8) for size, flag in zip(rows, flags)]
+    columns = [
+        reader.array(np.int8, segment.row if flag & _COLUMNS else 0).astype(np.int8)
+        for segment, flag in zip(tensors, flags)
+    ]
+    made = []
+    for segment, size, mine, aside, rank in zip(tensors, rows, lines, columns, ranks, strict=True):
+        numbers = Numbers(segment.numbers.base, mine, aside)
+        if (rank or numbers.still_rows) and size * segment.row != elements.count(
+            models[segment.model].kind, segment.length
+        ):
+            raise DeltaError("a tensor with factors or still rows is not made of whole rows")
+        if rank:
+            moving = size - numbers.still_rows
+            numbers = replace(
+                numbers,
+                factors=Factors(_factor(reader, moving, rank), _factor(reader, segment.row, rank), next(ahead)),
+            )
+        made.append(replace(segment, numbers=numbers))
+    return made
+
+
+def _rows(segment: Segment, models: Sequence[Model]) -> int:
+    if segment.model >= len(models) or not 0 < segment.row <= MAX_ROW or abs(segment.numbers.base) > _MAX_NUMBER:
         raise DeltaError("a tensor has no model, or rows that are too long")
-    kind = models[model].kind
+    kind = models[segment.model].kind
     if segment.length % elements.width(kind):
         raise DeltaError("a tensor is not made of whole elements")
-    rows = -(-elements.count(kind, segment.length) // row)
-    if rank and rows * row != elements.count(kind, segment.length):
-        raise DeltaError("a tensor with factors is not made of whole rows")
-    made = Segment(segment.piece, segment.length, segment.old_offset, model, row, Numbers(base))
-    return made, rows if flags & 1 or rank else 0, flags, rank, shift
+    return -(-elements.count(kind, segment.length) // segment.row)
 
 
-def _with_numbers(reader: _Reader, segment: Segment, rows: int, flags: int, rank: int, shift: int) -> Segment:
-    if segment.piece is not Piece.TENSOR:
-        return segment
-    lines = reader.array(np.int8, rows if flags & 1 else 0).astype(np.int8)
-    columns = reader.array(np.int8, segment.row if flags & 2 else 0).astype(np.int8)
-    factors = None
-    if rank:
-        factors = Factors(_factor(reader, rows, rank), _factor(reader, segment.row, rank), shift)
-    return replace(segment, numbers=Numbers(segment.numbers.base, lines, columns, factors))
-
-
-def _factor(reader: _Reader, size: int, rank: int) -> I16:
+def _factor(reader: Reader, size: int, rank: int) -> I16:
     planes = reader.array(np.uint8, 2 * size * rank).reshape(2, -1)
     values: I16 = planes.T.copy().view("<i2").astype(np.int16).reshape(rank, size).T
     return values

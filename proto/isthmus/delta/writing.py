@@ -10,11 +10,11 @@ from typing import Final
 import numpy as np
 import zstandard
 
-from isthmus.delta import elements, model
+from isthmus.delta import elements, fitting, model
 from isthmus.delta.alignment import Pair, sampled_cost
 from isthmus.delta.elements import FLOATS, Kind
 from isthmus.delta.model import Factors, Model
-from isthmus.delta.rans import U8, U16, U32, Coded, encode
+from isthmus.delta.rans import U8, U16, U32, Coded, Stream, encode
 from isthmus.delta.rebuild import blocks
 from isthmus.delta.segments import (
     GROUP_HEADER,
@@ -30,7 +30,10 @@ from isthmus.delta.segments import (
 
 _PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
 _HARD: Final = 1 << 22  # bytes of literals that are compressed hard; more must not take minutes
-_LANE_SHARE: Final = 0.015  # of the coded bytes may go into the lanes' states
+_LANE_SHARE: Final = 0.01  # of what is coded may go into the lanes
+_LANE_BITS: Final = 8.8  # that a lane costs
+_MOST_LANES: Final = 14  # as a power of two
+_STILL: Final = 0.1  # of the rows: so many that are still are left out
 _UNALIKE: Final = 0.97  # a pair that costs this share of its size is no pair
 
 _Run = tuple[int, int]
@@ -40,7 +43,7 @@ _Run = tuple[int, int]
 class _Draft:
     segment: Segment
     kind: Kind
-    contexts: U16
+    contexts: U16  # of the elements in rows that are not still
     symbols: U8
     raw: U32
 
@@ -116,14 +119,15 @@ def _write_group(runs: Sequence[Pair | _Run], base: memoryview, target: memoryvi
             literals.append(made)
             segments.append(Segment(Piece.LITERAL, made[1]))
     models, arrays = _fit(drafts, segments)
-    lanes, states, words = _code(arrays)
+    stream = _code(arrays)
     sections, frames = _pack_literals(literals, base, target, free)
     segments = _merged(segments)
-    raw = pack_map(sections, models, segments)
+    raw = pack_map(sections, models, segments, stream.halvings)
     packed = _compress(raw, 19)
     length = sum(segment.length for segment in segments)
+    lanes, words = stream.states.size, stream.words
     header = GROUP_HEADER.pack(length, len(packed), len(raw), sum(map(len, frames)), words.size, lanes)
-    return b"".join((header, packed, *frames, states.astype("<u4").tobytes(), words.astype("<u2").tobytes()))
+    return b"".join((header, packed, *frames, stream.states.astype("<u4").tobytes(), words.astype("<u2").tobytes()))
 
 
 def _draft(pair: Pair, base: memoryview, target: memoryview) -> _Draft | Segment | _Run:
@@ -134,27 +138,46 @@ def _draft(pair: Pair, base: memoryview, target: memoryview) -> _Draft | Segment
     if sampled_cost(pair, base, target) > _UNALIKE:
         return pair.offset, pair.length
     old, new = elements.to_ints(old_bytes, pair.kind), elements.to_ints(new_bytes, pair.kind)
+    lines = _lines(old, new, pair.row)
+    if isinstance(lines, np.ndarray):
+        old, new = (values.reshape(-1, pair.row)[lines].ravel() for values in (old, new))
     difference = elements.differences(old, new, pair.kind)
-    factors = model.fit_factors(old, new, pair.kind, pair.row)
-    draft = _modelled(pair, old, difference, None)
+    factors = fitting.fit_factors(old, new, pair.kind, pair.row)
+    draft = _modelled(pair, old, difference, lines, None)
     if factors is None:
         return draft
-    better = _modelled(pair, old, difference, factors)
+    better = _modelled(pair, old, difference, lines, factors)
     size = _compress(pack_factors(factors), 3)
     return better if _entropy(better) + 8 * len(size) < _entropy(draft) else draft
 
 
-def _modelled(pair: Pair, old: elements.Ints, difference: elements.Differences, factors: Factors | None) -> _Draft:
-    features = elements.features(old, pair.kind)
-    expected = model.predict(pair.kind, old, factors, pair.row, 0)
-    left = model.residual(difference, expected, pair.kind)
-    numbers = replace(model.fit_numbers(old, left, pair.kind, pair.row), factors=factors)
+def _lines(old: elements.Ints, new: elements.Ints, row: int) -> model.Lines:
+    """Return the rows that are not still; all rows where few are."""
+    rows = old.size // row
+    if rows * row == old.size:
+        moving = np.flatnonzero((old.reshape(rows, row) != new.reshape(rows, row)).any(axis=1))
+        if rows - moving.size > _STILL * rows:
+            return moving
+    return slice(0, -(-old.size // row))
+
+
+def _modelled(
+    pair: Pair, old: elements.Ints, difference: elements.Differences, lines: model.Lines, factors: Factors | None
+) -> _Draft:
+    expected = model.predict(pair.kind, old, factors, slice(None))
+    left = fitting.residual(difference, expected, pair.kind)
+    numbers = replace(fitting.fit_numbers(old, left, pair.kind, pair.row), factors=factors)
+    if isinstance(lines, np.ndarray):
+        rows = np.full(elements.count(pair.kind, pair.length) // pair.row, model.STILL, np.int8)
+        rows[lines] = numbers.rows if numbers.rows.size else 0
+        numbers = replace(numbers, rows=rows)
     segment = Segment(Piece.TENSOR, pair.length, pair.old_offset, 0, pair.row, numbers)
-    contexts = model.contexts(features, numbers, first_features(pair.kind), expected.buckets, pair.row, 0)
+    features = first_features(pair.kind)
+    contexts = model.contexts(old, pair.kind, features, numbers, expected.buckets, pair.row, lines)
     return _Draft(segment, pair.kind, contexts, *elements.to_symbols(left, pair.kind))
 
 
-def _counts(draft: _Draft) -> model.Counts:
+def _counts(draft: _Draft) -> fitting.Counts:
     width = elements.symbol_count(draft.kind)
     index = draft.contexts.astype(np.int32) * width + draft.symbols
     return np.bincount(index, minlength=model.CONTEXTS * width).reshape(model.CONTEXTS, width)
@@ -174,17 +197,17 @@ def first_features(kind: Kind) -> model.I16:
     """Return the features' numbers that a kind begins with."""
     if kind not in FLOATS:
         return np.zeros(256, np.int16)
-    numbers: model.I16 = np.round(-elements.exponents(kind) * model.FLOAT_STEPS).astype(np.int16)
+    numbers: model.I16 = np.round(-elements.exponents(kind) * fitting.FLOAT_STEPS).astype(np.int16)
     return numbers
 
 
 def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model], list[Coded]]:
-    counts: dict[Kind, model.Counts] = {}
+    counts: dict[Kind, fitting.Counts] = {}
     for draft in drafts.values():
         mine = _counts(draft)
         counts[draft.kind] = counts[draft.kind] + mine if draft.kind in counts else mine
     kinds = sorted(counts)
-    models = [model.fit_model(kind, counts[kind], first_features(kind)) for kind in kinds]
+    models = [fitting.fit_model(kind, counts[kind], first_features(kind)) for kind in kinds]
     arrays: list[Coded] = []
     for place, draft in drafts.items():
         number = kinds.index(draft.kind)
@@ -194,16 +217,23 @@ def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model
 
 
 def _arrays(draft: _Draft, mine: Model) -> Iterator[Coded]:
-    scale = elements.count(draft.kind, draft.segment.length) / draft.segment.length
-    for _, at, size in blocks(draft.kind, draft.segment):
-        part = slice(round(at * scale), round((at + size) * scale))
+    segment = draft.segment
+    scale = elements.count(draft.kind, segment.length) / segment.length
+    lines, begin = segment.numbers.rows, 0
+    for first_row, at, size in blocks(draft.kind, segment):
+        count = round((at + size) * scale) - round(at * scale)
+        if segment.numbers.still_rows:
+            mine_here = lines[first_row : first_row + count // segment.row]
+            count = int(np.count_nonzero(mine_here != model.STILL)) * segment.row
+        part = slice(begin, begin + count)
+        begin += count
         groups = mine.groups.take(draft.contexts[part])
         yield Coded(draft.symbols[part], groups, mine.frequencies, mine.bit_counts, draft.raw[part])
 
 
-def _code(arrays: Sequence[Coded]) -> tuple[int, U32, U16]:
+def _code(arrays: Sequence[Coded]) -> Stream:
     if not arrays:
-        return 0, np.zeros(0, np.uint32), np.zeros(0, np.uint16)
+        return Stream(np.zeros(0, np.uint32), np.zeros(0, np.uint16), [])
     bits = 0.0
     for coded in arrays:
         index = coded.contexts.astype(np.int32) * coded.frequencies.shape[1] + coded.symbols
@@ -211,10 +241,9 @@ def _code(arrays: Sequence[Coded]) -> tuple[int, U32, U16]:
         bits += float(costs[index].sum())
         if coded.bit_counts is not None:
             bits += float(coded.bit_counts[coded.symbols].sum())
-    wanted = _LANE_SHARE * bits / 16
-    lanes = 1 << int(np.clip(np.log2(max(wanted, 1.0)), 0, 13))
-    states, words = encode(arrays, lanes)
-    return lanes, states, words
+    wanted = _LANE_SHARE * bits / _LANE_BITS
+    lanes = 1 << int(np.clip(round(np.log2(max(wanted, 1.0))), 0, _MOST_LANES))
+    return encode(arrays, lanes)
 
 
 def _pack_literals(
