@@ -86,9 +86,10 @@ def to_ints(data: bytes | memoryview | NDArray[np.uint8], kind: Kind) -> Ints:
         nibbles[1::2] = raw >> 4
         return nibbles
     if kind in FLOATS:
-        top = raw.dtype.type(1 << (bits(kind) - 1))
-        ordered: Ints = np.where(raw & top, ~raw, raw | top)
-        return ordered
+        turn = _signs(raw)
+        turn |= _top(raw)
+        turn ^= raw
+        return turn
     return raw
 
 
@@ -96,22 +97,48 @@ def to_bytes(values: Ints, kind: Kind) -> bytes:
     """Undo `to_ints`."""
     if kind is Kind.INT4:
         return ((values[0::2] & 15) | (values[1::2] << 4 & 0xF0)).astype(np.uint8).tobytes()
-    if kind in FLOATS:
-        top = values.dtype.type(1 << (bits(kind) - 1))
-        values = np.where(values & top, values ^ top, ~values)
-    return values.tobytes()
+    return (_stored(values) if kind in FLOATS else values).tobytes()
+
+
+def _stored(values: Ints) -> Ints:
+    turn = ~_signs(values)
+    turn |= _top(values)
+    turn ^= values
+    return turn
+
+
+def _signs(values: Ints) -> Ints:
+    """Return all ones where the highest bit is set."""
+    signed = values.view(f"<i{values.itemsize}")
+    return (signed >> (8 * values.itemsize - 1)).view(values.dtype)
+
+
+def _top(values: Ints) -> Any:
+    return values.dtype.type(1 << (8 * values.itemsize - 1))
+
+
+def keys(values: Ints, kind: Kind) -> Ints:
+    """Return for each old element the bits that decide on its feature."""
+    shift = _FEATURE_SHIFT[kind]
+    if not shift:
+        return values
+    shifted: Ints = values >> values.dtype.type(shift)
+    return shifted.astype(np.uint8 if bits(kind) - shift == 8 else np.uint16)
+
+
+@cache
+def key_features(kind: Kind) -> U8:
+    """Return the feature of each key: what helps to predict how an old element moves, its value or its exponent."""
+    count = 1 << (bits(kind) - _FEATURE_SHIFT[kind])
+    key = np.arange(count)
+    if kind in FLOATS:  # keys below the middle are those of negative numbers, the other way round
+        key = np.where(key < count // 2, count // 2 - 1 - key, key - count // 2)
+    return key.astype(np.uint8)
 
 
 def features(values: Ints, kind: Kind) -> U8:
-    """Return the byte of each old element that helps to predict how it moves: its value, or its exponent."""
-    if kind in FLOATS:
-        top = values.dtype.type(1 << (bits(kind) - 1))
-        magnitude = np.where(values & top, values ^ top, ~values)
-        magnitude &= top - values.dtype.type(1)
-        return (magnitude >> values.dtype.type(_FEATURE_SHIFT[kind])).astype(np.uint8)
-    if _FEATURE_SHIFT[kind]:
-        return (values >> values.dtype.type(_FEATURE_SHIFT[kind])).astype(np.uint8)
-    return values
+    """Return the feature of each old element."""
+    return key_features(kind).take(keys(values, kind)) if _FEATURE_SHIFT[kind] else values
 
 
 def exponents(kind: Kind) -> NDArray[np.float64]:
@@ -123,15 +150,15 @@ def exponents(kind: Kind) -> NDArray[np.float64]:
 
 def to_values(ints: Ints, kind: Kind) -> NDArray[np.float64]:
     """Return the numbers that integers of `to_ints` stand for."""
-    data = to_bytes(ints, kind)
+    if kind not in FLOATS:
+        return ints.astype(np.float64)
+    stored = _stored(ints)
     with np.errstate(invalid="ignore"):
         if kind is Kind.FLOAT16:
-            return np.frombuffer(data, "<f2").astype(np.float64)
+            return stored.view("<f2").astype(np.float64)
         if kind is Kind.BFLOAT16:
-            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        if kind is Kind.FLOAT32:
-            return np.frombuffer(data, "<f4").astype(np.float64)
-    return ints.astype(np.float64)
+            return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return stored.view("<f4").astype(np.float64)
 
 
 def from_values(values: NDArray[np.float64], kind: Kind) -> Ints:
@@ -205,6 +232,14 @@ def _bases(kind: Kind) -> Ints:
     return found
 
 
+@cache
+def _downwards(kind: Kind) -> Ints:
+    """Return for each symbol all ones where its difference is negative."""
+    symbols = np.arange(symbol_count(kind))
+    found: Ints = np.where((symbols > 0) & (symbols % 2 == 0), -1, 0).astype(_DTYPES[kind])
+    return found
+
+
 def move(
     old: Ints,
     symbols: U8,
@@ -218,11 +253,14 @@ def move(
     base = _bases(kind).take(symbols)
     if raw is not None:
         extra = raw.astype(dtype)
-        negative = symbols.astype(bool) & ~(symbols & 1).astype(bool)
-        np.negative(extra, out=extra, where=negative)
+        turn = _downwards(kind).take(symbols)
+        extra ^= turn
+        extra -= turn
         base += extra
     if flips is not None:
-        np.negative(base, out=base, where=flips)
+        turn = np.negative(flips.view(np.uint8)).astype(dtype) if dtype.itemsize == 1 else -flips.astype(dtype)
+        base ^= turn  # all ones where the sign turns
+        base -= turn
     if moves is not None:
         base += moves.astype(dtype)
     base += old

@@ -37,9 +37,8 @@ MAX_ROW: Final = 1 << 16
 STILL: Final = -128  # the number of a row of which no element moves
 Lines = slice | NDArray[np.intp]
 _EXACT: Final = 1 << 24  # below it single precision holds every integer
-_BUCKETS: Final = np.minimum(np.searchsorted((2, 4, 8, 16, 32, 64, 96), np.arange(129), side="right"), 7).astype(
-    np.uint8
-)
+_BUCKETS: Final = np.searchsorted((2, 4, 8, 16, 32, 64, 96), np.abs(np.arange(256) - 128), side="right").astype(np.uint8)
+_NARROW: Final = 6  # to the left: so far 24 bits may be shifted in 32
 
 
 @dataclass(frozen=True, slots=False)
@@ -108,7 +107,7 @@ def block_rows(row: int) -> int:
 class Prediction:
     """What a block's elements are expected to move by."""
 
-    moves: NDArray[np.signedinteger[Any]] | None = None
+    moves: NDArray[np.integer[Any]] | None = None  # modulo 2^width
     buckets: U8 | None = None  # how far an integer is expected to move below one step
     flips: NDArray[np.bool_] | None = None  # where that is downwards: the residual is coded with its sign turned
 
@@ -121,20 +120,30 @@ def predict(kind: Kind, old: Ints, factors: Factors | None, lines: slice) -> Pre
     product = (left[lines] @ right).ravel()
     if kind in FLOATS:
         values = elements.to_values(old, kind)
+        finite = np.isfinite(values)
         with np.errstate(all="ignore"):
-            there = elements.from_values(values + np.ldexp(product.astype(np.float64), factors.shift), kind)
-        moves = there.astype(np.int64) - old.astype(np.int64)
-        return Prediction(np.where(np.isfinite(values), moves, 0))
+            values += np.ldexp(product.astype(np.float64), factors.shift)
+            moves = elements.from_values(values, kind)
+        moves -= old
+        moves[~finite] = 0
+        return Prediction(moves)
     return _predict_integers(product, max(-60, min(20, factors.shift + 8)))
 
 
 def _predict_integers(product: NDArray[np.floating[Any]], shift: int) -> Prediction:
     """Return the prediction in steps, and what is left of it in 1/256 of a step; halves are rounded up."""
-    fine = product.astype(np.int64)
-    fine = fine << shift if shift >= 0 else (fine + (1 << (-shift - 1))) >> -shift
-    moves = (fine + 128) >> 8
-    fine -= moves << 8
-    return Prediction(moves, _BUCKETS.take(np.abs(fine)), fine < 0)
+    narrow = product.dtype == np.float32 and shift <= _NARROW
+    fine = product.astype(np.int32 if narrow else np.int64)
+    if shift >= 0:
+        fine <<= shift
+    else:
+        down = min(-shift, 31) if narrow else -shift
+        fine += 1 << (down - 1)
+        fine >>= down
+    fine += 128
+    rest = fine.astype(np.uint8)
+    fine >>= 8
+    return Prediction(fine, _BUCKETS.take(rest), rest < 128)
 
 
 def contexts(
@@ -145,7 +154,7 @@ def contexts(
     rows, whole = -(-size // row), size // row
     by_feature = feature_numbers + np.int16(numbers.base)
     if (by_feature != by_feature[0]).any():
-        total = by_feature.take(elements.features(old, kind))
+        total = by_feature.take(elements.key_features(kind)).take(elements.keys(old, kind))
     else:
         total = np.full(size, by_feature[0])
     square = total[: whole * row].reshape(whole, row)

@@ -47,6 +47,11 @@ class _Draft:
     symbols: U8
     raw: U32
 
+    @property
+    def group(self) -> tuple[Kind, bool]:
+        """What tensors must have in common to share a model: their kind, and whether raw bits follow their symbols."""
+        return self.kind, bool(self.symbols.size) and bool(elements.bit_counts(self.kind)[self.symbols.max()])
+
 
 def write_groups(pairs: Sequence[Pair], base: memoryview, target: memoryview) -> Iterator[bytes]:
     """Yield the body's groups."""
@@ -202,15 +207,16 @@ def first_features(kind: Kind) -> model.I16:
 
 
 def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model], list[Coded]]:
-    counts: dict[Kind, fitting.Counts] = {}
+    """Fit models for the tensors of each kind, those with raw bits apart: to look for such bits takes time."""
+    counts: dict[tuple[Kind, bool], fitting.Counts] = {}
     for draft in drafts.values():
         mine = _counts(draft)
-        counts[draft.kind] = counts[draft.kind] + mine if draft.kind in counts else mine
-    kinds = sorted(counts)
-    models = [fitting.fit_model(kind, counts[kind], first_features(kind)) for kind in kinds]
+        counts[draft.group] = counts[draft.group] + mine if draft.group in counts else mine
+    groups = sorted(counts)
+    models = [fitting.fit_model(group[0], counts[group], first_features(group[0])) for group in groups]
     arrays: list[Coded] = []
     for place, draft in drafts.items():
-        number = kinds.index(draft.kind)
+        number = groups.index(draft.group)
         segments[place] = replace(segments[place], model=number)
         arrays += _arrays(draft, models[number])
     return models, arrays
