@@ -245,7 +245,7 @@ def move(
     symbols: U8,
     raw: U32 | None,
     kind: Kind,
-    moves: Differences | None = None,
+    moves: NDArray[np.integer[Any]] | None = None,
     flips: NDArray[np.bool_] | None = None,
 ) -> Ints:
     """Return the new elements: `old` moved as predicted and by what the symbols and raw bits say, modulo 2^width."""

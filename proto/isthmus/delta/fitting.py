@@ -135,7 +135,10 @@ def _fit_floats(old: Ints, difference: Differences, kind: Kind, row: int) -> Num
 
 
 def _fit_integers(difference: Differences, row: int) -> Numbers:
-    size = np.minimum(np.abs(difference.astype(np.int64, copy=False) if difference.itemsize > 1 else difference.astype(np.int16)), _CAP).astype(np.float32)
+    size = np.minimum(
+        np.abs(difference.astype(np.int64, copy=False) if difference.itemsize > 1 else difference.astype(np.int16)),
+        _CAP,
+    ).astype(np.float32)
     rows, whole = -(-size.size // row), size.size // row
     counts = np.full(rows, row, np.float64)
     counts[-1] = size.size - (rows - 1) * row

@@ -8,8 +8,8 @@ contexts of its own: context = 8 * scale + bucket. Products of such integers are
 order, so every machine predicts the same.
 
 The numbers are logarithms of how far elements of that row, column and feature move, on a grid; `isthmus.delta.fitting`
-finds them, the delta carries them. Rows may be still: they are as they were, and nothing of them is coded. A model, shared by the tensors of a kind, holds the numbers of the features and the symbol
-frequencies of every context.
+finds them, the delta carries them. Rows may be still: they are as they were, and nothing of them is coded. A model,
+shared by tensors of a kind, holds the numbers of the features and the symbol frequencies of every context.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.delta import elements
-from isthmus.delta.elements import FLOATS, Differences, Ints, Kind
-from isthmus.delta.rans import PRECISION, TOTAL, U8, U16, U32, Table
+from isthmus.delta.elements import FLOATS, Ints, Kind
+from isthmus.delta.rans import PRECISION, U8, U16, U32, Table
 
 I8 = NDArray[np.int8]
 I16 = NDArray[np.int16]
@@ -37,7 +37,9 @@ MAX_ROW: Final = 1 << 16
 STILL: Final = -128  # the number of a row of which no element moves
 Lines = slice | NDArray[np.intp]
 _EXACT: Final = 1 << 24  # below it single precision holds every integer
-_BUCKETS: Final = np.searchsorted((2, 4, 8, 16, 32, 64, 96), np.abs(np.arange(256) - 128), side="right").astype(np.uint8)
+_BUCKETS: Final = np.searchsorted((2, 4, 8, 16, 32, 64, 96), np.abs(np.arange(256) - 128), side="right").astype(
+    np.uint8
+)
 _NARROW: Final = 6  # to the left: so far 24 bits may be shifted in 32
 
 
@@ -133,7 +135,7 @@ def predict(kind: Kind, old: Ints, factors: Factors | None, lines: slice) -> Pre
 def _predict_integers(product: NDArray[np.floating[Any]], shift: int) -> Prediction:
     """Return the prediction in steps, and what is left of it in 1/256 of a step; halves are rounded up."""
     narrow = product.dtype == np.float32 and shift <= _NARROW
-    fine = product.astype(np.int32 if narrow else np.int64)
+    fine: NDArray[np.signedinteger[Any]] = product.astype(np.int32 if narrow else np.int64)
     if shift >= 0:
         fine <<= shift
     else:

@@ -131,10 +131,10 @@ class _Encoder:
 
     def _push_bits(self, active: U32, bits: U32, counts: U32) -> None:
         if counts.any():
-            high = np.maximum(counts, 16) - 16
+            high: U32 = np.maximum(counts, np.uint32(16)) - np.uint32(16)
             if high.any():
                 self._push_few_bits(active, bits >> _WORD, high)
-            self._push_few_bits(active, bits & np.uint32(0xFFFF), np.minimum(counts, 16))
+            self._push_few_bits(active, bits & np.uint32(0xFFFF), np.minimum(counts, np.uint32(16)))
 
     def _push_few_bits(self, active: U32, bits: U32, counts: U32) -> None:
         self._emit(active, (active.astype(np.uint64) << counts.astype(np.uint64)) >> np.uint64(32) != 0)
@@ -201,7 +201,7 @@ class Decoder:
         size, at = slots.size, 0
         bits = np.zeros(size, np.uint32) if bit_counts is not None else None
         while at < size:
-            if self._halvings and self._done >= self._halvings[0]:
+            while self._halvings and self._done >= self._halvings[0]:
                 self._halve()
             end = min(at + self._state.size, size)
             state, entry = self._state[: end - at], slots[at:end]

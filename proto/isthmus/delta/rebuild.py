@@ -183,11 +183,9 @@ def _tensor(base: BinaryIO, segment: Segment, mine: model.Model, decoder: Decode
 def _moved(
     old: elements.Ints, segment: Segment, mine: model.Model, decoder: Decoder, lines: model.Lines, first: int
 ) -> elements.Ints:
-    """Return the new elements of whole rows; `lines` are theirs, and `first` the first one's without those that are still."""
+    """Return the new elements of the rows `lines`, which begin with the row `first` of those that are not still."""
     numbers = segment.numbers
     expected = model.predict(mine.kind, old, numbers.factors, slice(first, first + -(-old.size // segment.row)))
-    contexts = model.contexts(
-        old, mine.kind, mine.feature_numbers, numbers, expected.buckets, segment.row, lines
-    )
+    contexts = model.contexts(old, mine.kind, mine.feature_numbers, numbers, expected.buckets, segment.row, lines)
     symbols, raw = decoder.decode(mine.slots.take(contexts), mine.table, mine.bit_counts)
     return elements.move(old, symbols, raw, mine.kind, expected.moves, expected.flips)

@@ -269,10 +269,13 @@ def _tensors(reader: Reader, plain: Sequence[Segment], models: Sequence[Model]) 
     if max(map(abs, shifts), default=0) > _MAX_NUMBER:
         raise DeltaError("the factors of a tensor are out of scale")
     ahead = iter(shifts)
-    lines = [reader.array(np.int8, size if flag & _ROWS else 0).astype(np.int8) for size, flag in zip(rows, flags)]
+    lines = [
+        reader.array(np.int8, size if flag & _ROWS else 0).astype(np.int8)
+        for size, flag in zip(rows, flags, strict=True)
+    ]
     columns = [
         reader.array(np.int8, segment.row if flag & _COLUMNS else 0).astype(np.int8)
-        for segment, flag in zip(tensors, flags)
+        for segment, flag in zip(tensors, flags, strict=True)
     ]
     made = []
     for segment, size, mine, aside, rank in zip(tensors, rows, lines, columns, ranks, strict=True):
