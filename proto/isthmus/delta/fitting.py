@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from isthmus.delta import elements
 from isthmus.delta.elements import FLOATS, Differences, Ints, Kind
-from isthmus.delta.model import CONTEXTS, F64, I8, I16, Factors, Model, Numbers, Prediction
+from isthmus.delta.factors import I16, Factors
+from isthmus.delta.model import CONTEXTS, F64, I8, Model, Numbers, Prediction
 from isthmus.delta.rans import TOTAL, U16
 
 Counts = NDArray[np.int64]

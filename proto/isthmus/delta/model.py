@@ -23,20 +23,18 @@ from numpy.typing import NDArray
 
 from isthmus.delta import elements
 from isthmus.delta.elements import FLOATS, Ints, Kind
+from isthmus.delta.factors import I16, Factors
 from isthmus.delta.rans import PRECISION, U8, U16, U32, Table
 
 I8 = NDArray[np.int8]
-I16 = NDArray[np.int16]
 F64 = NDArray[np.float64]
 
 MAX_SCALES: Final = 128
 CONTEXTS: Final = 8 * MAX_SCALES
-MAX_RANK: Final = 64
 BLOCK: Final = 1 << 18  # elements
 MAX_ROW: Final = 1 << 16
 STILL: Final = -128  # the number of a row of which no element moves
 Lines = slice | NDArray[np.intp]
-_EXACT: Final = 1 << 24  # below it single precision holds every integer
 _BUCKETS: Final = np.searchsorted((2, 4, 8, 16, 32, 64, 96), np.abs(np.arange(256) - 128), side="right").astype(
     np.uint8
 )
@@ -67,22 +65,6 @@ class Model:
     def bit_counts(self) -> U8 | None:
         """Raw bits per symbol; None where there are none."""
         return elements.bit_counts(self.kind) if self.raw else None
-
-
-@dataclass(frozen=True, slots=False)
-class Factors:
-    """A prediction of low rank: the values change by (left @ right.T) * 2^shift."""
-
-    left: I16  # rows that are not still x rank
-    right: I16  # columns x rank
-    shift: int
-
-    @cached_property
-    def parts(self) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
-        """Both factors in a precision in which every product is exact, whatever the order of its sums."""
-        left, right = (np.abs(part.astype(np.int64)).max(axis=0, initial=0) for part in (self.left, self.right))
-        dtype = np.float32 if int((left * right).sum()) < _EXACT else np.float64
-        return self.left.astype(dtype), np.ascontiguousarray(self.right.T.astype(dtype))
 
 
 @dataclass(frozen=True, slots=True)

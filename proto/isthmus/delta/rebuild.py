@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +14,7 @@ import numpy as np
 from isthmus.delta import elements, model
 from isthmus.delta.container import Header, Method
 from isthmus.delta.elements import Kind
+from isthmus.delta.factors import Factors, read
 from isthmus.delta.rans import U16, Decoder
 from isthmus.delta.segments import Group, Piece, Section, Segment, decompress, read_group, read_states
 from isthmus.digests import CHUNK
@@ -82,6 +83,7 @@ def _rebuild_group(file: BinaryIO, base: BinaryIO, group: Group) -> Iterator[byt
     states = _read(file, 4 * group.lanes)
     words = _Words(file, coded + 4 * group.lanes, group.words)
     decoder = Decoder(read_states(states), words.take, group.halvings)
+    made = _factors(group, decoder)
     for segment in group.segments:
         if segment.piece is Piece.LITERAL:
             yield from literals.take(segment.length)
@@ -90,9 +92,19 @@ def _rebuild_group(file: BinaryIO, base: BinaryIO, group: Group) -> Iterator[byt
             for at in range(0, segment.length, CHUNK):
                 yield _read(base, min(CHUNK, segment.length - at))
         else:
-            yield from _tensor(base, segment, group.models[segment.model], decoder)
+            numbers = replace(segment.numbers, factors=made.popleft()) if segment.factors else segment.numbers
+            yield from _tensor(base, replace(segment, numbers=numbers), group.models[segment.model], decoder)
     decoder.finish()
     file.seek(begin + group.payload)
+
+
+def _factors(group: Group, decoder: Decoder) -> deque[Factors]:
+    """Return the factors of the tensors that have some, in their order."""
+    outlines = [segment.factors for segment in group.segments if segment.factors]
+    if not outlines:
+        return deque()
+    mine = group.models[group.factor_model]
+    return deque(read(outlines, lambda part: decoder.decode(mine.slots.take(part), mine.table, mine.bit_counts)))
 
 
 def _read(file: BinaryIO, size: int) -> bytes:

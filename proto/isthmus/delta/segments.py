@@ -17,8 +17,9 @@ import zstandard
 
 from isthmus.delta import elements
 from isthmus.delta.elements import Kind
+from isthmus.delta.factors import KIND, MAX_NUMBERS, MAX_RANK, MAX_SCALE, Outline
 from isthmus.delta.fields import Reader, pack_numbers, pack_signed
-from isthmus.delta.model import CONTEXTS, I16, MAX_RANK, MAX_ROW, Factors, Model, Numbers
+from isthmus.delta.model import CONTEXTS, MAX_ROW, Model, Numbers
 from isthmus.delta.rans import MAX_LANES, U8, U32
 from isthmus.errors import DeltaError
 
@@ -50,6 +51,7 @@ class Segment:
     model: int = 0  # number in the group's models
     row: int = 1  # elements
     numbers: Numbers = field(default_factory=Numbers)
+    factors: Outline | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class Group:
     lanes: int
     words: int
     halvings: Sequence[int]  # coded elements before each halving of the lanes
+    factor_model: int  # the model of the factors' numbers
 
     @property
     def payload(self) -> int:
@@ -80,11 +83,15 @@ class Group:
 
 
 def pack_map(
-    sections: Sequence[Section], models: Sequence[Model], segments: Sequence[Segment], halvings: Sequence[int]
+    sections: Sequence[Section],
+    models: Sequence[Model],
+    segments: Sequence[Segment],
+    halvings: Sequence[int],
+    factor_model: int,
 ) -> bytes:
     """Return the map's bytes."""
     out = bytearray(struct.pack("<HHIB", len(sections), len(models), len(segments), len(halvings)))
-    out += pack_numbers(halvings)
+    out += pack_numbers((*halvings, factor_model))
     for section in sections:
         out += struct.pack("<IIH", section.length, section.packed, len(section.dictionary))
         for offset, length in section.dictionary:
@@ -98,16 +105,16 @@ def pack_map(
     out += pack_numbers(segment.length for segment in segments)
     out += pack_signed(_distances(segments))
     tensors = [segment for segment in segments if segment.piece is Piece.TENSOR]
-    factors = [segment.numbers.factors for segment in tensors]
+    outlines = [segment.factors for segment in tensors]
     out += pack_numbers(segment.model for segment in tensors)
     out += pack_numbers(segment.row for segment in tensors)
     out += pack_signed(segment.numbers.base for segment in tensors)
     out += bytes(_flags(segment.numbers) for segment in tensors)
-    out += bytes(part.left.shape[1] if part else 0 for part in factors)
-    out += pack_signed(part.shift for part in factors if part)
+    out += bytes(outline.rank if outline else 0 for outline in outlines)
+    out += pack_signed(outline.shift for outline in outlines if outline)
+    out += b"".join(outline.scales.tobytes() for outline in outlines if outline)
     out += b"".join(segment.numbers.rows.tobytes() for segment in tensors)
     out += b"".join(segment.numbers.columns.tobytes() for segment in tensors)
-    out += b"".join(pack_factors(part) for part in factors if part)
     return bytes(out)
 
 
@@ -122,15 +129,6 @@ def _distances(segments: Sequence[Segment]) -> Iterator[int]:
 
 def _flags(numbers: Numbers) -> int:
     return bool(numbers.rows.size) | bool(numbers.columns.size) << 1
-
-
-def pack_factors(factors: Factors) -> bytes:
-    """Return the factors' bytes: for each factor all low bytes, then all high ones, one rank after the other."""
-    planes = [
-        np.ascontiguousarray(part.T, "<i2").view(np.uint8).reshape(-1, 2).T.tobytes()
-        for part in (factors.left, factors.right)
-    ]
-    return b"".join(planes)
 
 
 def read_group(file: BinaryIO, *, left: int, old_length: int) -> Group:
@@ -154,11 +152,12 @@ def read_group(file: BinaryIO, *, left: int, old_length: int) -> Group:
         raise DeltaError(f"expected up to {MAX_LANES} lanes, got {lanes}")
     reader = Reader(_unpack(file.read(packed), packed, raw))
     section_count, model_count, segment_count, halving_count = reader.fields("<HHIB")
-    halvings = reader.numbers(halving_count)
+    *halvings, factor_model = reader.numbers(halving_count + 1)
     sections = [_section(reader, old_length) for _ in range(section_count)]
     models = _models(reader, model_count)
     segments = _segments(reader, segment_count, models, old_length, length)
     reader.end()
+    _check_factors(segments, models, factor_model)
     literal = sum(segment.length for segment in segments if segment.piece is Piece.LITERAL)
     if literal != sum(section.length for section in sections):
         raise DeltaError("the literal sections are not as long as the segments that need them")
@@ -166,7 +165,7 @@ def read_group(file: BinaryIO, *, left: int, old_length: int) -> Group:
         raise DeltaError("the lanes are halved too often, or out of order")
     if lanes == 0 and any(segment.piece is Piece.TENSOR for segment in segments):
         raise DeltaError("expected lanes for the tensors, got none")
-    return Group(length, sections, models, segments, lanes, words, halvings)
+    return Group(length, sections, models, segments, lanes, words, halvings, factor_model)
 
 
 def _unpack(data: bytes, packed: int, raw: int) -> bytes:
@@ -246,6 +245,14 @@ def _segments(reader: Reader, count: int, models: Sequence[Model], old_length: i
     return [next(tensors) if segment.piece is Piece.TENSOR else segment for segment in plain]
 
 
+def _check_factors(segments: Sequence[Segment], models: Sequence[Model], model: int) -> None:
+    outlines = [segment.factors for segment in segments if segment.factors]
+    if outlines and (model >= len(models) or models[model].kind is not KIND):
+        raise DeltaError("the factors have no model")
+    if sum(outline.numbers for outline in outlines) > MAX_NUMBERS:
+        raise DeltaError(f"expected up to {MAX_NUMBERS} numbers in the factors of a group")
+
+
 def _piece(number: int) -> Piece:
     if number not in set(Piece):
         raise DeltaError("a segment is of no known kind")
@@ -269,6 +276,9 @@ def _tensors(reader: Reader, plain: Sequence[Segment], models: Sequence[Model]) 
     if max(map(abs, shifts), default=0) > _MAX_NUMBER:
         raise DeltaError("the factors of a tensor are out of scale")
     ahead = iter(shifts)
+    scales = [reader.array(np.uint8, 2 * rank).astype(np.uint8) for rank in ranks]
+    if max((int(scale.max(initial=0)) for scale in scales), default=0) > MAX_SCALE:
+        raise DeltaError("the numbers of a factor are out of scale")
     lines = [
         reader.array(np.int8, size if flag & _ROWS else 0).astype(np.int8)
         for size, flag in zip(rows, flags, strict=True)
@@ -278,19 +288,13 @@ def _tensors(reader: Reader, plain: Sequence[Segment], models: Sequence[Model]) 
         for segment, flag in zip(tensors, flags, strict=True)
     ]
     made = []
-    for segment, size, mine, aside, rank in zip(tensors, rows, lines, columns, ranks, strict=True):
+    for segment, size, mine, aside, scale in zip(tensors, rows, lines, columns, scales, strict=True):
         numbers = Numbers(segment.numbers.base, mine, aside)
-        if (rank or numbers.still_rows) and size * segment.row != elements.count(
-            models[segment.model].kind, segment.length
-        ):
+        count = elements.count(models[segment.model].kind, segment.length)
+        if (scale.size or numbers.still_rows) and size * segment.row != count:
             raise DeltaError("a tensor with factors or still rows is not made of whole rows")
-        if rank:
-            moving = size - numbers.still_rows
-            numbers = replace(
-                numbers,
-                factors=Factors(_factor(reader, moving, rank), _factor(reader, segment.row, rank), next(ahead)),
-            )
-        made.append(replace(segment, numbers=numbers))
+        outline = Outline(next(ahead), scale, size - numbers.still_rows, segment.row) if scale.size else None
+        made.append(replace(segment, numbers=numbers, factors=outline))
     return made
 
 
@@ -301,12 +305,6 @@ def _rows(segment: Segment, models: Sequence[Model]) -> int:
     if segment.length % elements.width(kind):
         raise DeltaError("a tensor is not made of whole elements")
     return -(-elements.count(kind, segment.length) // segment.row)
-
-
-def _factor(reader: Reader, size: int, rank: int) -> I16:
-    planes = reader.array(np.uint8, 2 * size * rank).reshape(2, -1)
-    values: I16 = planes.T.copy().view("<i2").astype(np.int16).reshape(rank, size).T
-    return values
 
 
 def read_states(data: bytes) -> U32:

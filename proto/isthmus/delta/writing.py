@@ -10,10 +10,11 @@ from typing import Final
 import numpy as np
 import zstandard
 
-from isthmus.delta import elements, fitting, model
+from isthmus.delta import elements, factors, fitting, model
 from isthmus.delta.alignment import Pair, sampled_cost
 from isthmus.delta.elements import FLOATS, Kind
-from isthmus.delta.model import Factors, Model
+from isthmus.delta.factors import MAX_NUMBERS, Factors
+from isthmus.delta.model import Model
 from isthmus.delta.rans import U8, U16, U32, Coded, Stream, encode
 from isthmus.delta.rebuild import blocks
 from isthmus.delta.segments import (
@@ -24,13 +25,14 @@ from isthmus.delta.segments import (
     Piece,
     Section,
     Segment,
-    pack_factors,
     pack_map,
 )
 
 _PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
 _HARD: Final = 1 << 22  # bytes of literals that are compressed hard; more must not take minutes
-_LANE_SHARE: Final = 0.01  # of what is coded may go into the lanes
+_LANE_SHARE: Final = 0.008  # of what is coded may go into the lanes
+_LITTLE_LANE_SHARE: Final = 0.002  # does not matter
+_LANES_PER_SYMBOL: Final = 9000.0  # and byte of the target: more hardly make it faster
 _LANE_BITS: Final = 8.8  # that a lane costs
 _MOST_LANES: Final = 14  # as a power of two
 _STILL: Final = 0.1  # of the rows: so many that are still are left out
@@ -113,9 +115,11 @@ def _write_group(runs: Sequence[Pair | _Run], base: memoryview, target: memoryvi
     drafts: dict[int, _Draft] = {}
     segments: list[Segment] = []
     literals: list[_Run] = []
+    room = MAX_NUMBERS
     for run in runs:
-        made = _draft(run, base, target) if isinstance(run, Pair) else run
+        made = _draft(run, base, target, room) if isinstance(run, Pair) else run
         if isinstance(made, _Draft):
+            room -= made.segment.factors.numbers if made.segment.factors else 0
             drafts[len(segments)] = made
             segments.append(made.segment)
         elif isinstance(made, Segment):
@@ -124,10 +128,10 @@ def _write_group(runs: Sequence[Pair | _Run], base: memoryview, target: memoryvi
             literals.append(made)
             segments.append(Segment(Piece.LITERAL, made[1]))
     models, arrays = _fit(drafts, segments)
-    stream = _code(arrays)
+    stream = _code(arrays, sum(segment.length for segment in segments))
     sections, frames = _pack_literals(literals, base, target, free)
     segments = _merged(segments)
-    raw = pack_map(sections, models, segments, stream.halvings)
+    raw = pack_map(sections, models, segments, stream.halvings, max(0, len(models) - 1))
     packed = _compress(raw, 19)
     length = sum(segment.length for segment in segments)
     lanes, words = stream.states.size, stream.words
@@ -135,7 +139,7 @@ def _write_group(runs: Sequence[Pair | _Run], base: memoryview, target: memoryvi
     return b"".join((header, packed, *frames, stream.states.astype("<u4").tobytes(), words.astype("<u2").tobytes()))
 
 
-def _draft(pair: Pair, base: memoryview, target: memoryview) -> _Draft | Segment | _Run:
+def _draft(pair: Pair, base: memoryview, target: memoryview, room: int) -> _Draft | Segment | _Run:
     old_bytes = base[pair.old_offset : pair.old_offset + pair.length]
     new_bytes = target[pair.offset : pair.offset + pair.length]
     if old_bytes == new_bytes:
@@ -147,13 +151,12 @@ def _draft(pair: Pair, base: memoryview, target: memoryview) -> _Draft | Segment
     if isinstance(lines, np.ndarray):
         old, new = (values.reshape(-1, pair.row)[lines].ravel() for values in (old, new))
     difference = elements.differences(old, new, pair.kind)
-    factors = fitting.fit_factors(old, new, pair.kind, pair.row)
     draft = _modelled(pair, old, difference, lines, None)
-    if factors is None:
+    found = fitting.fit_factors(old, new, pair.kind, pair.row)
+    if found is None or found.left.size + found.right.size > room:
         return draft
-    better = _modelled(pair, old, difference, lines, factors)
-    size = _compress(pack_factors(factors), 3)
-    return better if _entropy(better) + 8 * len(size) < _entropy(draft) else draft
+    better = _modelled(pair, old, difference, lines, found)
+    return better if _entropy(better) + factors.bits(found) < _entropy(draft) else draft
 
 
 def _lines(old: elements.Ints, new: elements.Ints, row: int) -> model.Lines:
@@ -167,24 +170,29 @@ def _lines(old: elements.Ints, new: elements.Ints, row: int) -> model.Lines:
 
 
 def _modelled(
-    pair: Pair, old: elements.Ints, difference: elements.Differences, lines: model.Lines, factors: Factors | None
+    pair: Pair, old: elements.Ints, difference: elements.Differences, lines: model.Lines, found: Factors | None
 ) -> _Draft:
-    expected = model.predict(pair.kind, old, factors, slice(None))
+    expected = model.predict(pair.kind, old, found, slice(None))
     left = fitting.residual(difference, expected, pair.kind)
-    numbers = replace(fitting.fit_numbers(old, left, pair.kind, pair.row), factors=factors)
+    numbers = replace(fitting.fit_numbers(old, left, pair.kind, pair.row), factors=found)
     if isinstance(lines, np.ndarray):
         rows = np.full(elements.count(pair.kind, pair.length) // pair.row, model.STILL, np.int8)
         rows[lines] = numbers.rows if numbers.rows.size else 0
         numbers = replace(numbers, rows=rows)
-    segment = Segment(Piece.TENSOR, pair.length, pair.old_offset, 0, pair.row, numbers)
+    outlined = factors.outline(found) if found else None
+    segment = Segment(Piece.TENSOR, pair.length, pair.old_offset, 0, pair.row, numbers, outlined)
     features = first_features(pair.kind)
     contexts = model.contexts(old, pair.kind, features, numbers, expected.buckets, pair.row, lines)
     return _Draft(segment, pair.kind, contexts, *elements.to_symbols(left, pair.kind))
 
 
 def _counts(draft: _Draft) -> fitting.Counts:
-    width = elements.symbol_count(draft.kind)
-    index = draft.contexts.astype(np.int32) * width + draft.symbols
+    return _counted(draft.kind, draft.contexts, draft.symbols)
+
+
+def _counted(kind: Kind, contexts: U16, symbols: U8) -> fitting.Counts:
+    width = elements.symbol_count(kind)
+    index = contexts.astype(np.int32) * width + symbols
     return np.bincount(index, minlength=model.CONTEXTS * width).reshape(model.CONTEXTS, width)
 
 
@@ -198,11 +206,11 @@ def _entropy(draft: _Draft) -> float:
     return float(coded + (counts.sum(axis=0) * elements.bit_counts(draft.kind)).sum())
 
 
-def first_features(kind: Kind) -> model.I16:
+def first_features(kind: Kind) -> factors.I16:
     """Return the features' numbers that a kind begins with."""
     if kind not in FLOATS:
         return np.zeros(256, np.int16)
-    numbers: model.I16 = np.round(-elements.exponents(kind) * fitting.FLOAT_STEPS).astype(np.int16)
+    numbers: factors.I16 = np.round(-elements.exponents(kind) * fitting.FLOAT_STEPS).astype(np.int16)
     return numbers
 
 
@@ -215,11 +223,26 @@ def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model
     groups = sorted(counts)
     models = [fitting.fit_model(group[0], counts[group], first_features(group[0])) for group in groups]
     arrays: list[Coded] = []
+    made = [draft.segment.numbers.factors for draft in drafts.values() if draft.segment.numbers.factors]
+    if made:
+        models.append(_fit_factors(made, arrays))
     for place, draft in drafts.items():
         number = groups.index(draft.group)
         segments[place] = replace(segments[place], model=number)
         arrays += _arrays(draft, models[number])
     return models, arrays
+
+
+def _fit_factors(made: Sequence[Factors], arrays: list[Coded]) -> Model:
+    """Fit the model of the factors' numbers, and append those to the arrays."""
+    parts = list(factors.code(made))
+    counts = _counted(factors.KIND, *parts[0][:2])
+    for contexts, symbols, _ in parts[1:]:
+        counts += _counted(factors.KIND, contexts, symbols)
+    mine = fitting.fit_model(factors.KIND, counts, first_features(factors.KIND))
+    for contexts, symbols, raw in parts:
+        arrays.append(Coded(symbols, mine.groups.take(contexts), mine.frequencies, mine.bit_counts, raw))
+    return mine
 
 
 def _arrays(draft: _Draft, mine: Model) -> Iterator[Coded]:
@@ -237,7 +260,8 @@ def _arrays(draft: _Draft, mine: Model) -> Iterator[Coded]:
         yield Coded(draft.symbols[part], groups, mine.frequencies, mine.bit_counts, draft.raw[part])
 
 
-def _code(arrays: Sequence[Coded]) -> Stream:
+def _code(arrays: Sequence[Coded], length: int) -> Stream:
+    """Code arrays of a group of `length` bytes, with lanes that make decoding fast and cost little."""
     if not arrays:
         return Stream(np.zeros(0, np.uint32), np.zeros(0, np.uint16), [])
     bits = 0.0
@@ -247,7 +271,9 @@ def _code(arrays: Sequence[Coded]) -> Stream:
         bits += float(costs[index].sum())
         if coded.bit_counts is not None:
             bits += float(coded.bit_counts[coded.symbols].sum())
-    wanted = _LANE_SHARE * bits / _LANE_BITS
+    count = sum(coded.symbols.size for coded in arrays)
+    fast = max(_LANES_PER_SYMBOL * count / length, _LITTLE_LANE_SHARE * bits / _LANE_BITS)
+    wanted = min(_LANE_SHARE * bits / _LANE_BITS, fast)
     lanes = 1 << int(np.clip(round(np.log2(max(wanted, 1.0))), 0, _MOST_LANES))
     return encode(arrays, lanes)
 
