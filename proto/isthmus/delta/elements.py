@@ -62,6 +62,7 @@ _FEATURE_SHIFT: Final = {
 FLOATS: Final = frozenset({Kind.FLOAT16, Kind.BFLOAT16, Kind.FLOAT32})
 
 
+@cache
 def width(kind: Kind) -> int:
     """Return the bytes that one stored element has (for INT4 the byte of two)."""
     return int(_DTYPES[kind].itemsize)
@@ -72,6 +73,7 @@ def count(kind: Kind, length: int) -> int:
     return length * 2 if kind is Kind.INT4 else length // width(kind)
 
 
+@cache
 def bits(kind: Kind) -> int:
     """Return the bits of one element."""
     return 4 if kind is Kind.INT4 else 8 * width(kind)
@@ -174,11 +176,13 @@ def from_values(values: NDArray[np.float64], kind: Kind) -> Ints:
     return to_ints(single.view(np.uint8), kind)
 
 
+@cache
 def symbol_count(kind: Kind) -> int:
     """Return how many symbols the kind has."""
     return 3 + 2 * ((bits(kind) - 1) << _MANTISSA[kind])
 
 
+@cache
 def bit_counts(kind: Kind) -> U8:
     """Return for each symbol how many raw bits follow it."""
     exponent = (np.maximum(np.arange(symbol_count(kind)), 1) - 1) // 2 >> _MANTISSA[kind]

@@ -118,6 +118,7 @@ def bits(factors: Factors) -> float:
     """Return what factors cost, about: the entropy of each vector, and a few bits more."""
     total = 0.0
     for vector in _vectors(factors):
-        _, counts = np.unique(vector, return_counts=True)
+        counts = np.bincount(vector.astype(np.int64) - int(vector.min()))
+        counts = counts[counts > 0]
         total += float((counts * np.log2(vector.size / counts)).sum()) + 10
     return total

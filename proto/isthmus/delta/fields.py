@@ -50,9 +50,19 @@ class Reader:
 
     def numbers(self, count: int) -> list[int]:
         """Return `count` numbers of `pack_numbers`."""
-        if count > len(self._data) - self._at:
-            raise DeltaError("the map of a group ends too early")
-        return [self._number() for _ in range(count)]
+        found: list[int] = []
+        value = shift = 0
+        while len(found) < count:
+            if self._at == len(self._data) or shift == 7 * _LONGEST:
+                raise DeltaError("a number in the map of a group has no end")
+            byte = self._data[self._at]
+            self._at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                found.append(value)
+                value = shift = 0
+        return found
 
     def signed(self, count: int) -> list[int]:
         """Return `count` numbers of `pack_signed`."""
@@ -62,15 +72,6 @@ class Reader:
         """Check that everything has been read."""
         if self._at != len(self._data):
             raise DeltaError("the map of a group goes on after its last field")
-
-    def _number(self) -> int:
-        value = 0
-        for shift in range(0, 7 * _LONGEST, 7):
-            (byte,) = self._take(1)
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise DeltaError("a number in a map is too long")
 
     def _take(self, size: int) -> bytes:
         taken = self._data[self._at : self._at + size]

@@ -35,8 +35,8 @@ _FACTOR_NOISE: Final = 0.05  # rounding the factors may add this share to the va
 _FLOAT_BIAS: Final = {Kind.FLOAT16: 25, Kind.BFLOAT16: 134, Kind.FLOAT32: 150}  # of the exponent of a last place
 _LARGEST_CHANGE: Final = 1e3  # what moved further is an outlier that would hide the rest
 _INT16: Final = 32767.0
-_GRIDS: Final = (1, 2, 3, 4, 6, 8)
-_PRIORS: Final = (0.5, 2.0, 8.0)  # events that a line is believed to have had as the others
+_GRIDS: Final = (1, 2, 4, 8)
+_PRIORS: Final = (0.5, 4.0)  # events that a line is believed to have had as the others
 _LARGEST_NUMBER: Final = 120
 _NUMBER_BITS: Final = 5.0  # of each number that occurs, beyond its entropy
 _ARRAY_BITS: Final = 40.0
@@ -177,16 +177,17 @@ def _best(candidates: Sequence[F64], worth: Worth) -> I8:
     found, most = np.zeros(0, np.int8), 0.0
     for values in candidates:
         for step in _GRIDS if values.size > 1 else ():
-            numbers = np.clip(np.round(values / step) * step, -_LARGEST_NUMBER, _LARGEST_NUMBER)
-            gain = worth(numbers) - _bits(numbers)
+            numbers = np.clip(np.round(values / step) * step, -_LARGEST_NUMBER, _LARGEST_NUMBER).astype(np.int8)
+            gain = worth(numbers.astype(np.float64)) - _bits(numbers)
             if gain > most:
-                found, most = numbers.astype(np.int8), gain
+                found, most = numbers, gain
     return found
 
 
-def _bits(numbers: F64) -> float:
+def _bits(numbers: I8) -> float:
     """Return what numbers cost, about."""
-    _, counts = np.unique(numbers, return_counts=True)
+    counts = np.bincount(numbers.view(np.uint8))
+    counts = counts[counts > 0]
     return float((counts * np.log2(numbers.size / counts)).sum()) + _NUMBER_BITS * counts.size + _ARRAY_BITS
 
 

@@ -142,7 +142,7 @@ class _Encoder:
         active |= bits
 
     def _emit(self, active: U32, full: NDArray[np.bool_]) -> None:
-        chosen = np.flatnonzero(full)
+        (chosen,) = full.nonzero()
         if chosen.size:
             state = active.take(chosen)
             self._emitted.append(state.astype(np.uint16))
@@ -239,7 +239,7 @@ class Decoder:
             self._refill(state)
 
     def _refill(self, state: U32) -> None:
-        empty = np.flatnonzero(state < _LOW)
+        (empty,) = (state < _LOW).nonzero()
         count = empty.size
         if not count:
             return

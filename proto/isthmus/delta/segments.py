@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import BinaryIO, Final
 
@@ -261,13 +261,12 @@ def _piece(number: int) -> Piece:
 
 def _tensors(reader: Reader, plain: Sequence[Segment], models: Sequence[Model]) -> list[Segment]:
     count = len(plain)
-    tensors = [
-        replace(segment, model=model, row=row, numbers=Numbers(base))
-        for segment, model, row, base in zip(
-            plain, reader.numbers(count), reader.numbers(count), reader.signed(count), strict=True
-        )
+    chosen, widths, bases = reader.numbers(count), reader.numbers(count), reader.signed(count)
+    sizes = [
+        _elements(segment.length, model, row, base, models)
+        for segment, model, row, base in zip(plain, chosen, widths, bases, strict=True)
     ]
-    rows = [_rows(segment, models) for segment in tensors]
+    rows = [-(-size // row) for size, row in zip(sizes, widths, strict=True)]
     flags = reader.array(np.uint8, count).tolist()
     ranks = reader.array(np.uint8, count).tolist()
     if max(flags, default=0) > _ROWS | _COLUMNS or max(ranks, default=0) > MAX_RANK:
@@ -284,27 +283,29 @@ def _tensors(reader: Reader, plain: Sequence[Segment], models: Sequence[Model]) 
         for size, flag in zip(rows, flags, strict=True)
     ]
     columns = [
-        reader.array(np.int8, segment.row if flag & _COLUMNS else 0).astype(np.int8)
-        for segment, flag in zip(tensors, flags, strict=True)
+        reader.array(np.int8, row if flag & _COLUMNS else 0).astype(np.int8)
+        for row, flag in zip(widths, flags, strict=True)
     ]
     made = []
-    for segment, size, mine, aside, scale in zip(tensors, rows, lines, columns, scales, strict=True):
-        numbers = Numbers(segment.numbers.base, mine, aside)
-        count = elements.count(models[segment.model].kind, segment.length)
-        if (scale.size or numbers.still_rows) and size * segment.row != count:
+    for number, segment in enumerate(plain):
+        numbers = Numbers(bases[number], lines[number], columns[number])
+        scale, still = scales[number], numbers.still_rows
+        if (scale.size or still) and rows[number] * widths[number] != sizes[number]:
             raise DeltaError("a tensor with factors or still rows is not made of whole rows")
-        outline = Outline(next(ahead), scale, size - numbers.still_rows, segment.row) if scale.size else None
-        made.append(replace(segment, numbers=numbers, factors=outline))
+        outline = Outline(next(ahead), scale, rows[number] - still, widths[number]) if scale.size else None
+        place = Piece.TENSOR, segment.length, segment.old_offset
+        made.append(Segment(*place, chosen[number], widths[number], numbers, outline))
     return made
 
 
-def _rows(segment: Segment, models: Sequence[Model]) -> int:
-    if segment.model >= len(models) or not 0 < segment.row <= MAX_ROW or abs(segment.numbers.base) > _MAX_NUMBER:
+def _elements(length: int, model: int, row: int, base: int, models: Sequence[Model]) -> int:
+    """Return how many elements a tensor has."""
+    if model >= len(models) or not 0 < row <= MAX_ROW or abs(base) > _MAX_NUMBER:
         raise DeltaError("a tensor has no model, or rows that are too long")
-    kind = models[segment.model].kind
-    if segment.length % elements.width(kind):
+    kind = models[model].kind
+    if length % elements.width(kind):
         raise DeltaError("a tensor is not made of whole elements")
-    return -(-elements.count(kind, segment.length) // segment.row)
+    return elements.count(kind, length)
 
 
 def read_states(data: bytes) -> U32:
