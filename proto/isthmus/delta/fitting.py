@@ -30,8 +30,8 @@ _INT_OCTAVES: Final = 13.0  # how rare a change can be and still have a context 
 _SMALLEST_SIDE: Final = 32  # rows and columns of a matrix that has factors
 _TRIED_RANK: Final = 32
 _FACTOR_BITS: Final = 7.0  # of one number of a factor, about
-_EDGE: Final = 1.3  # of the largest singular value of noise: what is above is signal
 _FACTOR_NOISE: Final = 0.05  # rounding the factors may add this share to the variance of what is left
+_EDGES: Final = (1.3, 1.6)  # of the largest singular value of noise: what is above is signal
 _FLOAT_BIAS: Final = {Kind.FLOAT16: 25, Kind.BFLOAT16: 134, Kind.FLOAT32: 150}  # of the exponent of a last place
 _LARGEST_CHANGE: Final = 1e3  # what moved further is an outlier that would hide the rest
 _INT16: Final = 32767.0
@@ -43,11 +43,11 @@ _ARRAY_BITS: Final = 40.0
 _CAP: Final = 8  # a difference counts for no more than this when rates are fitted
 
 
-def fit_factors(old: Ints, new: Ints, kind: Kind, row: int) -> Factors | None:
-    """Find factors whose product predicts enough of the change to pay for themselves; None where there are none."""
+def fit_factors(old: Ints, new: Ints, kind: Kind, row: int) -> list[Factors]:
+    """Find factors whose product predicts enough of the change to pay for themselves, perhaps in more than one way."""
     rows = old.size // row
     if min(rows, row) < _SMALLEST_SIDE or rows * row != old.size or kind is Kind.INT4:
-        return None
+        return []
     if kind in FLOATS:
         with np.errstate(all="ignore"):
             moved = elements.to_values(new, kind) - elements.to_values(old, kind)
@@ -60,23 +60,27 @@ def fit_factors(old: Ints, new: Ints, kind: Kind, row: int) -> Factors | None:
     moved = moved.reshape(rows, row)
     total = float(np.square(moved).sum())
     if not 1e-60 < total < 1e60:
-        return None
+        return []
     left, sizes, right = _largest_parts(moved)
     rest = np.maximum(total - np.cumsum(np.square(sizes)), 1e-9 * total) + floor
-    gains = old.size / 2 * np.log2(np.concatenate(([total + floor], rest[:-1])) / rest)
     if kind in FLOATS:
+        gains = old.size / 2 * np.log2(np.concatenate(([total + floor], rest[:-1])) / rest)
         worth = np.cumsum(gains - _FACTOR_BITS * (rows + row))
-        rank = int(np.argmax(worth)) + 1 if worth.max() > 0 else 0
+        ranks = {int(np.argmax(worth)) + 1 if worth.max() > 0 else 0}
     else:  # rounding to steps is noise: what rises above its singular values is signal
-        edge = np.sqrt(rest / old.size) * (math.sqrt(rows) + math.sqrt(row))
-        rank = int(np.count_nonzero(sizes > _EDGE * edge))
-    if not rank:
-        return None
-    noise = _FACTOR_NOISE * rest[rank - 1] / old.size
-    nuclear = float(sizes[:rank].sum())
-    step = math.sqrt(12 * noise / (nuclear / rows + nuclear / row))
-    lines = left[:, :rank] * np.sqrt(sizes[:rank])
-    aside = right[:rank].T * np.sqrt(sizes[:rank])
+        noise = np.sqrt(rest / old.size) * (math.sqrt(rows) + math.sqrt(row))
+        ranks = {int(np.count_nonzero(sizes > edge * noise)) for edge in _EDGES}
+    return [
+        _rounded(left[:, :rank], sizes[:rank], right[:rank], _FACTOR_NOISE * rest[rank - 1] / old.size)
+        for rank in sorted(ranks - {0})
+    ]
+
+
+def _rounded(left: F64, sizes: F64, right: F64, noise: float) -> Factors:
+    """Return factors whose product is off by so much variance."""
+    nuclear = float(sizes.sum())
+    step = math.sqrt(12 * noise / (nuclear / left.shape[0] + nuclear / right.shape[1]))
+    lines, aside = left * np.sqrt(sizes), right.T * np.sqrt(sizes)
     largest = max(float(np.abs(lines).max()), float(np.abs(aside).max()))
     shift = math.floor(2 * math.log2(max(step, largest / 32000)))
     step = 2.0 ** (shift / 2)

@@ -151,12 +151,14 @@ def _draft(pair: Pair, base: memoryview, target: memoryview, room: int) -> _Draf
     if isinstance(lines, np.ndarray):
         old, new = (values.reshape(-1, pair.row)[lines].ravel() for values in (old, new))
     difference = elements.differences(old, new, pair.kind)
-    draft = _modelled(pair, old, difference, lines, None)
-    found = fitting.fit_factors(old, new, pair.kind, pair.row)
-    if found is None or found.left.size + found.right.size > room:
-        return draft
-    better = _modelled(pair, old, difference, lines, found)
-    return better if _entropy(better) + factors.bits(found) < _entropy(draft) else draft
+    best = _modelled(pair, old, difference, lines, None)
+    least = _entropy(best)
+    for found in fitting.fit_factors(old, new, pair.kind, pair.row):
+        if found.left.size + found.right.size <= room:
+            draft = _modelled(pair, old, difference, lines, found)
+            bits = _entropy(draft) + factors.bits(found)
+            best, least = (draft, bits) if bits < least else (best, least)
+    return best
 
 
 def _lines(old: elements.Ints, new: elements.Ints, row: int) -> model.Lines:
