@@ -104,13 +104,14 @@ def _largest_parts(matrix: F64) -> tuple[F64, F64, F64]:
 
 def residual(difference: Differences, prediction: Prediction, kind: Kind) -> Differences:
     """Return what is coded: the difference less its prediction."""
-    if prediction.moves is None:
-        return difference
     half = 1 << (elements.bits(kind) - 1)
-    left = difference - prediction.moves
+    left = difference
+    if prediction.moves is not None:
+        left = ((left - prediction.moves + half) & (2 * half - 1)) - half
     if prediction.flips is not None:
         left = np.where(prediction.flips, -left, left)
-    return ((left + half) & (2 * half - 1)) - half
+        left[left == half] = -half
+    return left
 
 
 def fit_numbers(old: Ints, difference: Differences, kind: Kind, row: int) -> Numbers:

@@ -93,13 +93,16 @@ class Prediction:
 
     moves: NDArray[np.integer[Any]] | None = None  # modulo 2^width
     buckets: U8 | None = None  # how far an integer is expected to move below one step
-    flips: NDArray[np.bool_] | None = None  # where that is downwards: the residual is coded with its sign turned
+    flips: NDArray[np.bool_] | None = (
+        None  # where it is coded with its sign turned: that is downwards, or a float negative
+    )
 
 
 def predict(kind: Kind, old: Ints, factors: Factors | None, lines: slice) -> Prediction:
     """Return the prediction for a block of old elements; `lines` are its rows among those of the left factor."""
+    flips = old < old.dtype.type(1 << (8 * old.itemsize - 1)) if kind in FLOATS else None
     if factors is None:
-        return Prediction()
+        return Prediction(flips=flips)
     left, right = factors.parts
     product = (left[lines] @ right).ravel()
     if kind in FLOATS:
@@ -110,7 +113,7 @@ def predict(kind: Kind, old: Ints, factors: Factors | None, lines: slice) -> Pre
             moves = elements.from_values(values, kind)
         moves -= old
         moves[~finite] = 0
-        return Prediction(moves)
+        return Prediction(moves, flips=flips)
     return _predict_integers(product, max(-60, min(20, factors.shift + 8)))
 
 
