@@ -104,7 +104,9 @@ def _factors(group: Group, decoder: Decoder) -> deque[Factors]:
     if not outlines:
         return deque()
     mine = group.models[group.factor_model]
-    return deque(read(outlines, lambda part: decoder.decode(mine.slots.take(part), mine.table, mine.bit_counts)))
+    return deque(
+        read(outlines, lambda part: decoder.decode(mine.slots.take(part, mode="clip"), mine.table, mine.bit_counts))
+    )
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
@@ -199,5 +201,5 @@ def _moved(
     numbers = segment.numbers
     expected = model.predict(mine.kind, old, numbers.factors, slice(first, first + -(-old.size // segment.row)))
     contexts = model.contexts(old, mine.kind, mine.feature_numbers, numbers, expected.buckets, segment.row, lines)
-    symbols, raw = decoder.decode(mine.slots.take(contexts), mine.table, mine.bit_counts)
+    symbols, raw = decoder.decode(mine.slots.take(contexts, mode="clip"), mine.table, mine.bit_counts)
     return elements.move(old, symbols, raw, mine.kind, expected.moves, expected.flips)

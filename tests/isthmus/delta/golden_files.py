@@ -55,8 +55,8 @@ def _tensors(rng: np.random.Generator) -> tuple[Arrays, Arrays]:
     words = rng.integers(-9000, 9000, 300).astype(np.int16)
     whole = rng.integers(-(1 << 30), 1 << 30, 50).astype(np.int32)
     half_new[3, 7] = np.inf
-    old: Arrays = {"half": half.astype(np.float16), "single": single, "octets": octets, "ranked": ranked, "words": words,
-           "whole": whole, "same": np.arange(200, dtype=np.uint8)}  # fmt: skip
+    old: Arrays = {"half": half.astype(np.float16), "single": single, "octets": octets, "ranked": ranked,
+           "words": words, "whole": whole, "same": np.arange(200, dtype=np.uint8)}  # fmt: skip
     new: Arrays = {"half": half_new.astype(np.float16), "single": single_new, "octets": moved,
            "ranked": (ranked + np.floor(steps + rng.random(steps.shape))).astype(np.int8),
            "words": words + rng.integers(-40, 40, 300).astype(np.int16), "whole": whole + 70000,

@@ -13,6 +13,7 @@ from isthmus.delta import Method, apply_delta, make_delta, read_header
 from isthmus.delta.container import HEADER_BYTES
 from isthmus.digests import sha256_file
 from isthmus.errors import DeltaError, DigestMismatchError, IsthmusError
+from tests.isthmus.delta.files import safetensors
 
 blobs = st.binary(max_size=5000)
 
@@ -79,6 +80,20 @@ def test_unrelated_files_cost_no_more_than_the_compressed_file(tmp_path: Path) -
     _, new, delta = write(tmp_path, rng.bytes(50_000), rng.bytes(50_000))
     make_delta(None, new, tmp_path / "full")
     assert delta.stat().st_size <= (tmp_path / "full").stat().st_size + 1024
+
+
+def test_the_file_alone_is_compressed_hard_before_a_larger_delta_is_taken(tmp_path: Path) -> None:
+    rng = np.random.default_rng(12)
+    words = rng.integers(0, 256, (64, 4)).astype(np.uint8)  # repeats that a quick level does not see
+    new = words[rng.integers(0, 64, 100_000)].ravel()
+    old = new + rng.normal(0, 42, new.size).astype(np.int8).view(np.uint8)  # a tensor that is hardly like the new one
+    paths = [tmp_path / name for name in ("old", "new")]
+    for path, octets in zip(paths, (old, new), strict=True):
+        path.write_bytes(safetensors({"w": octets.reshape(1000, 400)}))
+    made = make_delta(*paths, tmp_path / "delta")
+    alone = make_delta(None, paths[1], tmp_path / "alone")
+    assert made.length <= alone.length + 1024
+    assert rebuild(paths[0], paths[1], tmp_path / "delta") == paths[1].read_bytes()
 
 
 @pytest.fixture
