@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
-import zstandard
 
 from isthmus.delta import elements, factors, fitting, model
 from isthmus.delta.alignment import Pair, sampled_cost
 from isthmus.delta.elements import FLOATS, Kind
 from isthmus.delta.factors import MAX_NUMBERS, Factors
+from isthmus.delta.literals import Run, compress, pack_literals
 from isthmus.delta.model import Model
 from isthmus.delta.rans import U8, U16, U32, Coded, Stream, encode
 from isthmus.delta.rebuild import blocks
 from isthmus.delta.segments import (
     GROUP_HEADER,
-    MAX_DICTIONARY,
     MAX_GROUP,
-    MAX_SECTION,
     Piece,
-    Section,
     Segment,
     pack_map,
 )
 
 _PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
-_HARD: Final = 1 << 22  # bytes of literals that are compressed hard; more must not take minutes
 _LANE_SHARE: Final = 0.008  # of what is coded may go into the lanes
 _LITTLE_LANE_SHARE: Final = 0.002  # does not matter
 _LANES_PER_SYMBOL: Final = 9000.0  # and byte of the target: more hardly make it faster
@@ -37,8 +32,6 @@ _LANE_BITS: Final = 8.8  # that a lane costs
 _MOST_LANES: Final = 14  # as a power of two
 _STILL: Final = 0.1  # of the rows: so many that are still are left out
 _UNALIKE: Final = 0.97  # a pair that costs this share of its size is no pair
-
-_Run = tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -62,7 +55,7 @@ def write_groups(pairs: Sequence[Pair], base: memoryview, target: memoryview) ->
         yield _write_group(group, base, target, free)
 
 
-def _runs(pairs: Sequence[Pair], size: int) -> Iterator[Pair | _Run]:
+def _runs(pairs: Sequence[Pair], size: int) -> Iterator[Pair | Run]:
     """Yield pairs and the gaps between them, none longer than `_PART`, in the order of the new file."""
     at = 0
     for pair in pairs:
@@ -72,7 +65,7 @@ def _runs(pairs: Sequence[Pair], size: int) -> Iterator[Pair | _Run]:
     yield from _cut_gap(at, size)
 
 
-def _cut_gap(begin: int, end: int) -> Iterator[_Run]:
+def _cut_gap(begin: int, end: int) -> Iterator[Run]:
     for at in range(begin, end, _PART):
         yield at, min(_PART, end - at)
 
@@ -85,8 +78,8 @@ def _cut_pair(pair: Pair) -> Iterator[Pair]:
         yield replace(pair, offset=pair.offset + at, old_offset=pair.old_offset + at, length=length)
 
 
-def _grouped(runs: Iterator[Pair | _Run]) -> Iterator[list[Pair | _Run]]:
-    group: list[Pair | _Run] = []
+def _grouped(runs: Iterator[Pair | Run]) -> Iterator[list[Pair | Run]]:
+    group: list[Pair | Run] = []
     filled = 0
     for run in runs:
         size = run.length if isinstance(run, Pair) else run[1]
@@ -99,7 +92,7 @@ def _grouped(runs: Iterator[Pair | _Run]) -> Iterator[list[Pair | _Run]]:
         yield group
 
 
-def _complement(runs: Sequence[_Run], size: int) -> list[_Run]:
+def _complement(runs: Sequence[Run], size: int) -> list[Run]:
     """Return the runs of a file that none of `runs` covers."""
     left, at = [], 0
     for offset, length in sorted(runs):
@@ -111,10 +104,10 @@ def _complement(runs: Sequence[_Run], size: int) -> list[_Run]:
     return left
 
 
-def _write_group(runs: Sequence[Pair | _Run], base: memoryview, target: memoryview, free: Sequence[_Run]) -> bytes:
+def _write_group(runs: Sequence[Pair | Run], base: memoryview, target: memoryview, free: Sequence[Run]) -> bytes:
     drafts: dict[int, _Draft] = {}
     segments: list[Segment] = []
-    literals: list[_Run] = []
+    literals: list[Run] = []
     room = MAX_NUMBERS
     for run in runs:
         made = _draft(run, base, target, room) if isinstance(run, Pair) else run
@@ -129,17 +122,17 @@ def _write_group(runs: Sequence[Pair | _Run], base: memoryview, target: memoryvi
             segments.append(Segment(Piece.LITERAL, made[1]))
     models, arrays = _fit(drafts, segments)
     stream = _code(arrays, sum(segment.length for segment in segments))
-    sections, frames = _pack_literals(literals, base, target, free)
+    sections, frames = pack_literals(literals, base, target, free)
     segments = _merged(segments)
     raw = pack_map(sections, models, segments, stream.halvings, max(0, len(models) - 1))
-    packed = _compress(raw, 19)
+    packed = compress(raw, 19)
     length = sum(segment.length for segment in segments)
     lanes, words = stream.states.size, stream.words
     header = GROUP_HEADER.pack(length, len(packed), len(raw), sum(map(len, frames)), words.size, lanes)
     return b"".join((header, packed, *frames, stream.states.astype("<u4").tobytes(), words.astype("<u2").tobytes()))
 
 
-def _draft(pair: Pair, base: memoryview, target: memoryview, room: int) -> _Draft | Segment | _Run:
+def _draft(pair: Pair, base: memoryview, target: memoryview, room: int) -> _Draft | Segment | Run:
     old_bytes = base[pair.old_offset : pair.old_offset + pair.length]
     new_bytes = target[pair.offset : pair.offset + pair.length]
     if old_bytes == new_bytes:
@@ -278,69 +271,6 @@ def _code(arrays: Sequence[Coded], length: int) -> Stream:
     wanted = min(_LANE_SHARE * bits / _LANE_BITS, fast)
     lanes = 1 << int(np.clip(round(np.log2(max(wanted, 1.0))), 0, _MOST_LANES))
     return encode(arrays, lanes)
-
-
-def _pack_literals(
-    literals: Sequence[_Run], base: memoryview, target: memoryview, free: Sequence[_Run]
-) -> tuple[list[Section], list[bytes]]:
-    sections, frames = [], []
-    total = sum(length for _, length in literals)
-    level = 19 if total <= _HARD else 9
-    for runs in _sections(literals):
-        data = b"".join(target[offset : offset + length] for offset, length in runs)
-        middle = runs[len(runs) // 2][0] * len(base) // max(1, len(target))
-        known = _nearest(free, middle)
-        dictionary = b"".join(base[offset : offset + length] for offset, length in known)
-        frame = _compress(data, level, dictionary)
-        sections.append(Section(len(data), len(frame), known))
-        frames.append(frame)
-    return sections, frames
-
-
-def _sections(literals: Sequence[_Run]) -> Iterator[list[_Run]]:
-    runs: list[_Run] = []
-    room = MAX_SECTION
-    for offset, length in literals:
-        while length:
-            taken = min(length, room)
-            runs.append((offset, taken))
-            offset, length, room = offset + taken, length - taken, room - taken
-            if not room:
-                yield runs
-                runs, room = [], MAX_SECTION
-    if runs:
-        yield runs
-
-
-def _nearest(free: Sequence[_Run], middle: int) -> tuple[_Run, ...]:
-    """Return the runs around a place of the old file, as many as a dictionary may hold."""
-    chosen: list[_Run] = []
-    room = MAX_DICTIONARY
-    right = bisect_left(free, (middle, 0))
-    left = right - 1
-    while room and len(chosen) < 4000 and (left >= 0 or right < len(free)):
-        ahead = free[right][0] - middle if right < len(free) else 1 << 62
-        behind = middle - sum(free[left]) if left >= 0 else 1 << 62
-        if ahead < behind:
-            offset, length = free[right]
-            chosen.append((offset, min(length, room)))
-            right += 1
-        else:
-            offset, length = free[left]
-            begin = min(max(offset, middle - room // 2), offset + length - min(length, room))
-            chosen.append((begin, min(length, room)))
-            left -= 1
-        room -= chosen[-1][1]
-    return tuple(sorted(chosen))
-
-
-def _compress(data: bytes, level: int, dictionary: bytes = b"") -> bytes:
-    window = max(10, min(26, (len(data) + len(dictionary)).bit_length()))
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        level, source_size=len(data), window_log=window, write_content_size=True, enable_ldm=bool(dictionary)
-    )
-    known = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT) if dictionary else None
-    return zstandard.ZstdCompressor(dict_data=known, compression_params=parameters).compress(data)
 
 
 def _merged(segments: Sequence[Segment]) -> list[Segment]:

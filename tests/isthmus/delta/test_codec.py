@@ -87,13 +87,11 @@ def test_the_file_alone_is_compressed_hard_before_a_larger_delta_is_taken(tmp_pa
     words = rng.integers(0, 256, (64, 4)).astype(np.uint8)  # repeats that a quick level does not see
     new = words[rng.integers(0, 64, 100_000)].ravel()
     old = new + rng.normal(0, 42, new.size).astype(np.int8).view(np.uint8)  # a tensor that is hardly like the new one
-    paths = [tmp_path / name for name in ("old", "new")]
-    for path, octets in zip(paths, (old, new), strict=True):
-        path.write_bytes(safetensors({"w": octets.reshape(1000, 400)}))
-    made = make_delta(*paths, tmp_path / "delta")
-    alone = make_delta(None, paths[1], tmp_path / "alone")
-    assert made.length <= alone.length + 1024
-    assert rebuild(paths[0], paths[1], tmp_path / "delta") == paths[1].read_bytes()
+    files = [safetensors({"w": octets.reshape(1000, 400)}) for octets in (old, new)]
+    base, target, delta = write(tmp_path, *files)
+    alone = make_delta(None, target, tmp_path / "alone")
+    assert delta.stat().st_size <= alone.length + 1024
+    assert rebuild(base, target, delta) == files[1]
 
 
 @pytest.fixture
