@@ -22,9 +22,7 @@ from cloud.usage_rows import GROUPS, Question, QuotaTable, UsageTable
 from isthmus.errors import InputError, NotFoundError, PermissionDeniedError, UnavailableError
 from isthmus.v1 import usage_pb2, usage_pb2_grpc
 from security.interceptors import current_claims
-from security.scopes import ACCESS_ADMIN
-from security.tenancy import DEFAULT_TENANT
-from security.tokens import ALL_MODELS
+from security.tokens import ALL_MODELS, Claims
 
 _ROWS: Final = 500  # of one message
 _MAX_NAME: Final = 128
@@ -73,7 +71,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             since=since,
             until=until,
             by=_groups(request.by),
-            models=None if ALL_MODELS in current_claims().models else current_claims().models,
+            models=_allowed_models(),
         )
         with suppress(SQLAlchemyError, OSError):  # what is there can be read
             await self._meter.flush()
@@ -86,10 +84,10 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         """Return what Triton computed, up to this moment where it answers.
 
         Raises:
-            PermissionDeniedError: The caller is one tenant's only.
+            PermissionDeniedError: The caller is no admin of the cloud.
         """
         del context
-        _check_whole_cloud()
+        _check_cloud_admin()
         with suppress(SQLAlchemyError, UnavailableError):
             await self._compute.look()
         rows = await asyncio.to_thread(self._compute.read, *_times(request))
@@ -100,14 +98,14 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
 
         Raises:
             InputError: It cannot be.
-            PermissionDeniedError: The caller is one tenant's only.
+            PermissionDeniedError: The caller is no admin of the cloud.
         """
         del context
-        _check_whole_cloud()
-        scope, limits = _scope(request.quota.scope), _limits(request.quota.limits)
-        await asyncio.to_thread(self._quotas.put, scope, limits, at=self._clock(), by=current_claims().subject)
+        by = _check_cloud_admin().subject
+        scope, limits = _scope(request), _limits(request.limits)
+        await asyncio.to_thread(self._quotas.put, scope, limits, at=self._clock(), by=by)
         await self._follower.refresh()
-        log.info("quota set", scope=str(scope), by=current_claims().subject)
+        log.info("quota set", scope=str(scope), by=by)
         return usage_pb2.SetQuotaResponse()
 
     async def ListQuotas(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -132,47 +130,52 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
 
         Raises:
             NotFoundError: There is none.
-            PermissionDeniedError: The caller is one tenant's only.
+            PermissionDeniedError: The caller is no admin of the cloud.
         """
         del context
-        _check_whole_cloud()
-        scope = _scope(request.scope)
+        by = _check_cloud_admin().subject
+        scope = _scope(request)
         if not await asyncio.to_thread(self._quotas.remove, scope):
             raise NotFoundError(f"no quota is set for {scope}", hint="isthmus quota show lists them")
         await self._follower.refresh()
-        log.info("quota cleared", scope=str(scope), by=current_claims().subject)
+        log.info("quota cleared", scope=str(scope), by=by)
         return usage_pb2.ClearQuotaResponse()
 
 
-def _check_whole_cloud() -> None:
-    """Check that the caller may see and set what is every tenant's.
-
-    Raises:
-        PermissionDeniedError: It is an admin of one tenant, who would take more of what all tenants share.
-    """
-    if current_claims().tenant != DEFAULT_TENANT:
-        raise PermissionDeniedError(
-            "quotas and Triton's compute are for admins of the default tenant", reason="wrong-tenant"
-        )
-
-
 def _visible(tenant: str) -> str:
-    """Return the tenant whose rows the caller gets; "" is all, for administrators of the cloud only."""
+    """Return the tenant whose rows the caller gets; "" is all, for admins of the cloud only."""
     claims = current_claims()
-    if ACCESS_ADMIN in claims.scopes and claims.tenant == DEFAULT_TENANT:
+    if claims.is_cloud_admin:
         return tenant
     if tenant not in ("", claims.tenant):
         raise PermissionDeniedError(
-            "other tenants' usage and quotas are for administrators",
+            "other tenants' usage and quotas are for admins of the cloud",
             hint=f"leave --tenant out to see those of {claims.tenant}",
             reason="other-tenant",
         )
     return claims.tenant
 
 
+def _check_cloud_admin() -> Claims:
+    """Return the claims of an admin of the cloud: a tenant's own must not lift what the tenant was given."""
+    claims = current_claims()
+    if not claims.is_cloud_admin:
+        raise PermissionDeniedError(
+            "this is for admins of the default tenant, who run the cloud",
+            hint="ask whoever runs it; isthmus quota show and isthmus usage show what is the tenant's",
+            reason="wrong-tenant",
+        )
+    return claims
+
+
 def _times(request: Any) -> tuple[int | None, int | None]:
     since, until = (getattr(request, name) if request.HasField(name) else None for name in ("since", "until"))
     return since.seconds if since else None, until.seconds if until else None
+
+
+def _allowed_models() -> frozenset[str] | None:
+    models = current_claims().models
+    return None if ALL_MODELS in models else models
 
 
 def _groups(by: Any) -> tuple[str, ...]:
