@@ -1,6 +1,6 @@
 """The door for auditors: search, export and heads of this replica's audit log, each caller's own tenant only.
 
-Records that are nobody's (refused strangers, what the cloud did by itself) are shown to auditors of the default tenant,
+Records that are nobody's (refused strangers, what the log says of itself) are shown to auditors of the default tenant,
 who run the cloud. Verifying needs the whole log, so it is done where the log is.
 """
 

@@ -39,14 +39,14 @@ from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway, Inference
 from cloud.limits import Limits, open_limits
-from cloud.memory import give_back, limit_heaps
 from cloud.metrics import GatewayCollector, cloud_registry
 from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
 from cloud.recorder import Recorder
+from cloud.redis_quotas import connect
 from cloud.registry import RegistryService
 from cloud.replicas import Replicas
-from cloud.response_cache import MemoryCache
+from cloud.response_cache import MemoryCache, ResponseCache
 from cloud.revocations import Revocations
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
@@ -58,6 +58,7 @@ from cloud.tritons import open_replicas, start_replicas
 from cloud.unsealer import SealingService, Unsealer
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.memory import limit_heaps
 from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
@@ -184,7 +185,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         counters = GatewayCounters()
         shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
         stack.push_async_callback(shadows.close)
-        cache = MemoryCache(settings.cache_bytes)
+        cache = _cache(settings, stack)
         inference = Inference(desk, shadows, cache, counters, limits.admission, limits.meter)
         unsealer = Unsealer(settings.home)
         gateway = Gateway(
@@ -227,7 +228,6 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(_follow_keys(issuer, verifier, authority), name="keys"))
         await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
         await stack.enter_async_context(_background(desk.follow(), name="traffic"))
-        await stack.enter_async_context(_background(give_back(), name="memory"))
         await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
         await stack.enter_async_context(_background(_sum_up(trail, refusals), name="audit-summaries"))
         metrics = await _listen_for_metrics(
@@ -332,6 +332,20 @@ async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack
     stack.push_async_callback(server.stop, drain_s)
     stack.push_async_callback(servicer.enter_graceful_shutdown)
     return servicer
+
+
+def _cache(settings: CloudSettings, stack: AsyncExitStack) -> ResponseCache:
+    """Return where answers are kept: in the Redis that clouds share, where there is one."""
+    address = settings.redis.get_secret_value()
+    if not address:
+        return MemoryCache(settings.cache_bytes)
+    ca, plaintext = settings.redis_ca, settings.redis_plaintext
+    client = connect(address, ca=ca, plaintext=plaintext, timeout_s=settings.redis_timeout_s)
+    from cloud.redis_cache import RedisCache
+
+    cache = RedisCache(client)
+    stack.push_async_callback(cache.close)
+    return cache
 
 
 async def _listen_for_metrics(

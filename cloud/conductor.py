@@ -516,8 +516,8 @@ class Conductor:
                 rules.Action.PAUSE: "paused", rules.Action.ABORT: "aborted",
             }[decision.action]  # fmt: skip
             if await self._store(layer, progress, kind, decision.reason, decision.detail):
-                plan = layer.plan
-                self._recorder.rollout_moves(plan.id, plan.model, plan.version, kind, decision.reason, decision.detail)
+                tenant = self.roster.tenants.get(layer.plan.model, "")
+                self._recorder.rollout_moves(layer.plan, tenant, kind, decision.reason, decision.detail)
                 log.info(
                     "rollout changed",
                     rollout=layer.plan.id,

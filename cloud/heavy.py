@@ -25,11 +25,12 @@ from typing import Any, Final
 import numpy as np
 import structlog
 
+from cloud.heavy_outputs import check_outputs, one_request
 from cloud.triton import CONFIG, DeadStubError, NotAcceptedError, TritonClient, read_config
 from isthmus.bundle import Manifest
 from isthmus.errors import BundleError, ConfigError, InputError, IsthmusError, UnavailableError
 from isthmus.oip import override_fields, service_pb2
-from isthmus.tensors import DTYPES, Array, decode_outputs, encode_request
+from isthmus.tensors import Array, decode_outputs, encode_request
 
 _CHECK: Final = "isthmus-check"
 _CHECK_CONFIG: Final = """
@@ -351,7 +352,7 @@ class HeavyPool:
             BundleError: Outputs lack, have another datatype or shape than the manifest says, or are not finite.
             UnavailableError: Triton is down.
         """
-        rows = _one_request(manifest, inputs)
+        rows = one_request(manifest, inputs)
         request = encode_request(heavy.name, rows).SerializeToString()
         try:
             answer = await self.infer(heavy, request, timeout_s=self._load_s)
@@ -364,31 +365,7 @@ class HeavyPool:
             raise
         except IsthmusError as error:
             raise BundleError("the heavy model fails on golden inputs", reason="heavy-wrong") from error
-        batch = len(next(iter(rows.values()))) if manifest.max_batch > 1 else -1
-        for spec in manifest.outputs:
-            want = tuple(batch if index == 0 and axis == -1 else axis for index, axis in enumerate(spec.shape))
-            got = outputs.get(spec.name)
-            if got is None or got.dtype != DTYPES[spec.datatype] or not _fits(got.shape, want):
-                found = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
-                raise BundleError(
-                    f"heavy output {spec.name!r}: expected {spec.datatype} {list(want)}, got {found}",
-                    reason="heavy-wrong",
-                )
-            if got.dtype.kind == "f" and not np.isfinite(got).all():
-                raise BundleError(f"heavy output {spec.name!r} is not finite on golden inputs", reason="heavy-wrong")
-
-
-def _one_request(manifest: Manifest, samples: Mapping[str, Array]) -> dict[str, Array]:
-    """Return as many samples as the model takes at a time, the axis that counts them gone where it has none."""
-    arrays = {spec.name: samples[spec.name][: manifest.max_batch] for spec in manifest.inputs}
-    return {
-        spec.name: arrays[spec.name][0] if arrays[spec.name].ndim > len(spec.shape) else arrays[spec.name]
-        for spec in manifest.inputs
-    }
-
-
-def _fits(shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
-    return len(shape) == len(want) and all(axis in (-1, size) for axis, size in zip(want, shape, strict=True))
+        check_outputs(manifest, rows, outputs)
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:

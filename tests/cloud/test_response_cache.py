@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from pathlib import Path
 
 import numpy as np
 
 from cloud.heavy import HeavyId
+from cloud.redis_cache import RedisCache
+from cloud.redis_quotas import connect
 from cloud.response_cache import MemoryCache, cache_key
 from isthmus.oip import set_parameter
 from isthmus.oip_head import RequestHead, read_head
 from isthmus.tensors import encode_request
+from tests.cloud.conftest import eventually
+from tests.cloud.redis_server import redis_process
 
 ONE, TWO = HeavyId("triage", 1), HeavyId("triage", 2)
 
@@ -68,5 +74,53 @@ def test_memory_is_bounded_and_the_tenant_that_holds_most_gives_way() -> None:
         for number in range(50):
             await cache.put("large", b"same", b"x" * number, 60)
         assert await cache.get("large", b"same") == b"x" * 49
+
+    asyncio.run(story())
+
+
+def test_clouds_share_what_redis_keeps_for_as_long_as_it_may_be(redis_address: str) -> None:
+    async def story() -> None:
+        client = connect(redis_address, timeout_s=60)
+        await client.flushall()
+        first, second = RedisCache(client), RedisCache(connect(redis_address, timeout_s=60))
+        assert await first.get("a", b"k") is None
+        await first.put("a", b"k", b"answer", 600)
+        await first.put("a", b"huge", b"x" * (5 << 20), 600)
+
+        async def shared() -> bool:
+            return await second.get("a", b"k") == b"answer"
+
+        await eventually(shared, "the other cloud has it")
+        assert await second.get("a", b"huge") is None
+        (name,) = await client.keys("*")
+        assert b"answer" not in name.removeprefix(b"isthmus:answer:")
+        assert 0 < await client.ttl(name) <= 600
+        await first.close()
+        await second.close()
+
+    asyncio.run(story())
+
+
+def test_a_redis_that_is_not_there_costs_nothing_and_is_asked_again(tmp_path: Path) -> None:
+    now = 100.0
+
+    async def story() -> None:
+        nonlocal now
+        address = f"unix://{tmp_path / 'redis.sock'}"
+        cache = RedisCache(connect(address, timeout_s=60), clock=lambda: now)
+        began = time.monotonic()
+        for number in range(200):
+            assert await cache.get("a", b"%d" % number) is None
+            await cache.put("a", b"%d" % number, b"answer", 60)
+        assert time.monotonic() - began < 20
+        now += 10
+        with redis_process(tmp_path):
+            await cache.put("a", b"k", b"answer", 60)
+
+            async def kept() -> bool:
+                return await cache.get("a", b"k") == b"answer"
+
+            await eventually(kept, "Redis is asked again")
+            await cache.close()
 
     asyncio.run(story())
