@@ -7,7 +7,21 @@ import sys
 from pathlib import Path
 from typing import Final
 
-NAMES: Final = ("agent", "uplink", "soak", "swap", "policy", "delta", "overhead", "compile", "tuning", "fleet")
+NAMES: Final = (
+    "agent",
+    "uplink",
+    "soak",
+    "swap",
+    "policy",
+    "delta",
+    "overhead",
+    "compile",
+    "tuning",
+    "fleet",
+    "gateway",
+    "authentication",
+    "limits",
+)
 
 folder = Path("build/benchmarks")
 folder.mkdir(parents=True, exist_ok=True)

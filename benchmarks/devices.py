@@ -19,8 +19,10 @@ from typing import Any, Final
 
 import grpc
 
+from isthmus.status import ADDRESS_KEY
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.enrolment import make_csr, new_device_key
+from security.tls import channel_credentials
 from security.tokens import make_assertion
 
 CALL_S: Final = 30.0
@@ -82,26 +84,56 @@ class LightDevice:
         """Return where the private key lies."""
         return self.folder / f"{self.name}.key"
 
+    @property
+    def certificate(self) -> Path:
+        """Return where the certificate lies."""
+        return self.folder / f"{self.name}.pem"
+
     async def enrol(self, channel: grpc.aio.Channel, code: str) -> None:
         """Exchange a one-time code for an identity."""
         stub: Any = fleet_pb2_grpc.FleetServiceStub(channel)
         csr = make_csr(new_device_key(self.key), self.name, ["localhost"])
         answer = await stub.Enrol(fleet_pb2.EnrolRequest(code=code, csr_pem=csr), timeout=CALL_S)
         self._audience = answer.token_audience
+        self.certificate.write_bytes(answer.certificate_chain_pem)
 
-    async def run(self, address: Callable[[], str], credentials: grpc.ChannelCredentials) -> None:
-        """Watch, and do what the script says, until cancelled."""
+    async def run(self, address: Callable[[], str], ca: Path) -> None:
+        """Watch, and do what the script says, until cancelled.
+
+        Args:
+            address: Says where the cloud is; it says itself where it asks for certificates.
+            ca: The authority of the cloud's certificate.
+        """
         while True:
-            async with grpc.aio.secure_channel(address(), credentials, options=_OPTIONS) as channel:
-                with contextlib.suppress(grpc.aio.AioRpcError):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                where = address()
+                device_port = await self._device_port(where, ca)
+                identity = (self.key, self.certificate) if device_port else ()
+                there = f"{where.rpartition(':')[0]}{device_port}" if device_port else where
+                credentials = channel_credentials(ca, *identity)
+                async with grpc.aio.secure_channel(there, credentials, options=_OPTIONS) as channel:
                     await self._session(fleet_pb2_grpc.FleetServiceStub(channel))
             self.watching.clear()
             await asyncio.sleep(PAUSE_S)
 
-    async def _session(self, stub: Any) -> None:
+    async def _device_port(self, address: str, ca: Path) -> str:
+        """Return :PORT where the cloud at an address asks for certificates; "" when it does not insist on them."""
+        async with grpc.aio.secure_channel(address, channel_credentials(ca), options=_OPTIONS) as channel:
+            try:
+                await self._ask_for_token(fleet_pb2_grpc.FleetServiceStub(channel))
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                    raise
+                return str(dict(error.initial_metadata() or ()).get(ADDRESS_KEY, ""))
+        return ""
+
+    async def _ask_for_token(self, stub: Any) -> str:
         assertion = make_assertion(self.key, self.name, self._audience, datetime.now(UTC))
         answer = await stub.IssueToken(fleet_pb2.IssueTokenRequest(assertion=assertion), timeout=CALL_S)
-        self._token = answer.access_token
+        return str(answer.access_token)
+
+    async def _session(self, stub: Any) -> None:
+        self._token = await self._ask_for_token(stub)
         request = fleet_pb2.WatchRequest(models=[self.model], facts=self.facts)
         updating: asyncio.Task[None] | None = None
         call = stub.Watch(request, metadata=self._metadata())

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from json import loads
 from pathlib import Path
@@ -46,7 +46,7 @@ QUICK_SIZES: Final = (20, 100)
 IDLE_S: Final = 20.0
 QUICK_IDLE_S: Final = 2.0
 GIVE_UP_S: Final = 900.0
-AT_ONCE: Final = 32  # enrolments
+AT_ONCE: Final = 12  # enrolments: a cloud lets no more than 16 calls of one address be in progress
 _ACTIVE: Final = fleet_pb2.ROLLOUT_STATE_ACTIVE
 _TICK: Final = os.sysconf("SC_CLK_TCK")
 
@@ -77,14 +77,19 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Where the figures go.")] = None,
 ) -> None:
     """Roll a version out to fleets of two sizes on each database."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if hard > soft else (soft, hard))
+    raise_file_limit()
     databases = ["sqlite", *(["postgresql"] if find_postgresql() is not None else [])]
     if len(databases) == 1:
         typer.echo("no PostgreSQL server is installed: SQLite only", err=True)
     sizes, idle_s = (QUICK_SIZES, QUICK_IDLE_S) if quick else (SIZES, IDLE_S)
     rows = [run(database, size, idle_s) for database in databases for size in sizes]
     publish("fleet", rows, goals_of(rows), json)
+
+
+def raise_file_limit() -> None:
+    """Let this process and its children open as many connections as the system permits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if hard > soft else (soft, hard))
 
 
 def goals_of(rows: list[dict[str, Any]]) -> list[Goal]:
@@ -110,7 +115,7 @@ def run(database: str, size: int, idle_s: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="fleet-") as scratch:
         folder = Path(scratch)
         workspace = make_workspace(folder / "workspace")
-        with _database(database, folder) as url, _cloud(workspace, url) as cloud:
+        with _database(database, folder) as url, open_cloud(workspace, ("--database", url) if url else ()) as cloud:
             for version in (1, 2, 3):
                 bundle = make_bundle(folder / f"bundle-{version}", version, light=b"light model %d" % version)
                 with _client(workspace, cloud) as client:
@@ -121,14 +126,14 @@ def run(database: str, size: int, idle_s: float) -> dict[str, Any]:
 
 
 async def _measure(workspace: Workspace, cloud: CloudProcess, folder: Path, size: int, idle_s: float) -> dict[str, Any]:
-    trust = channel_credentials(workspace.trust / "ca.pem")
+    ca = workspace.trust / "ca.pem"
     devices = [LightDevice(f"device-{n}", folder, "triage", soak=lambda _seconds: 0.0) for n in range(size)]
     began = time.monotonic()
     await _enrol(workspace, cloud, devices)
     enrol_s = time.monotonic() - began
 
     rss_before, cpu_before, began = cloud.rss_mib(), cloud.cpu_s(), time.monotonic()
-    running = [asyncio.create_task(device.run(lambda: cloud.address, trust)) for device in devices]
+    running = [asyncio.create_task(device.run(lambda: cloud.address, ca)) for device in devices]
     await _until(lambda: all(device.serving == 1 and device.reports >= 2 for device in devices))
     connect_s, connect_cpu_s = time.monotonic() - began, cloud.cpu_s() - cpu_before
     kib = (cloud.rss_mib() - rss_before) * 1024 / size
@@ -162,6 +167,24 @@ async def _measure(workspace: Workspace, cloud: CloudProcess, folder: Path, size
         "kib_per_device": round(kib),
         "lost": lost,
     }
+
+
+@asynccontextmanager
+async def connect_devices(
+    workspace: Workspace, cloud: CloudProcess, folder: Path, size: int
+) -> AsyncIterator[list[LightDevice]]:
+    """Enrol devices, and keep each connected with an open Watch stream."""
+    ca = workspace.trust / "ca.pem"
+    devices = [LightDevice(f"{folder.name}-{n}", folder, "triage", soak=lambda _seconds: 0.0) for n in range(size)]
+    await _enrol(workspace, cloud, devices)
+    running = [asyncio.create_task(device.run(lambda: cloud.address, ca)) for device in devices]
+    try:
+        await _until(lambda: all(device.watching.is_set() and device.reports >= 2 for device in devices))
+        yield devices
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 async def _enrol(workspace: Workspace, cloud: CloudProcess, devices: list[LightDevice]) -> None:
@@ -242,11 +265,12 @@ def _database(kind: str, folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _cloud(workspace: Workspace, url: str) -> Iterator[CloudProcess]:
+def open_cloud(workspace: Workspace, options: Sequence[str]) -> Iterator[CloudProcess]:
+    """Run `isthmus cloud serve` with these options."""
     ready, log = workspace.root / "ready.json", workspace.root / "cloud.log"
     command = [
         sys.executable, "-m", "isthmus", "--log-level", "warning", "cloud", "serve", "--home", workspace.home,
-        "--listen", "127.0.0.1:0", "--ready-file", ready, *(("--database", url) if url else ()),
+        "--listen", "127.0.0.1:0", "--ready-file", ready, *options,
     ]  # fmt: skip
     with log.open("wb") as out:
         process = subprocess.Popen([*map(str, command)], stdout=out, stderr=out)

@@ -13,6 +13,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from isthmus.errors import ConfigError, DigestMismatchError, InputError, NotFoun
 from security.keyfiles import sync_folder
 
 CHUNK: Final = 256 << 10  # bytes of one message of a stream
+_LONGEST_UPLOAD: Final = timedelta(days=1)
 
 
 class Folder:
@@ -39,13 +41,15 @@ class Folder:
     def __init__(self, url: str) -> None:
         self._fs: Any
         try:
-            self._fs, self._root = fsspec.url_to_fs(url)
+            # Listings are not remembered: another cloud may write to the same bucket.
+            self._fs, self._root = fsspec.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"cannot open {url}: {error}", hint="s3:// needs pip install s3fs") from error
+            raise ConfigError(f"cannot open {url}: {error}", hint="s3:// needs pip install 'isthmus[s3]'") from error
         self._incoming = f"{self._root}/incoming"
         self._fs.makedirs(self._incoming, exist_ok=True)
         for left_over in self._fs.find(self._incoming):  # a bucket has no folders: nothing to list is no error
-            self._fs.rm(left_over)
+            with suppress(FileNotFoundError):
+                self._remove_if_old(left_over)
 
     def has(self, name: str) -> bool:
         """Return whether there is a file of this name."""
@@ -110,6 +114,11 @@ class Folder:
         if isinstance(self._fs, LocalFileSystem):
             sync_folder(Path(self._path(name)).parent)  # or a power cut could forget the rename
             sync_folder(Path(self._root))  # or the folder, which may be new
+
+    def _remove_if_old(self, left_over: str) -> None:
+        """Remove what a crash left; a younger file may be what another cloud is writing to this place now."""
+        if datetime.now(UTC) - self._fs.modified(left_over).astimezone(UTC) > _LONGEST_UPLOAD:
+            self._fs.rm(left_over)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name[:2]}/{name}"

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,39 +25,84 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.registry import Collector
 
+from cloud.access_service import AccessService
+from cloud.access_store import AccessStore
+from cloud.audit_service import AuditService
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
 from cloud.config import CloudSettings
+from cloud.counters import GatewayCounters
 from cloud.database import Database, open_database
 from cloud.fleet import FleetService
-from cloud.gateway import Gateway
-from cloud.heavy import HeavyPool
+from cloud.gateway import Gateway, Inference
+from cloud.limits import Limits, open_limits
+from cloud.metrics import GatewayCollector, cloud_registry
+from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
+from cloud.recorder import Recorder
+from cloud.redis_quotas import connect
 from cloud.registry import RegistryService
+from cloud.replicas import Replicas
+from cloud.response_cache import MemoryCache, ResponseCache
+from cloud.revocations import Revocations
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
+from cloud.shadow import Shadows
 from cloud.supervisor import TritonServer
-from cloud.triton import TritonClient, check_link
+from cloud.traffic_desk import Serving, TrafficDesk
+from cloud.traffic_service import TrafficService
+from cloud.tritons import open_replicas, start_replicas
+from cloud.unsealer import SealingService, Unsealer
 from isthmus.address import check_free
-from isthmus.errors import ConfigError, ConflictError, IsthmusError, UnavailableError
+from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.memory import limit_heaps
+from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import fleet_pb2_grpc, registry_pb2_grpc
+from isthmus.v1 import (
+    access_pb2_grpc,
+    audit_pb2_grpc,
+    fleet_pb2_grpc,
+    registry_pb2_grpc,
+    sealing_pb2_grpc,
+    traffic_pb2_grpc,
+    usage_pb2_grpc,
+)
+from security.audit.budget import SUMMARY_S, Budget
+from security.audit.interceptors import ActionAudit, RefusalAudit
+from security.audit.keys import PUBLIC, load_audit_key, load_public_keys
+from security.audit.writer import AuditLog, Terms
+from security.authenticator import Authenticator
+from security.binding import Guard
 from security.enrolment import IssuingCa
 from security.guard import CallGuard
 from security.interceptors import AuthInterceptor
 from security.listener import Listener
-from security.repository import CloudRepository
+from security.oidc import OidcIssuers
+from security.roles import AccessBook
+from security.tenants import TenantRepositories
 from security.tls import server_credentials
-from security.tokens import TokenIssuer
+from security.tokens import TokenIssuer, TokenVerifier
 
 _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", "tuf/1.root.json")
 _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
-_SERVICES: Final = (SERVICE, "isthmus.v1.FleetService", "isthmus.v1.RegistryService", "isthmus.v1.RolloutService")
+_FOLLOW_S: Final = 1.0  # how often the files of keys are looked at
+_SERVICES: Final = (
+    SERVICE,
+    "isthmus.v1.FleetService",
+    "isthmus.v1.RegistryService",
+    "isthmus.v1.RolloutService",
+    "isthmus.v1.AccessService",
+    "isthmus.v1.TrafficService",
+    "isthmus.v1.UsageService",
+    "isthmus.v1.AuditService",
+    "isthmus.v1.SealingService",
+)
 
 log = structlog.get_logger(__name__)
 
@@ -66,9 +112,16 @@ class Cloud:
     """A running cloud."""
 
     address: str
-    pool: HeavyPool
-    triton: TritonServer | None  # None where an external one is used
+    device_address: str  # where devices call, with their certificates
+    pool: Replicas
+    limits: Limits
+    metrics: str | None  # where Prometheus reads, if anywhere
     _stack: AsyncExitStack
+
+    @property
+    def triton(self) -> TritonServer | None:
+        """Return the first Triton that is our child; None where external ones are used."""
+        return next((replica.server for replica in self.pool), None)
 
     async def stop(self) -> None:
         """Stop in order: requests first, Triton last."""
@@ -86,59 +139,107 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
     async with AsyncExitStack() as stack:
         state = _open_state(settings.home, stack)
         issuer, authority = TokenIssuer.load(settings.home), IssuingCa.load(settings.home)
-        repository = CloudRepository(settings.home)
+        repositories = TenantRepositories(settings.home)
+        trail, refusals = _audit_log(settings, state), Budget()
+        stack.callback(trail.close)
+        recorder = Recorder(trail, share=settings.audit_share)
         database = Database(settings.database) if settings.database else open_database(state / "isthmus.db")
         stack.callback(database.close)
         place = settings.blobs.rstrip("/") or str(state)
         blobs, deltas, catalog = Blobs(f"{place}/blobs"), Deltas(f"{place}/deltas"), Catalog()
 
-        triton, client = _triton(settings, state, stack)
-        pool = HeavyPool(
-            client,
-            state / "triton",
-            push=triton is None,
-            load_s=settings.triton_load_s,
-            drain_s=settings.default_deadline_s,
-            count_stubs=triton.count_stubs if triton is not None else lambda: None,
-        )
-        stack.push_async_callback(pool.close)
+        replicas = open_replicas(settings, state, stack)
+        stack.push_async_callback(replicas.close)
+        desk = TrafficDesk(database, catalog, replicas, poll_s=settings.rollout_poll_s)
+        desk.read()
         roster = Roster(database, lambda model, version: publisher.variants(model, version), time.time)
+        owners, book = BlobOwners(database), AccessBook()
         publisher = Publisher(
-            database, blobs, deltas, repository, catalog, pool, roster,
+            database, blobs, deltas, repositories, owners, catalog, replicas, roster,
             heavy_versions=settings.heavy_versions, delta_bases=settings.delta_bases, used_bases=settings.used_bases,
+            traffic=desk.versions,
         )  # fmt: skip
+        desk.serve_with(Serving(publisher.check_not_withdrawn, lambda model: publisher.follow((model,))))
         conductor = Conductor(
             database,
             roster,
             Releases(publisher.terms_of, publisher.prepare, publisher.follow),
             poll_s=settings.rollout_poll_s,
+            recorder=recorder,
         )
-        server, address = _server(settings, issuer)
-        server.add_generic_rpc_handlers(
-            [Gateway(catalog, pool, client, default_deadline_s=settings.default_deadline_s).handler()]
+        access, issuers = AccessStore(database, book, poll_s=settings.access_poll_s), OidcIssuers(settings.oidc)
+        guard, verifier = Guard(), issuer.verifier()
+        revocations = Revocations(database, guard)
+        await revocations.refresh()
+        limits = await open_limits(settings, database, state, replicas.statistics_by_source, stack)
+        for name, work in limits.works.items():
+            await stack.enter_async_context(_background(work(), name=name))
+        authenticator = Authenticator(verifier, book=book, issuers=issuers)
+        server, address, device_address = _server(
+            settings,
+            RefusalAudit(trail, refusals),
+            AuthInterceptor(authenticator, guard=guard),
+            CallGuard(settings.listener),
+            ActionAudit(trail),  # sees requests that were read and parsed
         )
-        fleet = FleetService(database, conductor, issuer, authority, token_ttl_s=settings.token_ttl_s)
+        counters = GatewayCounters()
+        shadows = Shadows(replicas, timeout_s=settings.default_deadline_s)
+        stack.push_async_callback(shadows.close)
+        cache = _cache(settings, stack)
+        inference = Inference(desk, shadows, cache, counters, limits.admission, limits.meter)
+        unsealer = Unsealer(settings.home)
+        gateway = Gateway(
+            catalog, replicas, inference,
+            default_deadline_s=settings.default_deadline_s, recorder=recorder, unsealer=unsealer,
+        )  # fmt: skip
+        server.add_generic_rpc_handlers([gateway.handler()])
+        traffic_pb2_grpc.add_TrafficServiceServicer_to_server(TrafficService(desk, catalog, replicas, counters), server)
+        fleet = FleetService(
+            database, conductor, issuer, authority, admission=limits.admission,
+            revocations=revocations, device_address=settings.device_address or f":{device_address.rpartition(':')[2]}",
+            unbound_tokens=settings.unbound_tokens, token_ttl_s=settings.token_ttl_s, tenants=repositories.names,
+            recorder=recorder,
+        )  # fmt: skip
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryService(database, blobs, deltas, repository, catalog, publisher, changed=conductor.follow), server
-        )
+        registry = RegistryService(
+            database, blobs, deltas, repositories, catalog, publisher, owners,
+            changed=conductor.follow, recorder=recorder,
+        )  # fmt: skip
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server)
+        access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(access), server)
+        sealing_pb2_grpc.add_SealingServiceServicer_to_server(SealingService(unsealer), server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(trail.folder), server)
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(limits.service, server)
 
-        ready_file = _ReadyFile(settings.ready_file, address, triton)
+        ready_file = _ReadyFile(settings.ready_file, address, device_address, replicas)
         ready_file.check()
         stack.callback(ready_file.remove)
-        await _start_triton(triton, client, pool, ready_file)
+        await start_replicas(replicas, ready_file.rewrite)
         await publisher.restore()
         await conductor.refresh()
+        await access.refresh()
+        stack.push_async_callback(access.keep_used)
+        await stack.enter_async_context(_background(access.run(), name="access"))
+        for external in issuers.all:
+            await stack.enter_async_context(_background(external.keys.run(), name=f"oidc-{external.config.name}"))
         await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
-        await stack.enter_async_context(_background(pool.watch(), name="heavy-watch"))
-        await stack.enter_async_context(_background(_keep_fresh(repository), name="metadata-refresh"))
+        await stack.enter_async_context(_background(revocations.run(), name="revocations"))
+        await stack.enter_async_context(_background(_follow_keys(issuer, verifier, authority), name="keys"))
+        await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
+        await stack.enter_async_context(_background(desk.follow(), name="traffic"))
+        await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
+        await stack.enter_async_context(_background(_sum_up(trail, refusals), name="audit-summaries"))
+        metrics = await _listen_for_metrics(
+            settings, [GatewayCollector(counters, replicas, cache), limits.collector()], stack
+        )
+        ready_file.metrics = metrics
         servicer = await _listen(server, settings.drain_s, stack)
-        await stack.enter_async_context(_background(_report_health(servicer, pool), name="health"))
+        await stack.enter_async_context(_background(_report_health(servicer, replicas), name="health"))
         stack.callback(conductor.close)
         ready_file.write()
-        log.info("cloud serves", address=address, models=catalog.models)
-        return Cloud(address, pool, triton, stack.pop_all())
+        log.info("cloud serves", address=address, device_address=device_address, metrics=metrics, models=catalog.models)
+        return Cloud(address, device_address, replicas, limits, metrics, stack.pop_all())
 
 
 def _open_state(home: Path, stack: AsyncExitStack) -> Path:
@@ -169,65 +270,56 @@ def _open_state(home: Path, stack: AsyncExitStack) -> Path:
     return state
 
 
-def _triton(settings: CloudSettings, state: Path, stack: AsyncExitStack) -> tuple[TritonServer | None, TritonClient]:
-    if settings.triton:
-        check_link(settings.triton, ca=settings.triton_ca, plaintext=settings.triton_plaintext)
-        server, client = None, TritonClient(settings.triton, ca=settings.triton_ca)
-    else:
-        server = TritonServer(
-            state / "triton",
-            log_file=state / "triton.log",
-            start_s=settings.triton_start_s,
-            stop_s=settings.triton_stop_s,
-        )
-        stack.push_async_callback(server.stop)
-        client = TritonClient(server.address)
-    stack.push_async_callback(client.close)
-    return server, client
+def _audit_log(settings: CloudSettings, state: Path) -> AuditLog:
+    """Return the log, and with it the key; whoever cannot keep a record must not serve."""
+    key = load_audit_key(settings.home)
+    return AuditLog(
+        settings.audit_folder or state / "audit",
+        key,
+        keys=load_public_keys(settings.home / PUBLIC),
+        terms=Terms(checkpoint_s=settings.audit_checkpoint_s, min_free_bytes=settings.audit_min_free_mib << 20),
+    )
 
 
-async def _start_triton(
-    triton: TritonServer | None, client: TritonClient, pool: HeavyPool, ready_file: _ReadyFile
-) -> None:
-    if triton is None:
-        if not await client.is_live():
-            raise UnavailableError(
-                f"no Triton answers at {client.address}",
-                hint="start it there, or leave --triton out to have one started here",
-                reason="triton-unavailable",
-            )
-        log.info("using an external Triton", address=client.address, version=await client.server_version())
-        await pool.restore()
-        return
-
-    async def on_started() -> None:
-        await pool.restore()
-        ready_file.rewrite()
-
-    await triton.start(on_started)
+async def _sum_up(trail: AuditLog, refusals: Budget) -> None:
+    """Record the counts of refusals that were not recorded one by one."""
+    try:
+        while True:
+            await asyncio.sleep(SUMMARY_S)
+            for event in refusals.summary():
+                trail.note(event)
+    finally:
+        for event in refusals.summary(at_once=True):
+            trail.note(event)
 
 
-def _server(settings: CloudSettings, issuer: TokenIssuer) -> tuple[grpc.aio.Server, str]:
-    """Return a server that is bound to its address, and that address."""
-    check_free(settings.listen, "listen")
+def _server(settings: CloudSettings, *interceptors: grpc.aio.ServerInterceptor) -> tuple[grpc.aio.Server, str, str]:
+    """Return a server that is bound to its two addresses, and these: for everybody, and for devices."""
     server = Listener(
         settings.listener,
         message_bytes=settings.max_message_bytes,
         calls=settings.concurrent_calls,
-        interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier()), CallGuard(settings.listener)),
+        interceptors=(StatusInterceptor(), *interceptors),
     )
-    credentials = server_credentials(settings.home / "server.key", settings.home / "server.pem")
+    key, chain = settings.home / "server.key", settings.home / "server.pem"
+    address = _bind(server, "listen", settings.listen, server_credentials(key, chain))
+    asking = server_credentials(key, chain, settings.home / "issuing-ca.pem")
+    return server, address, _bind(server, "device_listen", settings.device_listener, asking)
+
+
+def _bind(server: grpc.aio.Server, setting: str, address: str, credentials: grpc.ServerCredentials) -> str:
+    check_free(address, setting)
     try:
-        port = server.add_secure_port(settings.listen, credentials)
+        port = server.add_secure_port(address, credentials)
     except RuntimeError:
         port = 0
     if port == 0:
         raise ConfigError(
-            f"listen: cannot listen on {settings.listen}",
-            hint="another program may have the port, or the address is not this machine's; --listen takes another one",
+            f"{setting}: cannot listen on {address}",
+            hint=f"another program may have it, or it is not this machine's; {setting} takes another address",
             reason="address-in-use",
         )
-    return server, f"{settings.listen.rpartition(':')[0]}:{port}"
+    return f"{address.rpartition(':')[0]}:{port}"
 
 
 async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack) -> health.aio.HealthServicer:
@@ -242,14 +334,39 @@ async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack
     return servicer
 
 
-async def _report_health(servicer: health.aio.HealthServicer, pool: HeavyPool) -> None:
+def _cache(settings: CloudSettings, stack: AsyncExitStack) -> ResponseCache:
+    """Return where answers are kept: in the Redis that clouds share, where there is one."""
+    address = settings.redis.get_secret_value()
+    if not address:
+        return MemoryCache(settings.cache_bytes)
+    ca, plaintext = settings.redis_ca, settings.redis_plaintext
+    client = connect(address, ca=ca, plaintext=plaintext, timeout_s=settings.redis_timeout_s)
+    from cloud.redis_cache import RedisCache
+
+    cache = RedisCache(client)
+    stack.push_async_callback(cache.close)
+    return cache
+
+
+async def _listen_for_metrics(
+    settings: CloudSettings, collectors: Sequence[Collector], stack: AsyncExitStack
+) -> str | None:
+    if settings.metrics_listen is None:
+        return None
+    server = MetricsServer(settings.metrics_listen, cloud_registry(*collectors), public=settings.metrics_public)
+    address = await server.start()
+    stack.push_async_callback(server.stop)
+    return address
+
+
+async def _report_health(servicer: health.aio.HealthServicer, replicas: Replicas) -> None:
     """Say NOT_SERVING of inference, and of inference only, while Triton is away: devices still get tokens and updates.
 
     The process as a whole ("") stays SERVING: restarting or bypassing it would not bring Triton back any sooner.
     """
     status = health_pb2.HealthCheckResponse
     while True:
-        await servicer.set(SERVICE, status.SERVING if await pool.is_up() else status.NOT_SERVING)
+        await servicer.set(SERVICE, status.SERVING if replicas.is_up else status.NOT_SERVING)
         await asyncio.sleep(_HEALTH_S)
 
 
@@ -270,11 +387,11 @@ def _complain(task: asyncio.Task[Any]) -> None:
         log.critical("background work died; restart the cloud", work=task.get_name(), exc_info=error)
 
 
-async def _keep_fresh(repository: CloudRepository) -> None:
+async def _keep_fresh(repositories: TenantRepositories) -> None:
     """Re-sign the metadata that is about to expire, now and every hour."""
     while True:
         try:
-            await asyncio.to_thread(repository.refresh_if_due, datetime.now(UTC))
+            await asyncio.to_thread(repositories.refresh_if_due, datetime.now(UTC))
         except (IsthmusError, OSError) as error:  # a disk may be full for a while
             log.exception("signed metadata not renewed", reason=getattr(error, "reason", "disk"))
             await asyncio.sleep(_REFRESH_AGAIN_S)
@@ -282,12 +399,25 @@ async def _keep_fresh(repository: CloudRepository) -> None:
             await asyncio.sleep(_REFRESH_S)
 
 
+async def _follow_keys(issuer: TokenIssuer, verifier: TokenVerifier, authority: IssuingCa) -> None:
+    """Take up token keys and an issuing authority that were rotated, and let go keys whose time is over."""
+    published = issuer.jwks
+    while True:
+        await asyncio.sleep(_FOLLOW_S)
+        authority.refresh()
+        issuer.refresh()
+        if (jwks := issuer.jwks) != published:  # in one step with the line above: nothing is signed that is not known
+            verifier.use_keys(jwks)
+            published = jwks
+
+
 class _ReadyFile:
     """Tells scripts where the cloud listens; exists while it serves."""
 
-    def __init__(self, path: Path | None, address: str, triton: TritonServer | None) -> None:
-        self._path, self._address, self._triton = path, address, triton
+    def __init__(self, path: Path | None, address: str, device_address: str, replicas: Replicas) -> None:
+        self._path, self._address, self._device_address, self._replicas = path, address, device_address, replicas
         self._written = False
+        self.metrics: str | None = None
 
     def check(self) -> None:
         """Check that the file can be written, before anything is started.
@@ -304,7 +434,15 @@ class _ReadyFile:
         """Write the file, whole or not at all."""
         if self._path is None:
             return
-        record = {"address": self._address, "pid": os.getpid(), "triton_pid": self._triton.pid if self._triton else 0}
+        pids = [replica.server.pid for replica in self._replicas if replica.server is not None]
+        record = {
+            "address": self._address,
+            "device_address": self._device_address,
+            "pid": os.getpid(),
+            "triton_pid": pids[0] if pids else 0,
+            "triton_pids": pids,
+        }
+        record |= {} if self.metrics is None else {"metrics": self.metrics}
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(record) + "\n")
         temporary.replace(self._path)
@@ -321,12 +459,22 @@ class _ReadyFile:
             self._path.unlink(missing_ok=True)
 
 
+def open_runner() -> asyncio.Runner:
+    """Return what runs the cloud: uvloop's event loop where it is installed, which takes less for a request."""
+    if importlib.util.find_spec("uvloop") is None:
+        return asyncio.Runner()
+    import uvloop
+
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+
 async def serve_until_signal(settings: CloudSettings) -> None:
     """Run a cloud until SIGTERM or SIGINT, then stop it in order.
 
     Raises:
         IsthmusError: As start_cloud.
     """
+    limit_heaps()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

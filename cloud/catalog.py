@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 
 from cloud.heavy import HeavyId
 from isthmus.errors import NotFoundError
+from security.tenancy import DEFAULT_TENANT
+from security.tokens import Claims
 
 
 @dataclass(slots=True)
 class _Entry:
     heavy: dict[int, HeavyId] = field(default_factory=dict)  # by bundle version
     released: int | None = None
+    tenant: str = DEFAULT_TENANT
 
 
 class Catalog:
@@ -30,9 +33,28 @@ class Catalog:
         """Return the names of all models, in order."""
         return tuple(sorted(self._models))
 
-    def publish(self, model: str, version: int, heavy: HeavyId) -> None:
-        """Make a bundle version known."""
-        self._models.setdefault(model, _Entry()).heavy[version] = heavy
+    def publish(self, model: str, version: int, heavy: HeavyId, tenant: str = DEFAULT_TENANT) -> None:
+        """Make a bundle version of a tenant's model known."""
+        self._models.setdefault(model, _Entry(tenant=tenant)).heavy[version] = heavy
+
+    def tenant(self, model: str) -> str | None:
+        """Return whose a model is, or None where there is no such model."""
+        entry = self._models.get(model)
+        return None if entry is None else entry.tenant
+
+    def may_see(self, claims: Claims, model: str) -> bool:
+        """Return whether there is such a model for a caller: one of its tenant, and one that it may use."""
+        entry = self._models.get(model)
+        return entry is not None and entry.tenant == claims.tenant and claims.may_use(model)
+
+    def check_may_see(self, claims: Claims, model: str) -> None:
+        """Check that there is such a model for a caller.
+
+        Raises:
+            NotFoundError: There is none; of one that is hidden, exactly the same is said.
+        """
+        if not self.may_see(claims, model):
+            raise unknown_model(model)
 
     def release(self, model: str, version: int) -> None:
         """Make a known version the one that is released."""

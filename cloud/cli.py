@@ -19,23 +19,29 @@ ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings
 def serve(
     home: Annotated[Path | None, typer.Option(help="The workspace's cloud folder.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = None,
+    device_listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT that asks for device certificates; default: the port after --listen.")
+    ] = None,
     blobs: Annotated[
         str | None, typer.Option(help="Folder or fsspec address, such as s3://bucket/folder, for bundles.")
     ] = None,
-    triton: Annotated[str | None, typer.Option(help="HOST:PORT of a running Triton instead of a child.")] = None,
+    triton: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of a running Triton instead of a child; repeat for more.")
+    ] = None,
+    triton_children: Annotated[int | None, typer.Option(help="How many Tritons to start here.", metavar="N")] = None,
     database: Annotated[str | None, typer.Option(help="postgresql://USER@HOST/NAME instead of SQLite.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Gets address and process ids once serving.")] = None,
     config: ConfigOption = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests end and exit with 0."""
-    import asyncio
-
-    from cloud.bootstrap import serve_until_signal
+    from cloud.bootstrap import open_runner, serve_until_signal
     from cloud.config import CloudSettings
 
-    flags = {"home": home, "listen": listen, "blobs": blobs, "triton": triton, "database": database}
+    flags: dict[str, object] = {"home": home, "listen": listen, "device_listen": device_listen, "blobs": blobs}
+    flags |= {"database": database, "triton": ",".join(triton) if triton else None, "triton_children": triton_children}
     flags |= {"ready_file": ready_file}
-    asyncio.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
+    with open_runner() as runner:
+        runner.run(serve_until_signal(load_settings(CloudSettings, config, flags).value))
 
 
 @app.command()
@@ -44,6 +50,7 @@ def accept(
     cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
     trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with an operator's token.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant to act in, for admins of the cloud.")] = None,
     config: ConfigOption = None,
 ) -> None:
     """Hand signed metadata to the cloud: a new root, delegations. All FILES take effect, or none."""
@@ -52,7 +59,7 @@ def accept(
     from security.keyfiles import read_file
 
     offered = {path.name: read_file(path, hint="isthmus keys makes these files") for path in files}
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         client.submit(offered)
     note(f"the cloud serves {', '.join(offered)}")
 
@@ -62,13 +69,14 @@ def status(
     cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
     trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with an operator's token.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant to act in, for admins of the cloud.")] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show Triton's version, the loaded heavy models and their counters."""
     from cloud.operator_cli import connect
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         record = client.status()
     if as_json:
         show_record("cloud", record, as_json=True)

@@ -33,10 +33,20 @@ from isthmus.errors import (
 from isthmus.oip import service_pb2, service_pb2_grpc
 from isthmus.status import from_rpc
 from isthmus.stick import Index, StickWriter, blob_name, delta_name, metadata_name
-from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc
+from isthmus.v1 import (
+    audit_pb2,
+    audit_pb2_grpc,
+    fleet_pb2,
+    fleet_pb2_grpc,
+    registry_pb2,
+    registry_pb2_grpc,
+    usage_pb2,
+    usage_pb2_grpc,
+)
 from security.keyfiles import read_file
 from security.metadata import manifest_path
 from security.repository import OperatorRepository
+from security.tenancy import TENANT_HEADER, check_tenant
 from security.tls import channel_credentials
 
 TARGETS: Final = "targets"  # the role of the organisation's own operators
@@ -44,7 +54,7 @@ CHUNK: Final = 256 << 10  # bytes of one upload message
 PUBLISH_S: Final = 1800.0  # deltas and loading a large heavy model take their time
 MAX_MESSAGE_BYTES: Final = 64 << 20
 MAX_INVITE_S: Final = 2**32 - 1  # what the message can say; the cloud allows less
-_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+|isk_[a-z0-9]+_[A-Za-z0-9_-]+")
 _MINTING: Final = "isthmus token mint --home DIR/cloud --role operator --subject YOU --output FILE makes one"
 # What gRPC says of a connection that cannot be made, and what a person can do about it.
 _CONNECTION_HINTS: Final = {
@@ -66,6 +76,7 @@ class Address:
     cloud: str
     trust: Path  # folder with ca.pem
     token_file: Path
+    tenant: str = ""  # that an admin of the cloud acts in; "" for the caller's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,17 @@ class Progress:
     waiting: Callable[[str], None] = lambda _what: None
 
 
+class _Tenant(grpc.AuthMetadataPlugin):
+    """Names the tenant to act in with every call."""
+
+    def __init__(self, tenant: str) -> None:
+        self._metadata = ((TENANT_HEADER, tenant),)
+
+    def __call__(self, context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
+        del context
+        callback(self._metadata, None)
+
+
 class CloudClient:
     """A connection to a cloud; use it as a context manager."""
 
@@ -85,9 +107,10 @@ class CloudClient:
         if not _TOKEN.fullmatch(token):
             raise ConfigError(f"{address.token_file} holds no token", hint=_MINTING)
         split_address(address.cloud, "cloud")
-        credentials = grpc.composite_channel_credentials(
-            channel_credentials(address.trust / "ca.pem"), grpc.access_token_call_credentials(token)
-        )
+        proof = [grpc.access_token_call_credentials(token)]
+        if address.tenant:
+            proof.append(grpc.metadata_call_credentials(_Tenant(check_tenant(address.tenant))))
+        credentials = grpc.composite_channel_credentials(channel_credentials(address.trust / "ca.pem"), *proof)
         options = (
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -98,6 +121,8 @@ class CloudClient:
         self._registry: Any = registry_pb2_grpc.RegistryServiceStub(self._channel)
         self._fleet: Any = fleet_pb2_grpc.FleetServiceStub(self._channel)
         self._rollouts: Any = fleet_pb2_grpc.RolloutServiceStub(self._channel)
+        self._usage: Any = usage_pb2_grpc.UsageServiceStub(self._channel)
+        self._audit: Any = audit_pb2_grpc.AuditServiceStub(self._channel)
         self._inference: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -494,6 +519,16 @@ class CloudClient:
         request = fleet_pb2.RetryDeviceRequest(device_id=device_id, model=model)
         return int(self._call(f"have device {device_id} retry", self._fleet.RetryDevice, request).attempt)
 
+    def revoke(self, device_id: str, *, key_sha256: str = "", reason: str = "") -> dict[str, Any]:
+        """Refuse a device and its key, or one key, from now on."""
+        request = fleet_pb2.RevokeDeviceRequest(device_id=device_id, key_sha256=key_sha256, reason=reason)
+        answer = self._call(f"revoke {device_id or 'the key'}", self._fleet.RevokeDevice, request)
+        return {
+            "device": answer.device_id or None,
+            "key_sha256": answer.key_sha256,
+            "revoked_at": moment(answer.revoked_at),
+        }
+
     def start_rollout(self, request: Any) -> Any:
         """Start a rollout, or tell what it would do."""
         return self._call(
@@ -518,6 +553,35 @@ class CloudClient:
         request = fleet_pb2.ListRolloutsRequest(model=model)
         return list(self._call("list rollouts", self._rollouts.ListRollouts, request).rollouts)
 
+    def usage(self, request: Any) -> list[Any]:
+        """Return the rows of a GetUsageRequest."""
+        try:
+            return [row for part in self._usage.GetUsage(request, timeout=self._timeout_s) for row in part.rows]
+        except grpc.RpcError as error:
+            raise self._explained(error, "cannot read usage") from error
+
+    def compute(self, request: Any) -> list[Any]:
+        """Return the rows of a GetComputeRequest."""
+        return list(self._call("read Triton's usage", self._usage.GetCompute, request).rows)
+
+    def set_quota(self, quota: Any) -> None:
+        """Set a quota."""
+        scope = quota.scope
+        request = usage_pb2.SetQuotaRequest(
+            tenant=scope.tenant, device=scope.device, model=scope.model, limits=quota.limits
+        )
+        self._call("set the quota", self._usage.SetQuota, request)
+
+    def quotas(self, tenant: str = "") -> list[Any]:
+        """Return the quotas that are set, of one tenant or all that may be seen."""
+        request = usage_pb2.ListQuotasRequest(tenant=tenant)
+        return list(self._call("list quotas", self._usage.ListQuotas, request).quotas)
+
+    def clear_quota(self, scope: Any) -> None:
+        """Remove a quota."""
+        request = usage_pb2.ClearQuotaRequest(tenant=scope.tenant, device=scope.device, model=scope.model)
+        self._call("clear the quota", self._usage.ClearQuota, request)
+
     def status(self) -> dict[str, Any]:
         """Return what the cloud runs: Triton's version and each loaded heavy model with its counters."""
         about = self._call("ask for status", self._inference.ServerMetadata, service_pb2.ServerMetadataRequest())
@@ -532,8 +596,42 @@ class CloudClient:
             "tls_version": who.tls_version,
             "tls_group": who.tls_group,
             "subject": who.subject,
+            "tenant": who.tenant,
             "models": [_statistics_row(model) for model in statistics.model_stats],
         }
+
+    def stub(self, kind: Callable[[grpc.Channel], Any]) -> Any:
+        """Return a stub of another service on this connection."""
+        return kind(self._channel)
+
+    def call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        """Return the answer of one call.
+
+        Raises:
+            IsthmusError: It failed; the message begins with what could not be done.
+        """
+        return self._call(what, method, request, timeout_s)
+
+    def search_records(self, fields: Mapping[str, Any]) -> Iterator[bytes]:
+        """Yield the records of the audit log that match the fields of a SearchRecordsRequest, as JSON."""
+        request = audit_pb2.SearchRecordsRequest(**fields)
+        try:
+            for answer in self._audit.SearchRecords(request, timeout=PUBLISH_S):
+                yield answer.record_json
+        except grpc.RpcError as error:
+            raise self._explained(error, "cannot search the audit log") from error
+
+    def export_records(self, times: Mapping[str, Any]) -> Iterator[bytes]:
+        """Yield lines of the audit log."""
+        try:
+            for answer in self._audit.ExportRecords(audit_pb2.ExportRecordsRequest(**times), timeout=PUBLISH_S):
+                yield answer.lines
+        except grpc.RpcError as error:
+            raise self._explained(error, "cannot export the audit log") from error
+
+    def audit_heads(self) -> list[bytes]:
+        """Return the signed heads of the audit log's chains."""
+        return list(self._call("ask for the heads", self._audit.GetHeads, audit_pb2.GetHeadsRequest()).head_json)
 
     def _call(self, what: str, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:

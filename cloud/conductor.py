@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from cloud import database as db
 from cloud import rollout as rules
+from cloud.recorder import Recorder
 from cloud.records import (
     Ask,
     check_ask,
@@ -38,6 +39,7 @@ from cloud.roster import Device, Layer, Roster, Told
 from isthmus.bundle import Variant
 from isthmus.errors import ConflictError, IdentityError, InputError, IsthmusError, NotFoundError
 from security.custom import Terms
+from security.tenancy import DEFAULT_TENANT
 
 POLL_S: Final = 1.0
 SEEN_S: Final = 30.0  # how often connected devices are noted as seen; well below what counts as online
@@ -86,6 +88,7 @@ class Conductor:
         releases: The registry's side.
         clock: Returns Unix seconds.
         poll_s: How often rollouts are decided on and other replicas' changes are looked for.
+        recorder: Hears of what rollouts do by themselves.
     """
 
     def __init__(
@@ -96,7 +99,9 @@ class Conductor:
         *,
         clock: Callable[[], float] = time.time,
         poll_s: float = POLL_S,
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder or Recorder()
         self._database, self._releases, self._clock, self._poll_s = database, releases, clock, poll_s
         self.roster = roster
         self._refreshing, self._writing = asyncio.Lock(), asyncio.Lock()
@@ -169,20 +174,26 @@ class Conductor:
     # -- devices ------------------------------------------------------------------------------------------------
 
     async def watch(
-        self, device_id: str, models: Collection[str], facts: bytes
+        self, device_id: str, models: Collection[str], facts: bytes, tenant: str = DEFAULT_TENANT
     ) -> AsyncGenerator[tuple[str, Told], None]:
-        """Yield what the device is told about each model: now, and whenever it changes."""
+        """Yield what the device is told about each model: now, and whenever it changes.
+
+        Raises:
+            IdentityError: A device of this name belongs to another tenant.
+        """
+        if await self._knows(device_id):
+            self._check_tenant(device_id, tenant)
         await self._note_watch(device_id, models, facts)
         watcher = _Watcher(device_id, frozenset(models))
         self._watchers.setdefault(device_id, set()).add(watcher)
-        device = self._any_device(device_id)
+        device = self._any_device(device_id, tenant)
         device.streams += 1
         told: dict[str, Told] = {}
         try:
             while not self._closed:
                 watcher.changed.clear()
                 for model in models:
-                    news = self.roster.told(self._any_device(device_id), model)
+                    news = self.roster.told(self._any_device(device_id, tenant), model)
                     if news.version and told.get(model) != news:
                         told[model] = news
                         yield model, news
@@ -200,9 +211,13 @@ class Conductor:
             await self.refresh()
         return device_id in self.roster.devices
 
-    def _any_device(self, device_id: str) -> Device:
+    def _any_device(self, device_id: str, tenant: str) -> Device:
         """Return the device, or what stands for one whose enrolment this record does not have."""
-        return self.roster.devices.get(device_id) or Device(device_id, 0.0, 0.0)
+        return self.roster.devices.get(device_id) or Device(device_id, 0.0, 0.0, tenant=tenant)
+
+    def _check_tenant(self, device_id: str, tenant: str) -> None:
+        if self.roster.devices[device_id].tenant != tenant:
+            raise IdentityError("the device is not enrolled here", reason="unknown-device")
 
     async def _note_watch(self, device_id: str, models: Collection[str], facts: bytes) -> None:
         if not await self._knows(device_id):
@@ -222,7 +237,7 @@ class Conductor:
 
         await self._together(note)
 
-    async def report(self, device_id: str, report: Any) -> None:
+    async def report(self, device_id: str, report: Any, tenant: str = DEFAULT_TENANT) -> None:
         """Keep a device's report; it is durable when this returns. One that is older than what is known is dropped.
 
         Raises:
@@ -230,6 +245,7 @@ class Conductor:
         """
         if not await self._knows(device_id):
             raise IdentityError("the device is not enrolled here", reason="unknown-device")
+        self._check_tenant(device_id, tenant)
         await self._together(lambda session, revision: keep_report(session, device_id, report, self._clock(), revision))
 
     async def _together(self, work: Callable[[Session, int], None]) -> None:
@@ -438,15 +454,22 @@ class Conductor:
         log.info("rollout started", rollout=preview.plan.id, devices=preview.matching, by=ask.by)
         return preview, self.roster.rollouts[preview.plan.id]
 
-    def find(self, name: str) -> Layer:
+    def find(self, name: str, may_see: Callable[[str], bool] = lambda _model: True) -> Layer:
         """Return the rollout of this id, or the model's newest one, an open one first.
+
+        Args:
+            name: The id or model.
+            may_see: Returns whether the caller may use a model; rollouts of others are not there.
 
         Raises:
             NotFoundError: There is none.
         """
-        if name in self.roster.rollouts:
-            return self.roster.rollouts[name]
-        of_model = [layer for layer in self.roster.rollouts.values() if layer.plan.model == name]
+        layer = self.roster.rollouts.get(name)
+        if layer is not None and may_see(layer.plan.model):
+            return layer
+        of_model = [
+            layer for layer in self.roster.rollouts.values() if layer.plan.model == name and may_see(layer.plan.model)
+        ]
         if not of_model:
             raise unknown_rollout(name)
         return max(of_model, key=lambda layer: (layer.progress.state.is_open, layer.row.created_at))
@@ -493,6 +516,8 @@ class Conductor:
                 rules.Action.PAUSE: "paused", rules.Action.ABORT: "aborted",
             }[decision.action]  # fmt: skip
             if await self._store(layer, progress, kind, decision.reason, decision.detail):
+                tenant = self.roster.tenants.get(layer.plan.model, "")
+                self._recorder.rollout_moves(layer.plan, tenant, kind, decision.reason, decision.detail)
                 log.info(
                     "rollout changed",
                     rollout=layer.plan.id,

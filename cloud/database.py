@@ -34,8 +34,9 @@ from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from isthmus.errors import ConfigError, MissingExtraError
+from security.tenancy import DEFAULT_TENANT
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 6
 _WRITE_LOCK: Final = 0x69737468  # of PostgreSQL's advisory locks: any number that nobody else takes
 _DATABASE_HINT: Final = "--database takes sqlite:///FILE or postgresql://USER@HOST/NAME"
 _ROW_ID: Final = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by INTEGER only
@@ -60,6 +61,7 @@ class Model(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     released: Mapped[int | None] = mapped_column(BigInteger)
     revision: Mapped[int] = mapped_column(BigInteger, default=0)
+    tenant: Mapped[str] = mapped_column(default=DEFAULT_TENANT)
 
 
 class Ledger(Base):
@@ -88,10 +90,12 @@ class Device(Base):
     __tablename__ = "devices"
     id: Mapped[str] = mapped_column(primary_key=True)
     public_key_pem: Mapped[bytes]
+    key_sha256: Mapped[str] = mapped_column(default="", index=True)  # of the SubjectPublicKeyInfo, hexadecimal
     enrolled_at: Mapped[float]
     last_seen_at: Mapped[float]
     facts: Mapped[bytes] = mapped_column(default=b"")  # DeviceFacts, as the device sent them
     revision: Mapped[int] = mapped_column(BigInteger, default=0, index=True)
+    tenant: Mapped[str] = mapped_column(default=DEFAULT_TENANT)
 
 
 class DeviceModel(Base):
@@ -126,6 +130,21 @@ class Invite(Base):
     device_id: Mapped[str]
     expires_at: Mapped[float]
     used_at: Mapped[float | None]
+    tenant: Mapped[str] = mapped_column(default=DEFAULT_TENANT)
+
+
+class Revocation(Base):
+    """A device, by its name, or a key, by its digest, that is refused until it is lifted; a key never is."""
+
+    __tablename__ = "revocations"
+    kind: Mapped[str] = mapped_column(primary_key=True)  # "device" or "key"
+    value: Mapped[str] = mapped_column(primary_key=True)
+    device_id: Mapped[str] = mapped_column(index=True)
+    reason: Mapped[str]
+    revoked_at: Mapped[float]
+    revoked_by: Mapped[str]
+    lifted_at: Mapped[float | None]
+    revision: Mapped[int] = mapped_column(BigInteger, index=True)
 
 
 class Report(Base):
@@ -184,6 +203,24 @@ class RolloutStage(Base):
     started_at: Mapped[float | None]
 
 
+class Traffic(Base):
+    """How the requests for a model are spread over its versions (cloud.traffic)."""
+
+    __tablename__ = "traffic"
+    model: Mapped[str] = mapped_column(ForeignKey("models.name"), primary_key=True)
+    policy: Mapped[bytes]  # TrafficPolicy
+    revision: Mapped[int] = mapped_column(BigInteger, index=True)
+
+
+class Drain(Base):
+    """Whether a Triton that several clouds may use gets requests."""
+
+    __tablename__ = "drains"
+    replica: Mapped[str] = mapped_column(primary_key=True)  # its address
+    drained: Mapped[bool]
+    revision: Mapped[int] = mapped_column(BigInteger)
+
+
 class Event(Base):
     """Something that happened to a device or a rollout."""
 
@@ -207,6 +244,81 @@ class Assertion(Base):
     jti: Mapped[str] = mapped_column(primary_key=True)
     expires_at: Mapped[float]
     __table_args__ = (ForeignKeyConstraint(["device_id"], ["devices.id"]),)
+
+
+class Quota(Base):
+    """What an operator allows a tenant, perhaps one device or model of it; cloud.quotas says what the columns mean."""
+
+    __tablename__ = "quotas"
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    device: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    rate: Mapped[str]  # as it was written; "" for no limit
+    burst: Mapped[int | None] = mapped_column(BigInteger)
+    bytes_rate: Mapped[str]
+    bytes_burst: Mapped[int | None] = mapped_column(BigInteger)
+    concurrency: Mapped[int | None] = mapped_column(BigInteger)
+    set_at: Mapped[float]
+    set_by: Mapped[str]
+
+
+class Usage(Base):
+    """What was asked of the gateways in an hour; `cloud.metering` says what the columns mean."""
+
+    __tablename__ = "usage"
+    hour: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    device: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    answered: Mapped[int] = mapped_column(BigInteger)
+    cached: Mapped[int] = mapped_column(BigInteger)
+    refused: Mapped[int] = mapped_column(BigInteger)
+    limited: Mapped[int] = mapped_column(BigInteger)
+    failed: Mapped[int] = mapped_column(BigInteger)
+    cancelled: Mapped[int] = mapped_column(BigInteger)
+    bytes_in: Mapped[int] = mapped_column(BigInteger)
+    bytes_out: Mapped[int] = mapped_column(BigInteger)
+    calls: Mapped[int] = mapped_column(BigInteger)
+    call_us: Mapped[int] = mapped_column(BigInteger)
+
+
+class UsageRun(Base):
+    """A run of a gateway, and the last segment of its journal whose counts are in the table of usage."""
+
+    __tablename__ = "usage_runs"
+    run: Mapped[str] = mapped_column(primary_key=True)
+    segment: Mapped[int] = mapped_column(BigInteger)
+
+
+class TritonUsage(Base):
+    """What Tritons did for a heavy model in an hour; `cloud.triton_usage` says what the columns mean."""
+
+    __tablename__ = "triton_usage"
+    hour: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)  # of the heavy half
+    answered: Mapped[int] = mapped_column(BigInteger)
+    failed: Mapped[int] = mapped_column(BigInteger)
+    inferences: Mapped[int] = mapped_column(BigInteger)
+    executions: Mapped[int] = mapped_column(BigInteger)
+    queue_ns: Mapped[int] = mapped_column(BigInteger)
+    compute_ns: Mapped[int] = mapped_column(BigInteger)
+
+
+class TritonMark(Base):
+    """The sums of a model in a Triton when they were last looked at."""
+
+    __tablename__ = "triton_marks"
+    source: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    answered: Mapped[int] = mapped_column(BigInteger)
+    failed: Mapped[int] = mapped_column(BigInteger)
+    inferences: Mapped[int] = mapped_column(BigInteger)
+    executions: Mapped[int] = mapped_column(BigInteger)
+    queue_ns: Mapped[int] = mapped_column(BigInteger)
+    compute_ns: Mapped[int] = mapped_column(BigInteger)
+    last_ms: Mapped[int] = mapped_column(BigInteger)
 
 
 class Database:

@@ -1,11 +1,11 @@
 """Devices: invited by an operator, enrolled once, given short-lived tokens, told what to run, heard what they run.
 
-This is the door; `cloud.conductor` keeps and decides.
+This is the door; `cloud.identity` and `cloud.conductor` keep and decide.
 
 Rules:
-1. An invitation code works once; two callers with the same code at the same time get one identity and one refusal.
-2. Wrong, used and expired codes get the same answer; an assertion works once.
-3. A device speaks for itself only: its name comes from its token, never from the message.
+1. Wrong, used and expired codes get the same answer. (`cloud.identity` has the rules for codes, keys and assertions.)
+2. A device speaks for itself only: its name comes from its token, never from the message.
+3. A token is bound to the certificate of the connection on which it was asked for.
 4. A Watch ends when its token does; the device comes back with a new one.
 """
 
@@ -16,33 +16,35 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
-from sqlalchemy import CursorResult, delete, select, update
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
 from cloud import database as db
+from cloud.admission import Admission
 from cloud.catalog import unknown_model
 from cloud.conductor import Conductor
+from cloud.identity import Identities
+from cloud.recorder import Recorder
+from cloud.revocations import Revocations
 from cloud.rollout import matches
-from cloud.roster import Device, Told
-from isthmus.digests import sha256_bytes
+from cloud.roster import Device, Roster, Told
 from isthmus.errors import IdentityError, InputError
+from isthmus.status import ADDRESS_KEY, TIME_KEY
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
-from security.enrolment import IssuingCa, check_device_id, public_key_of
+from security.binding import Guard, peer_of
+from security.enrolment import IssuingCa, check_device_id
 from security.interceptors import current_claims
+from security.tenancy import DEFAULT_TENANT, check_new_name
 from security.tls import negotiated
-from security.tokens import TokenIssuer, read_assertion_subject, verify_assertion
+from security.tokens import TokenIssuer
 
 DEFAULT_INVITE_S: Final = 3600
 MAX_INVITE_S: Final = 30 * 86400
 MAX_WATCHED: Final = 64  # models of one device
-_KEEP_ASSERTIONS_S: Final = 300  # beyond their expiry: more than any leeway
 _MAX_TEXT: Final = 500  # characters of a reason or detail that are kept
 _MAX_NUMBER: Final = 2**53  # as in a manifest; a database holds no more than 2**63 - 1
 _MAX_FACTS: Final = 4096  # bytes
@@ -62,8 +64,14 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         conductor: Knows and decides what devices run.
         issuer: Mints access tokens.
         authority: Signs device certificates.
+        admission: Limits how many streams a device has open.
+        revocations: Follows what was revoked.
+        device_address: HOST:PORT that devices are told to call, where certificates are asked for.
+        unbound_tokens: Whether a device without a certificate gets a token, too.
         token_ttl_s: Life of the access tokens.
+        tenants: Returns the names of the cloud's tenants.
         clock: Returns Unix seconds.
+        recorder: Hears of versions that failed on devices.
     """
 
     def __init__(
@@ -73,33 +81,45 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         issuer: TokenIssuer,
         authority: IssuingCa,
         *,
+        admission: Admission,
+        revocations: Revocations | None = None,
+        device_address: str = "",
+        unbound_tokens: bool = False,
         token_ttl_s: int = 900,
+        tenants: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.time,
+        recorder: Recorder | None = None,
     ) -> None:
-        self._database, self._conductor = database, conductor
-        self._issuer, self._authority = issuer, authority
-        self._token_ttl_s, self._clock = token_ttl_s, clock
+        self._conductor, self._issuer, self._admission = conductor, issuer, admission
+        self._identities = Identities(database, authority, issuer.audience, clock)
+        self._revocations, self._recorder = revocations or Revocations(database, Guard()), recorder or Recorder()
+        self._device_address, self._unbound_tokens = device_address, unbound_tokens
+        self._token_ttl_s, self._tenants, self._clock = token_ttl_s, tenants, clock
 
     async def Invite(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Make a one-time code.
+        """Make a one-time code; the device will belong to the caller's tenant.
 
         Raises:
             InputError: The name or the time to live is not valid.
         """
         del context
-        device_id = check_device_id(request.device_id)
+        device_id, claims = check_device_id(request.device_id), current_claims()
+        await self._check_name(device_id, claims.tenant)
         ttl_s = request.ttl_s or DEFAULT_INVITE_S
         if ttl_s > MAX_INVITE_S:
             raise InputError(f"ttl_s: expected at most {MAX_INVITE_S} seconds, got {ttl_s}")
         code, expires_at = secrets.token_urlsafe(24), self._clock() + ttl_s
-        await asyncio.to_thread(self._add_invite, code, device_id, expires_at)
-        log.info("device invited", device=device_id, by=current_claims().subject)
+        await asyncio.to_thread(self._identities.invite, code, device_id, claims.tenant, expires_at)
+        log.info("device invited", device=device_id, tenant=claims.tenant, by=claims.subject)
         return fleet_pb2.InviteResponse(code=code, expires_at=timestamp(expires_at))
 
-    def _add_invite(self, code: str, device_id: str, expires_at: float) -> None:
-        with self._database.write() as session:
-            session.execute(delete(db.Invite).where(db.Invite.expires_at < self._clock()))
-            session.add(db.Invite(code_sha256=_hash(code), device_id=device_id, expires_at=expires_at))
+    async def _check_name(self, device_id: str, tenant: str) -> None:
+        await self._conductor.refresh()
+        device = self._conductor.roster.devices.get(device_id)
+        if device is None or tenant != DEFAULT_TENANT:
+            check_new_name(tenant, device_id, self._tenants())
+        if device is not None and device.tenant != tenant:
+            raise InputError(f"no device can be called {device_id!r}", reason="name-of-another")
 
     async def Enrol(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Exchange a code for an identity.
@@ -109,68 +129,103 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             InputError: The certificate request is not acceptable; the code stays valid.
         """
         del context
-        device_id, chain = await asyncio.to_thread(self._enrol, request.code, request.csr_pem)
+        device_id, tenant, chain = await asyncio.to_thread(self._identities.enrol, request.code, request.csr_pem)
+        await self._revocations.refresh()
         await self._conductor.refresh()
-        log.info("device enrolled", device=device_id)
+        log.info("device enrolled", device=device_id, tenant=tenant)
         return fleet_pb2.EnrolResponse(
             device_id=device_id,
             certificate_chain_pem=chain,
             jwks_json=self._issuer.jwks,
             token_issuer=self._issuer.issuer,
             token_audience=self._issuer.audience,
+            device_address=self._device_address,
+            tenant=tenant,
         )
 
-    def _enrol(self, code: str, csr_pem: bytes) -> tuple[str, bytes]:
-        now = self._clock()
-        with self._database.write() as session:
-            device_id = _take_invite(session, code, now)
-            # A refused request raises here and undoes the line above: the code is not spent on a typing error.
-            chain = self._authority.sign(csr_pem, device_id, datetime.fromtimestamp(now, UTC))
-            key = public_key_of(csr_pem)
-            revision = db.next_revision(session)
-            session.merge(
-                db.Device(id=device_id, public_key_pem=key, enrolled_at=now, last_seen_at=now, revision=revision)
-            )
-            # It may begin anew with its reports, too: a device whose disk was replaced counts from 1.
-            session.execute(update(db.Report).where(db.Report.device_id == device_id).values(number=0))
-        return device_id, chain
-
     async def IssueToken(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Exchange a signed assertion for an access token.
+        """Exchange a signed assertion for an access token, bound to the certificate of the connection.
 
         Raises:
-            IdentityError: The assertion is not one of a known device, or was used before.
+            IdentityError: The assertion is not one of a known device, or was used before, or the connection has no
+                certificate, or another device's.
+        """
+        await self._orient(context)
+        peer = peer_of(context)
+        if peer is None and not self._unbound_tokens:
+            raise IdentityError(
+                "a token is bound to the device's certificate and this connection has none",
+                reason="certificate-required",
+                hint="call the cloud's device_listen address with the certificate; agents of this release do",
+            )
+        left_s = self._token_ttl_s if peer is None else min(self._token_ttl_s, int(peer.expires_at - self._clock()))
+        if left_s <= 0:
+            raise IdentityError(
+                "the certificate of the connection has expired", reason="expired-certificate", hint="connect anew"
+            )
+        device_id, tenant = await asyncio.to_thread(self._identities.accept, request.assertion, peer)
+        token, expires_at = self._issuer.mint(
+            device_id,
+            "device",
+            ttl=timedelta(seconds=left_s),  # a connection may outlast its certificate, a token does not
+            now=datetime.fromtimestamp(self._clock(), UTC),
+            tenant=tenant,
+            thumbprint=peer.thumbprint if peer is not None else "",
+        )
+        return fleet_pb2.IssueTokenResponse(
+            access_token=token,
+            expires_at=timestamp(expires_at.timestamp()),
+            jwks_json=self._issuer.jwks,
+        )
+
+    async def RenewCertificate(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Exchange an assertion and a signing request for a new certificate.
+
+        Raises:
+            IdentityError: The assertion is not one of a known device, or was used before; the key is another one.
+            InputError: The certificate request is not acceptable.
+        """
+        await self._orient(context)
+        device_id, _ = await asyncio.to_thread(self._identities.accept, request.assertion, peer_of(context))
+        chain = await asyncio.to_thread(self._identities.renew, device_id, request.csr_pem)
+        log.info("device certificate renewed", device=device_id)
+        return fleet_pb2.RenewCertificateResponse(certificate_chain_pem=chain)
+
+    async def RevokeDevice(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Refuse a device or a key from now on.
+
+        Raises:
+            InputError: Neither is given, or the key's digest is none.
+            NotFoundError: There is no such device.
         """
         del context
-        device_id = await asyncio.to_thread(self._accept_assertion, request.assertion)
-        token, expires_at = self._issuer.mint(device_id, "device", ttl=timedelta(seconds=self._token_ttl_s))
-        return fleet_pb2.IssueTokenResponse(access_token=token, expires_at=timestamp(expires_at.timestamp()))
+        by = current_claims().subject
+        done = await asyncio.to_thread(
+            self._identities.revoke,
+            request.device_id,
+            request.key_sha256,
+            _printable(request.reason),
+            by,
+            current_claims().tenant,
+        )
+        await self._revocations.refresh()
+        await self._conductor.refresh()
+        log.warning("device revoked", device=done.device_id, key_sha256=done.key_sha256, by=by)
+        return fleet_pb2.RevokeDeviceResponse(
+            device_id=done.device_id, key_sha256=done.key_sha256, revoked_at=timestamp(done.revoked_at)
+        )
 
-    def _accept_assertion(self, assertion: str) -> str:
-        now = self._clock()
-        device_id = read_assertion_subject(assertion)
-        with self._database.read() as session:
-            device = session.get(db.Device, device_id)
-        if device is None:
-            raise IdentityError("the assertion is not one of an enrolled device", reason="unknown-device")
-        moment = datetime.fromtimestamp(now, UTC)
-        verified = verify_assertion(assertion, device.public_key_pem, self._issuer.audience, moment)
-        spent = db.Assertion(device_id=device_id, jti=verified.jti, expires_at=verified.expires_at.timestamp())
-        try:
-            with self._database.write() as session:
-                session.execute(delete(db.Assertion).where(db.Assertion.expires_at < now - _KEEP_ASSERTIONS_S))
-                session.add(spent)
-                session.execute(update(db.Device).where(db.Device.id == device_id).values(last_seen_at=now))
-        except IntegrityError as error:
-            log.warning("assertion used twice", device=device_id)
-            raise IdentityError("the assertion was used before", reason="replayed-assertion") from error
-        return device_id
+    async def _orient(self, context: Any) -> None:
+        """Tell a device what it needs when it will be refused: the time here, and the address that it should call."""
+        metadata = ((TIME_KEY, str(round(self._clock() * 1000))), (ADDRESS_KEY, self._device_address))
+        await context.send_initial_metadata(metadata)
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Stream the version that each model should be at: now, and on every change.
 
         Raises:
             InputError: Too many models.
+            QuotaError: The device has as many open streams as it may.
         """
         del context
         if len(request.models) > MAX_WATCHED:
@@ -181,7 +236,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         models = sorted({m for m in request.models if claims.may_use(m) and len(m) <= _MAX_NAME and m.isprintable()})
         until = claims.expires_at.timestamp()
         facts = request.facts.SerializeToString(deterministic=True)
-        async with contextlib.aclosing(self._conductor.watch(claims.subject, models, facts)) as changes:
+        watching = contextlib.aclosing(self._conductor.watch(claims.subject, models, facts, claims.tenant))
+        async with self._admission.stream(claims), watching as changes:
             while (left_s := until - self._clock()) > 0:
                 try:
                     model, told = await asyncio.wait_for(anext(changes), left_s)
@@ -196,12 +252,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             IdentityError: The device is not enrolled here.
             InputError: The report says nothing, or something that cannot be.
         """
-        del context
         claims = current_claims()
-        if not claims.may_use(request.model) or request.model not in self._conductor.roster.released:
+        if not self._conductor.roster.may_see(claims, request.model):
             raise InputError(f"there is no model {request.model[:80]!r} to report on")
         report = _checked_report(request)
-        await self._conductor.report(claims.subject, report)
+        await self._conductor.report(claims.subject, report, claims.tenant)
+        self._recorder.device_reports(report, context)
         state = fleet_pb2.UpdateState.Name(report.state)
         log.info("device reports", device=claims.subject, model=report.model, version=report.version, state=state)
         return fleet_pb2.ReportResponse()
@@ -210,8 +266,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """List the devices with their last reports."""
         del context
         await self._conductor.refresh()
-        roster, selector = self._conductor.roster, dict(request.selector)
-        devices = [device for name, device in sorted(roster.devices.items()) if matches(selector, device.labels)]
+        roster, selector, tenant = self._conductor.roster, dict(request.selector), current_claims().tenant
+        devices = [
+            device
+            for _, device in sorted(roster.devices.items())
+            if device.tenant == tenant and matches(selector, device.labels)
+        ]
         return fleet_pb2.ListDevicesResponse(devices=[self._device_message(device) for device in devices])
 
     async def GetDevice(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -222,8 +282,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """
         del context
         await self._conductor.refresh()
-        device = self._conductor.roster.device(request.device_id)
+        claims = current_claims()
+        device = self._conductor.roster.device(request.device_id, claims.tenant)
         events = await self._conductor.events(device_id=device.id, limit=_EVENTS)
+        events = [event for event in events if not event.model or claims.may_use(event.model)]
         return fleet_pb2.GetDeviceResponse(device=self._device_message(device), events=map(event_message, events))
 
     async def SetLabels(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -235,7 +297,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         """
         del context
         labels = check_labels(request.set)
-        device = self._conductor.roster.device(request.device_id)
+        device = self._conductor.roster.device(request.device_id, current_claims().tenant)
         if len({*device.labels, *labels} - set(request.remove)) > _MAX_LABELS:
             raise InputError(f"expected at most {_MAX_LABELS} labels of a device")
         await self._conductor.set_labels(
@@ -250,7 +312,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device or version.
         """
         del context
-        check_may_use(request.model)
+        self._check_pair(request)
         version = min(request.version, _MAX_NUMBER)  # no version is larger
         await self._conductor.pin(request.device_id, request.model, version, current_claims().subject)
         return fleet_pb2.PinResponse()
@@ -262,7 +324,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device.
         """
         del context
-        check_may_use(request.model)
+        self._check_pair(request)
         await self._conductor.pin(request.device_id, request.model, None, current_claims().subject)
         return fleet_pb2.UnpinResponse()
 
@@ -273,17 +335,32 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             NotFoundError: There is no such device, or it does not run the model.
         """
         del context
-        check_may_use(request.model)
+        self._check_pair(request)
         attempt = await self._conductor.retry(request.device_id, request.model, current_claims().subject)
         return fleet_pb2.RetryDeviceResponse(attempt=attempt)
 
+    def _check_pair(self, request: Any) -> None:
+        """Check that device and model are there for the caller.
+
+        Raises:
+            NotFoundError: One is not.
+        """
+        self._conductor.roster.device(request.device_id, current_claims().tenant)
+        check_may_see(self._conductor.roster, request.model)
+
     def _device_message(self, device: Device) -> Any:
-        roster = self._conductor.roster
+        """Return a device as the caller may see it: with the models that it may use."""
+        roster, claims = self._conductor.roster, current_claims()
+        revoked = self._revocations.of_devices.get(device.id)
         return fleet_pb2.Device(
             device_id=device.id,
             enrolled_at=timestamp(device.enrolled_at),
             last_seen_at=timestamp(device.last_seen_at),
-            reports=[_report_message(e.report) for _, e in sorted(device.models.items()) if e.report is not None],
+            reports=[
+                _report_message(entry.report)
+                for model, entry in sorted(device.models.items())
+                if entry.report is not None and claims.may_use(model)
+            ],
             facts=device.facts,
             labels=device.labels,
             online=roster.is_online(device),
@@ -292,8 +369,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                     model=model, version=told.version, why=told.why, rollout=told.rollout, attempt=told.attempt
                 )
                 for model in sorted(device.models)
+                if claims.may_use(model)
                 for told in (roster.told(device, model),)
             ],
+            key_sha256=device.key_sha256,
+            revoked_at=timestamp(revoked.revoked_at) if revoked is not None else None,
+            revoked_reason=revoked.reason if revoked is not None else "",
         )
 
     async def WhoAmI(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -301,30 +382,14 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         del request
         claims, (version, group) = current_claims(), negotiated(context)
         return fleet_pb2.WhoAmIResponse(
-            subject=claims.subject, scopes=sorted(claims.scopes), tls_version=version, tls_group=group
-        )
-
-
-def _take_invite(session: Session, code: str, now: float) -> str:
-    """Mark an invitation as used and return its device; the database lets one caller through."""
-    is_open = (db.Invite.code_sha256 == _hash(code), db.Invite.used_at.is_(None), db.Invite.expires_at > now)
-    result = session.execute(update(db.Invite).where(*is_open).values(used_at=now))
-    if not isinstance(result, CursorResult) or result.rowcount != 1:
-        raise IdentityError(
-            "the enrolment code is wrong, used or expired",
-            hint="ask the operator for a new one: isthmus device invite DEVICE",
-            reason="wrong-code",
-        )
-    return session.scalars(select(db.Invite.device_id).where(db.Invite.code_sha256 == _hash(code))).one()
+            subject=claims.subject, scopes=sorted(claims.scopes), tls_version=version, tls_group=group,
+            tenant=claims.tenant,
+        )  # fmt: skip
 
 
 def _printable(text: str) -> str:
     """Return a device's text as an operator's terminal may show it: no control characters, not endless."""
     return "".join(character if character.isprintable() else " " for character in text[:_MAX_TEXT])
-
-
-def _hash(code: str) -> str:
-    return sha256_bytes(code.encode())
 
 
 def _checked_report(request: Any) -> Any:
@@ -354,13 +419,13 @@ def _checked_report(request: Any) -> Any:
     return report
 
 
-def check_may_use(model: str) -> None:
-    """Check that the caller's token is good for a model.
+def check_may_see(roster: Roster, model: str) -> None:
+    """Check that there is such a model for the caller.
 
     Raises:
-        NotFoundError: It is not; that looks as if there were no such model.
+        NotFoundError: There is none; of one that is hidden, exactly the same is said.
     """
-    if not current_claims().may_use(model):
+    if not roster.may_see(current_claims(), model):
         raise unknown_model(model)
 
 

@@ -26,6 +26,7 @@ def _device_row(device: Any, model: str, report: Any, told: Any) -> dict[str, An
     return {
         "device": device.device_id,
         "online": device.online,
+        "revoked": device.HasField("revoked_at"),
         "last_seen": moment(device.last_seen_at),
         "labels": _labels(device.labels) or None,
         "model": model or None,
@@ -51,6 +52,9 @@ def device_record(device: Any, events: Iterable[Any]) -> dict[str, Any]:
         "platform": device.facts.platform or None,
         "runtimes": list(device.facts.runtimes),
         "agent_version": device.facts.agent_version or None,
+        "key_sha256": device.key_sha256,
+        "revoked": moment(device.revoked_at) if device.HasField("revoked_at") else None,
+        "revoked_reason": device.revoked_reason or None,
         "models": [
             _model_record(model, reports.get(model), desired.get(model)) for model in sorted({*reports, *desired})
         ],

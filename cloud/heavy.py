@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,12 @@ from typing import Any, Final
 import numpy as np
 import structlog
 
-from cloud.triton import CONFIG, DeadStubError, TritonClient, read_config
+from cloud.heavy_outputs import check_outputs, one_request
+from cloud.triton import CONFIG, DeadStubError, NotAcceptedError, TritonClient, read_config
 from isthmus.bundle import Manifest
 from isthmus.errors import BundleError, ConfigError, InputError, IsthmusError, UnavailableError
 from isthmus.oip import override_fields, service_pb2
-from isthmus.tensors import DTYPES, Array, decode_outputs, encode_request
+from isthmus.tensors import Array, decode_outputs, encode_request
 
 _CHECK: Final = "isthmus-check"
 _CHECK_CONFIG: Final = """
@@ -72,6 +73,9 @@ class _Loaded:
     generation: int = 0  # counts repairs, so that a late complaint about a mended process is ignored
     broken: bool = False
     retry_at: float = 0.0  # loop time after which loading a broken one is tried again
+    expected: bool = False  # it was to be loaded while Triton was away
+    running: int = 0  # requests
+    idle: asyncio.Event | None = None  # set when the last of them ends, where somebody waits for that
 
 
 class HeavyPool:
@@ -100,8 +104,6 @@ class HeavyPool:
         self._load_s, self._drain_s = load_s, drain_s
         self._count_stubs = count_stubs
         self._loaded: dict[HeavyId, _Loaded] = {}
-        self._running: Counter[HeavyId] = Counter()
-        self._draining: dict[HeavyId, asyncio.Event] = {}
         self._lock = asyncio.Lock()
         self._repairs: set[asyncio.Task[None]] = set()
         self._restoring = False
@@ -109,8 +111,13 @@ class HeavyPool:
 
     @property
     def loaded(self) -> tuple[HeavyId, ...]:
-        """Return what is loaded, in order."""
+        """Return what is loaded, or will be when Triton is back, in order."""
         return tuple(sorted(self._loaded))
+
+    def serves(self, heavy: HeavyId) -> bool:
+        """Return whether a heavy version is loaded and, as far as is known, whole."""
+        state = self._loaded.get(heavy)
+        return state is not None and not state.broken
 
     def folder(self, heavy: HeavyId) -> Path:
         """Return the Triton model folder of a heavy version."""
@@ -125,9 +132,9 @@ class HeavyPool:
         """
         state = self._loaded.get(heavy)
         if state is None or state.broken:
-            raise UnavailableError("the heavy model is not available now", reason="heavy-not-loaded")
+            raise NotAcceptedError("the heavy model is not available now", reason="heavy-not-loaded")
         generation = state.generation
-        self._running[heavy] += 1
+        state.running += 1
         try:
             request = override_fields(request, model_name=heavy.name, model_version="1")
             return await self._client.infer(request, timeout_s=timeout_s)
@@ -136,18 +143,9 @@ class HeavyPool:
                 self._repair_soon(heavy, generation)
             raise
         finally:
-            self._leave(heavy)
-
-    def _leave(self, heavy: HeavyId) -> None:
-        self._running[heavy] -= 1
-        if self._running[heavy] == 0:
-            del self._running[heavy]
-            if heavy in self._draining:
-                self._draining[heavy].set()
-
-    async def is_up(self) -> bool:
-        """Return whether Triton answers and has been given its models (again)."""
-        return not self._restoring and await self._client.is_live()
+            state.running -= 1
+            if state.idle is not None and not state.running:
+                state.idle.set()
 
     async def metadata(self, heavy: HeavyId) -> Any:
         """Return the ModelMetadataResponse of a heavy version, under Triton's name of it.
@@ -163,6 +161,30 @@ class HeavyPool:
         """Return whether requests for this heavy version would be answered now."""
         state = self._loaded.get(heavy)
         return state is not None and not state.broken and await self._client.is_ready(heavy.name)
+
+    async def has_all(self) -> bool:
+        """Return whether Triton answers and has every model that it should have."""
+        if self._restoring or not await self._client.is_live():
+            return False
+        for heavy, state in tuple(self._loaded.items()):
+            if state.expected or not await self._client.is_ready(heavy.name):
+                return False
+        return True
+
+    def expect(self, heavy: HeavyId) -> None:
+        """Have a heavy version loaded when Triton is back: by `restore` or `load_expected`."""
+        self._loaded.setdefault(heavy, _Loaded(stubs=0, broken=True, retry_at=math.inf, expected=True))
+
+    async def load_expected(self) -> None:
+        """Load what was expected in the meantime.
+
+        Raises:
+            UnavailableError: Triton is down again.
+        """
+        async with self._lock:
+            for heavy, state in sorted(self._loaded.items()):
+                if state.expected:
+                    await self._reload(heavy, state)
 
     async def load(self, heavy: HeavyId) -> None:
         """Load a heavy version from its folder; nothing happens when it is loaded.
@@ -205,9 +227,10 @@ class HeavyPool:
     async def retire(self, heavy: HeavyId) -> None:
         """Unload a heavy version once its running requests are answered; nothing happens when it is not loaded."""
         async with self._lock:
-            if self._loaded.pop(heavy, None) is None:
+            state = self._loaded.pop(heavy, None)
+            if state is None:
                 return
-            await self._drain(heavy)
+            await self._drain(heavy, state)
             with contextlib.suppress(UnavailableError):  # a Triton that is down has nothing loaded
                 await self._client.unload(heavy.name)
             log.info("heavy model retired", heavy=heavy.name)
@@ -220,16 +243,14 @@ class HeavyPool:
                 if folder.name not in wanted:
                     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
-    async def _drain(self, heavy: HeavyId) -> None:
-        if not self._running[heavy]:
+    async def _drain(self, heavy: HeavyId, state: _Loaded) -> None:
+        if not state.running:
             return
-        idle = self._draining[heavy] = asyncio.Event()
+        state.idle = asyncio.Event()
         try:
-            await asyncio.wait_for(idle.wait(), self._drain_s)
+            await asyncio.wait_for(state.idle.wait(), self._drain_s)
         except TimeoutError:
-            log.warning("heavy model retired while requests run", heavy=heavy.name, requests=self._running[heavy])
-        finally:
-            del self._draining[heavy]
+            log.warning("heavy model retired while requests run", heavy=heavy.name, requests=state.running)
 
     async def restore(self) -> None:
         """Check a Triton that has just started, and load everything that was loaded.
@@ -251,7 +272,7 @@ class HeavyPool:
         state.broken, state.retry_at = True, asyncio.get_running_loop().time() + _RETRY_S
         try:
             state.stubs = await self._load(heavy)
-            state.broken = False
+            state.broken = state.expected = False
         except BundleError as error:  # one broken model must not take the others down
             log.exception("heavy model does not load any more", heavy=heavy.name, reason=error.reason)
 
@@ -331,7 +352,7 @@ class HeavyPool:
             BundleError: Outputs lack, have another datatype or shape than the manifest says, or are not finite.
             UnavailableError: Triton is down.
         """
-        rows = _one_request(manifest, inputs)
+        rows = one_request(manifest, inputs)
         request = encode_request(heavy.name, rows).SerializeToString()
         try:
             answer = await self.infer(heavy, request, timeout_s=self._load_s)
@@ -344,31 +365,7 @@ class HeavyPool:
             raise
         except IsthmusError as error:
             raise BundleError("the heavy model fails on golden inputs", reason="heavy-wrong") from error
-        batch = len(next(iter(rows.values()))) if manifest.max_batch > 1 else -1
-        for spec in manifest.outputs:
-            want = tuple(batch if index == 0 and axis == -1 else axis for index, axis in enumerate(spec.shape))
-            got = outputs.get(spec.name)
-            if got is None or got.dtype != DTYPES[spec.datatype] or not _fits(got.shape, want):
-                found = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
-                raise BundleError(
-                    f"heavy output {spec.name!r}: expected {spec.datatype} {list(want)}, got {found}",
-                    reason="heavy-wrong",
-                )
-            if got.dtype.kind == "f" and not np.isfinite(got).all():
-                raise BundleError(f"heavy output {spec.name!r} is not finite on golden inputs", reason="heavy-wrong")
-
-
-def _one_request(manifest: Manifest, samples: Mapping[str, Array]) -> dict[str, Array]:
-    """Return as many samples as the model takes at a time, the axis that counts them gone where it has none."""
-    arrays = {spec.name: samples[spec.name][: manifest.max_batch] for spec in manifest.inputs}
-    return {
-        spec.name: arrays[spec.name][0] if arrays[spec.name].ndim > len(spec.shape) else arrays[spec.name]
-        for spec in manifest.inputs
-    }
-
-
-def _fits(shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
-    return len(shape) == len(want) and all(axis in (-1, size) for axis, size in zip(want, shape, strict=True))
+        check_outputs(manifest, rows, outputs)
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:

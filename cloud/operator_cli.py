@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from cloud.client import CloudClient
 
 model_app = typer.Typer(no_args_is_help=True, help="Publish, release and list model versions.")
-device_app = typer.Typer(no_args_is_help=True, help="Invite, list, label, pin and retry devices.")
+device_app = typer.Typer(no_args_is_help=True, help="Invite, revoke, list, label, pin and retry devices.")
 
 CloudOption = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")]
 TrustOption = Annotated[Path | None, typer.Option(help="Folder with ca.pem.")]
 TokenOption = Annotated[Path | None, typer.Option(help="File with an operator's token.")]
+TenantOption = Annotated[
+    str | None, typer.Option(help="Tenant to act in, for admins of the cloud. Default: the token's own.")
+]
 DeviceArgument = Annotated[str, typer.Argument(help="The device's name.")]
 KeyOption = Annotated[
     list[Path] | None,
@@ -50,7 +53,7 @@ def connect(flags: Mapping[str, object], config: Path | None) -> Iterator[tuple[
             hint=f"--{missing.replace('_', '-')} or ISTHMUS_{missing.upper()} names {what}",
         )
     with CloudClient(
-        Address(settings.cloud, settings.trust, settings.token_file), timeout_s=settings.timeout_s
+        Address(settings.cloud, settings.trust, settings.token_file, settings.tenant), timeout_s=settings.timeout_s
     ) as client:
         yield client, settings
 
@@ -62,6 +65,7 @@ def publish(
     operator: Annotated[Path | None, typer.Option(help="The workspace's operator folder.")] = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     release: Annotated[bool, typer.Option("--release/--no-release", help="Move devices to it at once.")] = True,
     rollback_floor: Annotated[
         str | None,
@@ -77,7 +81,7 @@ def publish(
     """Upload, sign and publish BUNDLE; devices move to it unless --no-release is given."""
     from cloud.client import Progress
 
-    flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file}
+    flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file, "tenant": tenant}
     started = time.monotonic()
     with connect(flags, config) as (client, settings):
         operator_dir = _operator(settings)
@@ -114,13 +118,14 @@ def withdraw(
     operator: Annotated[Path | None, typer.Option(help="The operator folder that published it.")] = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     key: KeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Sign that no device may install a version any more; its open rollout stops, and it is never released again."""
     model, number = parse_version(version)
-    flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file}
+    flags = {"cloud": cloud, "operator": operator, "trust": trust, "token_file": token_file, "tenant": tenant}
     with connect(flags, config) as (client, settings):
         record = client.withdraw(model, number, reason, _operator(settings), keys=key or ())
     show_record("withdrawn", record, as_json=as_json)
@@ -135,11 +140,12 @@ def release(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Make a published version the one that devices run; they go back no further than a rollback floor says."""
     model, number = parse_version(version)
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         before = [row for row in client.list_versions() if row["model"] == model and row["released"]]
         client.release(model, number)
     note(f"devices move to {model}@{number}")
@@ -162,6 +168,7 @@ def export(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -169,7 +176,7 @@ def export(
     from cloud.client import Progress
 
     model, number = parse_version(version)
-    flags = {"cloud": cloud, "trust": trust, "token_file": token_file}
+    flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
     with connect(flags, config) as (client, _), progress() as display:
         task = display.add_task("export", total=None)
         told = Progress(
@@ -185,11 +192,12 @@ def list_models(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the published versions of all models."""
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         show_table("published versions", client.list_versions(), as_json=as_json)
 
 
@@ -200,6 +208,7 @@ def invite(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -207,9 +216,30 @@ def invite(
     from security.durations import parse_duration
 
     ttl_s = int(parse_duration(ttl).total_seconds())
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         record = client.invite(device, ttl_s=ttl_s)
     show_record("invitation", record, as_json=as_json)
+
+
+@device_app.command()
+def revoke(
+    device: Annotated[str, typer.Argument(help="The device's name; may be left out with --key.")] = "",
+    key: Annotated[
+        str, typer.Option(help="SHA-256 of one public key, as isthmus device show prints it.", metavar="DIGEST")
+    ] = "",
+    reason: Annotated[str, typer.Option(help="Why, for the record.", metavar="TEXT")] = "",
+    cloud: CloudOption = None,
+    trust: TrustOption = None,
+    token_file: TokenOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Refuse DEVICE and its key within seconds, what it has open included. It comes back by a new invitation only."""
+    if not device and not key:
+        raise InputError("expected a device or --key", hint="isthmus device revoke camera-1 --reason stolen")
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        record = client.revoke(device, key_sha256=key, reason=reason)
+    show_record("revoked", record, as_json=as_json)
 
 
 @device_app.command("list")
@@ -218,12 +248,13 @@ def list_devices(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the devices with what they are told and what they last reported."""
     labels = parse_labels([selector] if selector else [])
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         show_table("devices", client.list_devices(labels), as_json=as_json)
 
 
@@ -252,11 +283,12 @@ def show(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what DEVICE is, what it is told, what it reported and what happened to it."""
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         record = client.device(device)
     if as_json:
         show_record("device", record, as_json=True)
@@ -276,13 +308,14 @@ def label(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Set and remove labels of DEVICE; a rollout that is under way takes in, or lets go, who it is for then."""
     remove = [text[:-1] for text in labels if text.endswith("-") and "=" not in text]
     wanted = parse_labels([text for text in labels if "=" in text or not text.endswith("-")])
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         show_record(f"labels of {device}", client.set_labels(device, wanted, remove), as_json=as_json)
 
 
@@ -294,12 +327,13 @@ def pin(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hold DEVICE at one version of a model, whatever is released or rolled out."""
     model, number = (version.partition("@")[0], 0) if release else parse_version(version)
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         if release:
             client.unpin(device, model)
         else:
@@ -317,11 +351,12 @@ def retry(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Have DEVICE try again the version of MODEL that failed on it."""
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         attempt = client.retry(device, model)
     if as_json:
         show_record("retry", {"device": device, "model": model, "attempt": attempt}, as_json=True)

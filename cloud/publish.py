@@ -38,15 +38,18 @@ from cloud import database as db
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog, unknown_model
 from cloud.deltas import PreparedDelta, prepare_deltas
-from cloud.heavy import HeavyId, HeavyPool
-from cloud.records import check_no_rollout, supersede
+from cloud.heavy import HeavyId
+from cloud.ownership import BlobOwners, record_blobs
+from cloud.records import check_no_rollout, end_share, supersede
+from cloud.replicas import Replicas
 from isthmus.bundle import CALIBRATION, GOLDEN, Manifest, Variant, parse_calibration, parse_manifest
 from isthmus.digests import sha256_bytes
-from isthmus.errors import BundleError, ConflictError, IsthmusError, NotFoundError, TrustError
+from isthmus.errors import BundleError, ConflictError, InputError, IsthmusError, NotFoundError, TrustError
 from isthmus.tensors import Array
 from security.custom import Terms
 from security.metadata import Targets, manifest_path, parse
-from security.repository import CloudRepository
+from security.tenancy import DEFAULT_TENANT, check_new_name
+from security.tenants import TenantRepositories
 
 _GOLDEN_ROWS: Final = 4  # enough to see the form of an answer
 _INPUT: Final = "input."
@@ -71,13 +74,15 @@ class Publisher:
         database: The record of versions.
         blobs: The bundles' files.
         deltas: Gets the prepared deltas.
-        repository: The signed metadata.
+        repositories: The signed metadata of each tenant.
+        owners: Knows whose each blob is.
         catalog: Follows the database.
         pool: Loads heavy models.
         heavy_versions: How many of a model's newest versions stay loaded beside the released one.
         delta_bases: From how many earlier versions deltas are prepared, whether devices run them or not.
         used_bases: From how many of the versions that devices run, those on most devices first.
         fleet: Knows which versions devices run and are told.
+        traffic: Returns the versions of a model that requests are spread over.
         clock: Returns Unix seconds.
     """
 
@@ -86,20 +91,24 @@ class Publisher:
         database: db.Database,
         blobs: Blobs,
         deltas: Deltas,
-        repository: CloudRepository,
+        repositories: TenantRepositories,
+        owners: BlobOwners,
         catalog: Catalog,
-        pool: HeavyPool,
+        pool: Replicas,
         fleet: Fleet,
         *,
         heavy_versions: int = 3,
         delta_bases: int = 3,
         used_bases: int = 8,
+        traffic: Callable[[str], Collection[int]] = lambda _model: (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database, self._blobs, self._deltas = database, blobs, deltas
-        self._repository, self._catalog, self._pool = repository, catalog, pool
+        self._repositories, self._owners = repositories, owners
+        self._catalog, self._pool = catalog, pool
         self._heavy_versions, self._clock = heavy_versions, clock
         self._delta_bases, self._used_bases, self._fleet = delta_bases, used_bases, fleet
+        self._traffic = traffic
         self._lock = asyncio.Lock()
 
     async def restore(self) -> None:
@@ -109,6 +118,7 @@ class Publisher:
         and cannot be told to the database.
         """
         await asyncio.to_thread(self._reconcile)
+        await asyncio.to_thread(self._record_blobs)
         with self._database.read() as session:
             models = session.scalars(select(db.Model.name)).all()
         for model in models:
@@ -119,19 +129,34 @@ class Publisher:
     def _read_versions(self, model: str) -> None:
         with self._database.read() as session:
             versions = session.scalars(select(db.Version).where(db.Version.model == model)).all()
-            released = session.get_one(db.Model, model).released
+            of_model = session.get_one(db.Model, model)
         for row in versions:
-            self._catalog.publish(row.model, row.version, HeavyId(row.model, row.heavy_version))
-        if released is not None:
-            self._catalog.release(model, released)
+            self._catalog.publish(row.model, row.version, HeavyId(row.model, row.heavy_version), of_model.tenant)
+        if of_model.released is not None:
+            self._catalog.release(model, of_model.released)
+
+    def _record_blobs(self) -> None:
+        """Record whose the blobs of versions are that a release before tenants published."""
+        found = []
+        for model, version, digest in self._owners.unrecorded():
+            try:
+                found.append((parse_manifest(self._blobs.read_all(digest)), digest))
+            except IsthmusError as error:  # its files can be had again once it is mended and the cloud started anew
+                log.warning("a version's files are not handed out", model=model, version=version, reason=error.reason)
+        if found:
+            self._owners.record_all(found)
 
     async def _load_wanted(self, model: str) -> None:
-        for heavy in sorted(self._catalog.wanted(model, self._heavy_versions, self._fleet.versions_told(model))):
+        for heavy in sorted(self._wanted(model)):
             try:
                 manifest = await asyncio.to_thread(self.manifest, heavy.model, heavy.version)
                 await self._load_heavy(heavy, manifest)
             except (BundleError, TrustError, NotFoundError) as error:
                 log.exception("heavy model cannot be served", heavy=heavy.name, reason=error.reason)
+
+    def _wanted(self, model: str) -> set[HeavyId]:
+        also = {*self._fleet.versions_told(model), *self._traffic(model)}
+        return self._catalog.wanted(model, self._heavy_versions, also)
 
     async def publish(
         self,
@@ -142,6 +167,7 @@ class Publisher:
         *,
         release: bool,
         role: str = Targets.type,
+        tenant: str = DEFAULT_TENANT,
     ) -> tuple[int, list[PreparedDelta]]:
         """Take in one bundle version; return its heavy version and the deltas that were prepared.
 
@@ -152,8 +178,10 @@ class Publisher:
             targets_json: The next metadata of the role that vouches for it.
             release: Whether devices should move to it at once.
             role: "targets", or a publisher's.
+            tenant: Whose it is.
 
         Raises:
+            InputError: The model cannot have this name.
             BundleError: The bundle is inconsistent or its heavy model does not work.
             ConflictError: The version exists, or a newer one does.
             NotFoundError: Blobs are missing.
@@ -161,8 +189,9 @@ class Publisher:
             UnavailableError: Triton is down.
         """
         async with self._lock:
+            self._check_name(model, tenant)
             manifest = await asyncio.to_thread(
-                self._check, model, version, manifest_json, targets_json, role
+                self._check, model, version, manifest_json, targets_json, role, tenant
             )  # (1), (2), (3)
             if release:
                 await asyncio.to_thread(self._check_release, model)
@@ -173,7 +202,9 @@ class Publisher:
                 await self._load_heavy(heavy, manifest)  # (5)
                 await self._pool.try_out(heavy, manifest, await asyncio.to_thread(self._golden_inputs, manifest))
                 await asyncio.to_thread(self._blobs.store, manifest_json)
-                await _uninterrupted(self._commit(manifest, manifest_json, targets_json, role, heavy))  # (6), (7)
+                await _uninterrupted(
+                    self._commit(manifest, manifest_json, targets_json, role, heavy, tenant)
+                )  # (6), (7)
             except BaseException:
                 # A second attempt may bring another heavy model under the same version; but a caller who left while
                 # the commit went on to its end has published it.
@@ -203,13 +234,7 @@ class Publisher:
                     reason="unknown-version",
                 )
             await asyncio.to_thread(self._check_release, model)
-            terms = await asyncio.to_thread(self.terms_of, model, version)
-            if terms.withdrawn:
-                raise ConflictError(
-                    f"{model}@{version} was withdrawn: {terms.withdrawn}",
-                    reason="withdrawn",
-                    hint="isthmus model list shows the versions that can be released",
-                )
+            await asyncio.to_thread(self.check_not_withdrawn, model, version)
             heavy = self._catalog.heavy(model, version)
             await self._load_heavy(heavy, await asyncio.to_thread(self.manifest, model, heavy.version))
             await _uninterrupted(self._release(model, version))
@@ -244,7 +269,7 @@ class Publisher:
                 await asyncio.to_thread(self._read_versions, model)
                 await self._load_wanted(model)
 
-    async def submit(self, files: Mapping[str, bytes]) -> None:
+    async def submit(self, files: Mapping[str, bytes], tenant: str = DEFAULT_TENANT) -> None:
         """Take in signed metadata that makes no new version known: roots, withdrawals, delegations.
 
         Raises:
@@ -253,16 +278,31 @@ class Publisher:
             ConfigError: A new root names snapshot or timestamp keys that are not here.
         """
         async with self._lock:
-            await _uninterrupted(asyncio.to_thread(self._repository.commit_all, files, known_only=True))
-        log.info("signed metadata taken in", files=sorted(files))
+            repository = await asyncio.to_thread(self._repositories.of, tenant)
+            await _uninterrupted(asyncio.to_thread(repository.commit_all, files, known_only=True))
+        log.info("signed metadata taken in", files=sorted(files), tenant=tenant)
 
-    def terms(self) -> dict[str, Terms]:
-        """Return what the operators say about every version, by its manifest's path."""
-        return self._repository.terms()
+    def terms(self, tenant: str) -> dict[str, Terms]:
+        """Return what a tenant's operators say about every version, by its manifest's path."""
+        return self._repositories.of(tenant).terms()
 
     def terms_of(self, model: str, version: int) -> Terms:
         """Return what the operators say about one version; nothing where they do not list it."""
-        return self.terms().get(manifest_path(model, version), Terms())
+        return self.terms(self._catalog.tenant(model) or DEFAULT_TENANT).get(manifest_path(model, version), Terms())
+
+    def check_not_withdrawn(self, model: str, version: int) -> None:
+        """Check that no operator has withdrawn a version.
+
+        Raises:
+            ConflictError: One has.
+        """
+        terms = self.terms_of(model, version)
+        if terms.withdrawn:
+            raise ConflictError(
+                f"{model}@{version} was withdrawn: {terms.withdrawn}",
+                reason="withdrawn",
+                hint="isthmus model list shows the versions that can be released",
+            )
 
     def variants(self, model: str, version: int) -> tuple[Variant, ...]:
         """Return the variants of a published version.
@@ -284,23 +324,32 @@ class Publisher:
             raise NotFoundError(f"model {model!r} has no version {version}", reason="unknown-version")
         return parse_manifest(self._blobs.read_all(row.manifest_sha256))
 
-    def _check(self, model: str, version: int, manifest_json: bytes, targets_json: bytes, role: str) -> Manifest:
+    def _check_name(self, model: str, tenant: str) -> None:
+        owner = self._catalog.tenant(model)
+        if owner is None or tenant != DEFAULT_TENANT:
+            check_new_name(tenant, model, self._repositories.names())
+        if owner not in (None, tenant):
+            raise InputError(f"no model can be called {model[:80]!r}", reason="name-of-another")
+
+    def _check(
+        self, model: str, version: int, manifest_json: bytes, targets_json: bytes, role: str, tenant: str
+    ) -> Manifest:
         """Return the manifest when it may be published; blocks, for signatures and thousands of blobs take a while."""
         manifest = parse_manifest(manifest_json)  # (1)
         _check_identity(manifest, model, version)
         self._check_newest(model, version)
-        self._repository.accept_targets(targets_json, role)  # (2)
+        self._repositories.of(tenant).accept_targets(targets_json, role)  # (2)
         _check_vouched(targets_json, manifest, manifest_json)
-        self._check_blobs(manifest)  # (3)
+        self._check_blobs(manifest, tenant)  # (3)
         return manifest
 
     async def _commit(
-        self, manifest: Manifest, manifest_json: bytes, targets_json: bytes, role: str, heavy: HeavyId
+        self, manifest: Manifest, manifest_json: bytes, targets_json: bytes, role: str, heavy: HeavyId, tenant: str
     ) -> None:
-        await asyncio.to_thread(self._repository.commit, targets_json, role)
-        await asyncio.to_thread(self._record, manifest, sha256_bytes(manifest_json), heavy)
-        self._catalog.publish(manifest.name, manifest.version, heavy)
-        log.info("version published", model=manifest.name, version=manifest.version, heavy=heavy.name)
+        await asyncio.to_thread(self._repositories.of(tenant).commit, targets_json, role)
+        await asyncio.to_thread(self._record, manifest, sha256_bytes(manifest_json), heavy, tenant)
+        self._catalog.publish(manifest.name, manifest.version, heavy, tenant)
+        log.info("version published", model=manifest.name, version=manifest.version, heavy=heavy.name, tenant=tenant)
 
     async def _release(self, model: str, version: int) -> None:
         await asyncio.to_thread(self._record_release, model, version)
@@ -308,7 +357,7 @@ class Publisher:
         log.info("version released", model=model, version=version)
 
     async def _retire_unwanted(self, model: str) -> None:
-        wanted = self._catalog.wanted(model, self._heavy_versions, self._fleet.versions_told(model))
+        wanted = self._wanted(model)
         for heavy in self._pool.loaded:
             if heavy.model == model and heavy not in wanted:
                 await self._pool.retire(heavy)
@@ -318,14 +367,23 @@ class Publisher:
         """Tell the database of versions whose publish was cut short after the commit, oldest first."""
         with self._database.read() as session:
             known = {manifest_path(row.model, row.version) for row in session.scalars(select(db.Version))}
-        missing = [target for path, target in self._repository.listed().items() if path not in known]
-        for target in sorted(missing, key=lambda target: int(target.path.split("/")[1])):
+        tenants = self._repositories.names()
+        missing = [
+            (target, tenant)
+            for tenant in tenants
+            for path, target in self._repositories.of(tenant).listed().items()
+            if path not in known
+        ]
+        for target, tenant in sorted(missing, key=lambda found: int(found[0].path.split("/")[1])):
             try:
                 sha256 = target.hashes["sha256"]
                 manifest = parse_manifest(self._blobs.read_all(sha256))
-                self._check_blobs(manifest)
+                # What a tenant has signed for says nothing about what is not its own.
+                check_new_name(tenant, manifest.name, tenants)
+                _check_identity(manifest, *_named(target.path))
+                self._check_blobs(manifest, tenant)
                 self._check_newest(manifest.name, manifest.version)
-                self._record(manifest, sha256, self._heavy_id(manifest))
+                self._record(manifest, sha256, self._heavy_id(manifest), tenant)
             except IsthmusError as error:
                 log.warning("a committed version is not whole", path=target.path, reason=error.reason)
             else:
@@ -340,11 +398,14 @@ class Publisher:
                 reason="already-published",
             )
 
-    def _check_blobs(self, manifest: Manifest) -> None:
+    def _check_blobs(self, manifest: Manifest, tenant: str) -> None:
+        owned = self._owners.owned(tenant, {entry.sha256 for entry in manifest.files.values()})
         missing = [
             path
             for path, entry in manifest.files.items()
-            if not self._blobs.has(entry.sha256) or self._blobs.length(entry.sha256) != entry.length
+            if entry.sha256 not in owned
+            or not self._blobs.has(entry.sha256)
+            or self._blobs.length(entry.sha256) != entry.length
         ]
         if missing:
             raise NotFoundError(f"blobs of {len(missing)} files are not stored: {missing[:3]}", reason="missing-blobs")
@@ -389,10 +450,10 @@ class Publisher:
         except (SafetensorError, KeyError) as error:
             raise BundleError(f"{GOLDEN} does not hold inputs of the model: {error}") from error
 
-    def _record(self, manifest: Manifest, manifest_sha256: str, heavy: HeavyId) -> None:
+    def _record(self, manifest: Manifest, manifest_sha256: str, heavy: HeavyId, tenant: str) -> None:
         with self._database.write() as session:
             if session.get(db.Model, manifest.name) is None:
-                session.add(db.Model(name=manifest.name))
+                session.add(db.Model(name=manifest.name, tenant=tenant))
                 session.flush()
             session.get_one(db.Model, manifest.name).revision = db.next_revision(session)
             session.add(
@@ -405,11 +466,13 @@ class Publisher:
                     published_at=self._clock(),
                 )
             )
+            record_blobs(session, manifest, manifest_sha256)
 
     def _record_release(self, model: str, version: int) -> None:
         with self._database.write() as session:
             revision = db.next_revision(session)
             supersede(session, model, revision)
+            end_share(session, model, version, revision)
             row = session.get_one(db.Model, model)
             row.released, row.revision = version, revision
 
@@ -432,6 +495,12 @@ async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
 def _check_identity(manifest: Manifest, model: str, version: int) -> None:
     if (manifest.name, manifest.version) != (model, version):
         raise BundleError(f"expected the manifest of {model}@{version}, got {manifest.name}@{manifest.version}")
+
+
+def _named(target_path: str) -> tuple[str, int]:
+    """Return the model and version that a target path names."""
+    model, version, _ = target_path.split("/")
+    return model, int(version)
 
 
 def _check_vouched(targets_json: bytes, manifest: Manifest, manifest_json: bytes) -> None:

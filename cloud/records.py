@@ -14,7 +14,7 @@ from cloud import database as db
 from cloud import rollout as rules
 from cloud.catalog import unknown_model
 from isthmus.errors import ConflictError, InputError, NotFoundError
-from isthmus.v1 import fleet_pb2
+from isthmus.v1 import fleet_pb2, traffic_pb2
 from security.custom import Terms
 
 
@@ -150,6 +150,7 @@ def settle(session: Session, plan: rules.Plan, revision: int) -> None:
     if not plan.selector:
         model = session.get_one(db.Model, plan.model)
         model.released, model.revision = plan.version, revision
+        end_share(session, plan.model, plan.version, revision)
 
 
 def _note_failure(entry: db.DeviceModel, report: Any, revision: int) -> None:
@@ -181,6 +182,22 @@ def check_version(session: Session, model: str, version: int) -> None:
             f"model {model!r} has no version {version}; it has {', '.join(map(str, sorted(known)[-5:]))}",
             reason="unknown-version",
         )
+
+
+def end_share(session: Session, model: str, released: int, revision: int) -> None:
+    """End the share of a version in a model's traffic: it is released, and so gets what others do not."""
+    row = session.get(db.Traffic, model)
+    if row is None:
+        return
+    policy = traffic_pb2.TrafficPolicy.FromString(row.policy)
+    others = [share for share in policy.split.shares if share.version != released]
+    if len(others) == len(policy.split.shares) and policy.shadow.version != released:
+        return
+    del policy.split.shares[:]
+    policy.split.shares.extend(others)
+    if policy.shadow.version == released:
+        policy.ClearField("shadow")
+    row.policy, row.revision = policy.SerializeToString(), revision
 
 
 def on_device(session: Session, device_id: str, model: str) -> db.DeviceModel:

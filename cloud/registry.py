@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import select
@@ -16,13 +17,15 @@ from sqlalchemy import select
 from cloud import database as db
 from cloud.blobs import CHUNK, Blobs, Deltas
 from cloud.catalog import Catalog, unknown_model
+from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
-from isthmus.errors import InputError
+from cloud.recorder import Recorder
+from isthmus.errors import InputError, NotFoundError
 from isthmus.v1 import registry_pb2, registry_pb2_grpc
 from security.custom import Terms
 from security.interceptors import current_claims
 from security.metadata import Targets, manifest_path
-from security.repository import CloudRepository
+from security.tenants import TenantRepositories
 
 MAX_BLOB_BYTES: Final = 16 << 30
 MAX_SUBMITTED: Final = 64  # metadata files in one SubmitMetadata
@@ -32,31 +35,39 @@ _T = TypeVar("_T")
 
 
 class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
-    """Signed metadata, content-addressed blobs, and deltas between them; `changed` hears of what operators change."""
+    """Signed metadata, content-addressed blobs, and deltas between them.
+
+    `changed` hears of what operators change, `recorder` of what they withdraw.
+    """
 
     def __init__(
         self,
         database: db.Database,
         blobs: Blobs,
         deltas: Deltas,
-        repository: CloudRepository,
+        repositories: TenantRepositories,
         catalog: Catalog,
         publisher: Publisher,
+        owners: BlobOwners,
         *,
         changed: Callable[[], Awaitable[None]],
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder or Recorder()
         self._database, self._blobs, self._deltas = database, blobs, deltas
-        self._repository, self._catalog, self._publisher = repository, catalog, publisher
+        self._repositories, self._catalog, self._publisher = repositories, catalog, publisher
+        self._owners = owners
         self._changed = changed
 
     async def FetchMetadata(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """Stream one metadata file.
+        """Stream one metadata file of the caller's tenant.
 
         Raises:
             NotFoundError: There is none of this name.
         """
         del context
-        data = await asyncio.to_thread(self._repository.metadata, request.name)
+        tenant = current_claims().tenant
+        data = await asyncio.to_thread(lambda: self._repositories.of(tenant).metadata(request.name))
         for start in range(0, len(data), CHUNK):
             yield registry_pb2.FetchMetadataResponse(data=data[start : start + CHUNK])
 
@@ -65,9 +76,10 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
 
         Raises:
             InputError: The digest or offset is not valid.
-            NotFoundError: There is no such blob.
+            NotFoundError: There is no such blob for this caller.
         """
         del context
+        await self._check_may_fetch(request.sha256, f"there is no {request.sha256}")
         async for data in _chunks(self._blobs.read(request.sha256, request.offset)):
             yield registry_pb2.FetchBlobResponse(data=data)
 
@@ -76,14 +88,25 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
 
         Raises:
             InputError: A digest or the offset is not valid.
-            NotFoundError: There is no such delta.
+            NotFoundError: There is no such delta for this caller.
         """
         del context
+        for digest in (request.from_sha256, request.to_sha256):
+            await self._check_may_fetch(digest, f"there is no {request.from_sha256}-{request.to_sha256}")
         async for data in _chunks(self._deltas.read(request.from_sha256, request.to_sha256, request.offset)):
             yield registry_pb2.FetchDeltaResponse(data=data)
 
+    async def _check_may_fetch(self, sha256: str, message: str) -> None:
+        """Check that a blob may be handed out to the caller; what is refused looks like what is not stored."""
+        claims = current_claims()
+        may_see = partial(self._catalog.may_see, claims)
+        if not await asyncio.to_thread(self._owners.may_fetch, sha256, may_see):
+            raise NotFoundError(message)
+
     async def FindMissing(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Tell which blobs are not stored, or not whole any more: uploading them again mends a damaged disk.
+        """Tell which blobs the caller's tenant has to send, stored or not: what it does not have, or is damaged.
+
+        Sending a damaged one again mends the disk.
 
         Raises:
             InputError: Too many digests, or one that is none.
@@ -91,8 +114,9 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         del context
         if len(request.sha256) > MAX_ASKED:
             raise InputError(f"sha256: expected at most {MAX_ASKED} digests, got {len(request.sha256)}")
+        owned = await asyncio.to_thread(self._owners.owned, current_claims().tenant, request.sha256)
         missing = await asyncio.to_thread(
-            lambda: [digest for digest in request.sha256 if not self._blobs.intact(digest)]
+            lambda: [digest for digest in request.sha256 if digest not in owned or not self._blobs.intact(digest)]
         )
         return registry_pb2.FindMissingResponse(sha256=missing)
 
@@ -115,6 +139,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
                 if not message.data:  # or an upload could be kept open for ever, without a byte
                     raise InputError("expected data in every message after the first, got none")
                 await asyncio.to_thread(upload.write, message.data)
+        await asyncio.to_thread(self._owners.note_upload, current_claims().tenant, first.sha256)
         return registry_pb2.UploadBlobResponse()
 
     async def Publish(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -124,7 +149,8 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             IsthmusError: As Publisher.publish.
         """
         del context
-        if not current_claims().may_use(request.model):
+        claims = current_claims()
+        if not claims.may_use(request.model):
             raise unknown_model(request.model)
         heavy_version, deltas = await self._publisher.publish(
             request.model,
@@ -133,6 +159,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             request.targets_json,
             release=request.release,
             role=request.role or Targets.type,
+            tenant=claims.tenant,
         )
         await self._changed()
         prepared = [
@@ -151,8 +178,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             UnavailableError: Its heavy model cannot be loaded now.
         """
         del context
-        if not current_claims().may_use(request.model):
-            raise unknown_model(request.model)
+        self._catalog.check_may_see(current_claims(), request.model)
         await self._publisher.release(request.model, request.version)
         await self._changed()
         return registry_pb2.ReleaseResponse()
@@ -168,7 +194,13 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         files = {file.name: file.data for file in request.files}
         if not 0 < len(files) == len(request.files) <= MAX_SUBMITTED:
             raise InputError(f"files: expected 1 to {MAX_SUBMITTED} files, each once, got {len(request.files)}")
-        await self._publisher.submit(files)
+        claims = current_claims()
+        before = await asyncio.to_thread(self._publisher.terms, claims.tenant)
+        await self._publisher.submit(files, claims.tenant)
+        for path, terms in (await asyncio.to_thread(self._publisher.terms, claims.tenant)).items():
+            if terms.withdrawn and not before.get(path, Terms()).withdrawn:
+                model, version, _ = path.rsplit("/", 2)
+                self._recorder.withdrawn(model, int(version), terms.withdrawn, claims)
         await self._changed()
         return registry_pb2.SubmitMetadataResponse()
 
@@ -176,14 +208,18 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         """List the versions that the caller may use."""
         del request, context
         claims = current_claims()
-        released = {model: self._catalog.released(model) for model in self._catalog.models if claims.may_use(model)}
-        versions = await asyncio.to_thread(self._list_versions, released)
+        released = {
+            model: self._catalog.released(model)
+            for model in self._catalog.models
+            if self._catalog.may_see(claims, model)
+        }
+        versions = await asyncio.to_thread(self._list_versions, released, claims.tenant)
         return registry_pb2.ListVersionsResponse(versions=versions)
 
-    def _list_versions(self, released: Mapping[str, int | None]) -> list[Any]:
+    def _list_versions(self, released: Mapping[str, int | None], tenant: str) -> list[Any]:
         with self._database.read() as session:
             rows = session.scalars(select(db.Version).order_by(db.Version.model, db.Version.version)).all()
-        terms = self._publisher.terms()
+        terms = self._publisher.terms(tenant) if released else {}
         return [
             self._describe(row, released[row.model], terms.get(manifest_path(row.model, row.version), Terms()))
             for row in rows

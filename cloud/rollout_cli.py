@@ -12,6 +12,7 @@ import typer
 from cloud.operator_cli import (
     CloudOption,
     ConfigOption,
+    TenantOption,
     TokenOption,
     TrustOption,
     connect,
@@ -56,6 +57,7 @@ def start(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -77,7 +79,7 @@ def start(
         ),
         dry_run=True,
     )  # fmt: skip
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         plan = client.start_rollout(request)  # shown before anything is done
         if not as_json:
             _show_plan(plan)
@@ -99,11 +101,12 @@ def status(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show how a rollout stands, what it waits for and what happened."""
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         if watch and not as_json:
             _watch(client, rollout)
             return
@@ -144,11 +147,18 @@ def pause(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell no further device until `resume`; devices that took the version keep it."""
-    _change("pause", rollout, {"cloud": cloud, "trust": trust, "token_file": token_file}, config, as_json=as_json)
+    _change(
+        "pause",
+        rollout,
+        {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant},
+        config,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -157,11 +167,18 @@ def resume(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Go on with a paused rollout; its stage gets its whole time again."""
-    _change("resume", rollout, {"cloud": cloud, "trust": trust, "token_file": token_file}, config, as_json=as_json)
+    _change(
+        "resume",
+        rollout,
+        {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant},
+        config,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -171,11 +188,12 @@ def abort(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """End a rollout and send every device that took the version back."""
-    flags = {"cloud": cloud, "trust": trust, "token_file": token_file}
+    flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
     _change("abort", rollout, flags, config, as_json=as_json, reason=reason)
 
 
@@ -185,13 +203,14 @@ def list_rollouts(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the rollouts, newest first."""
     from cloud.fleet_rows import rollout_row
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         rows = [rollout_row(rollout) for rollout in client.rollouts(model)]
     show_table("rollouts", rows, as_json=as_json)
 

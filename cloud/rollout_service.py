@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, Final
 
 from cloud import rollout as rules
-from cloud.conductor import Conductor, unknown_rollout
-from cloud.fleet import check_labels, check_may_use, event_message, timestamp
+from cloud.conductor import Conductor
+from cloud.fleet import check_labels, check_may_see, event_message, timestamp
 from cloud.records import Ask
 from cloud.roster import Layer
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
@@ -33,7 +34,9 @@ class RolloutService(fleet_pb2_grpc.RolloutServiceServicer):
             ConflictError: An open rollout of the model is for some of the same devices.
         """
         del context
-        check_may_use(request.model)
+        if not self._conductor.roster.may_see(current_claims(), request.model):
+            await self._conductor.refresh()  # it may have been published a moment ago, at another replica
+        check_may_see(self._conductor.roster, request.model)
         ask = Ask(
             model=request.model,
             version=min(request.version, 2**53),
@@ -91,15 +94,12 @@ class RolloutService(fleet_pb2_grpc.RolloutServiceServicer):
         return fleet_pb2.AbortRolloutResponse(rollout=await self._change(request.id, rules.State.ABORTED, reason))
 
     async def _change(self, name: str, state: rules.State, reason: str = "") -> Any:
-        await self._find(name)
-        return self._rollout(await self._conductor.change(name, state, reason, current_claims().subject))
+        layer = await self._find(name)
+        return self._rollout(await self._conductor.change(layer.plan.id, state, reason, current_claims().subject))
 
     async def _find(self, name: str) -> Layer:
         await self._conductor.refresh()
-        layer = self._conductor.find(name)
-        if not current_claims().may_use(layer.plan.model):
-            raise unknown_rollout(name)
-        return layer
+        return self._conductor.find(name, partial(self._conductor.roster.may_see, current_claims()))
 
     async def GetRollout(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Tell how a rollout stands.
@@ -126,7 +126,7 @@ class RolloutService(fleet_pb2_grpc.RolloutServiceServicer):
         layers = [
             layer
             for layer in self._conductor.roster.rollouts.values()
-            if request.model in ("", layer.plan.model) and claims.may_use(layer.plan.model)
+            if request.model in ("", layer.plan.model) and self._conductor.roster.may_see(claims, layer.plan.model)
         ]
         layers.sort(key=lambda layer: layer.row.created_at, reverse=True)
         messages = []

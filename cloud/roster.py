@@ -21,6 +21,8 @@ from cloud import rollout as rules
 from isthmus.bundle import Variant
 from isthmus.errors import IsthmusError, NotFoundError
 from isthmus.v1 import fleet_pb2
+from security.tenancy import DEFAULT_TENANT
+from security.tokens import Claims
 
 ONLINE_S: Final = 90.0  # after it was last heard, a device without a stream here counts as online
 
@@ -58,6 +60,8 @@ class Device:
     id: str
     enrolled_at: float
     last_seen_at: float
+    key_sha256: str = ""
+    tenant: str = DEFAULT_TENANT
     facts_bytes: bytes = b""
     facts: Any = None
     labels: dict[str, str] = field(default_factory=dict)
@@ -107,6 +111,7 @@ class Roster:
         self.revision = -1
         self.devices: dict[str, Device] = {}
         self.released: dict[str, int | None] = {}
+        self.tenants: dict[str, str] = {}  # by model
         self.rollouts: dict[str, Layer] = {}
         self._layers: dict[str, list[Layer]] = {}  # by model, newest first, those that tell devices something
         self._variants: dict[tuple[str, int], tuple[Variant, ...]] = {}
@@ -156,7 +161,7 @@ class Roster:
         for model in changes.models:
             if self.released.get(model.name, 0) != model.released:
                 concerned.add(("", model.name))
-            self.released[model.name] = model.released
+            self.released[model.name], self.tenants[model.name] = model.released, model.tenant
         self._apply_devices(changes, concerned)
         for report in changes.reports:
             if (device := self.devices.get(report.device_id)) is not None:
@@ -185,7 +190,9 @@ class Roster:
             labels.setdefault(label.device_id, {})[label.key] = label.value
         for row in changes.devices:
             device = self.devices.setdefault(row.id, Device(row.id, row.enrolled_at, row.last_seen_at))
+            device.tenant = row.tenant
             device.enrolled_at, device.last_seen_at = row.enrolled_at, max(device.last_seen_at, row.last_seen_at)
+            device.key_sha256 = row.key_sha256
             new_labels = labels.get(row.id, {})
             if device.facts_bytes != row.facts or device.labels != new_labels:
                 device.facts_bytes, device.labels = row.facts, new_labels
@@ -205,18 +212,24 @@ class Roster:
 
     # -- what follows from it -----------------------------------------------------------------------------------
 
-    def device(self, device_id: str) -> Device:
-        """Return a device.
+    def device(self, device_id: str, tenant: str | None = None) -> Device:
+        """Return a device, of this tenant where one is given.
 
         Raises:
-            NotFoundError: There is none of this name.
+            NotFoundError: There is none of this name; of another tenant's, the same is said.
         """
-        try:
-            return self.devices[device_id]
-        except KeyError as error:
-            raise NotFoundError(
-                f"there is no device {device_id[:80]!r}", hint="isthmus device list shows them", reason="unknown-device"
-            ) from error
+        device = self.devices.get(device_id)
+        if device is None or tenant not in (None, device.tenant):
+            raise unknown_device(device_id)
+        return device
+
+    def may_see(self, claims: Claims, model: str) -> bool:
+        """Return whether there is such a model for a caller: one of its tenant, and one that it may use."""
+        return self.tenants.get(model) == claims.tenant and claims.may_use(model)
+
+    def _is_for(self, device: Device, model: str) -> bool:
+        """Return whether a model may run on a device: both belong to one tenant, or nobody has published it yet."""
+        return self.tenants.get(model, device.tenant) == device.tenant
 
     def is_online(self, device: Device) -> bool:
         """Return whether a device watches here, or was heard of lately by any replica."""
@@ -231,6 +244,8 @@ class Roster:
 
     def told(self, device: Device, model: str) -> Told:
         """Return what a device is told: its pin, else the newest rollout that wants it, else what is released."""
+        if not self._is_for(device, model):
+            return Told(0, "not-released")
         entry = device.models.get(model, OnDevice())
         if entry.pin is not None:
             return self._fitting(device, model, Told(entry.pin, "pin", attempt=entry.attempt))
@@ -263,7 +278,7 @@ class Roster:
     def _running(self, model: str) -> Iterable[tuple[Device, OnDevice]]:
         for device in self.devices.values():
             entry = device.models.get(model)
-            if entry is not None and entry.watched:
+            if entry is not None and entry.watched and self._is_for(device, model):
                 yield device, entry
 
     def left_out(self, device: Device, plan: rules.Plan) -> tuple[str, str]:
@@ -305,6 +320,13 @@ class Roster:
             if entry.heard is not None and entry.heard.serving_version:
                 counted[entry.heard.serving_version] = counted.get(entry.heard.serving_version, 0) + 1
         return counted
+
+
+def unknown_device(device_id: str) -> NotFoundError:
+    """Return the error for a device that does not exist, or that the caller must not know of: they look the same."""
+    return NotFoundError(
+        f"there is no device {device_id[:80]!r}", hint="isthmus device list shows them", reason="unknown-device"
+    )
 
 
 def misfit(variants: Iterable[Variant], facts: Any) -> str:

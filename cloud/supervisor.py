@@ -128,7 +128,7 @@ class TritonServer:
         self._start_s, self._stop_s = start_s, stop_s
         self._installation = find_installation()
         self._run_folder = _new_run_folder(log_file.with_suffix(".run"))
-        self._prefix = f"isthmus-{sha256_bytes(str(repository.resolve()).encode())[:12]}-"
+        self._prefix = f"isthmus-{sha256_bytes(str(log_file.resolve()).encode())[:12]}-"
         self._process: asyncio.subprocess.Process | None = None
         self._supervision: asyncio.Task[None] | None = None
         self.address = f"unix:{self._run_folder / 's'}:{_PORT}"

@@ -9,6 +9,8 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +26,14 @@ from security.tls import channel_credentials
 
 CONFIG: Final = "config.pbtxt"
 CONTROL_S: Final = 5.0  # deadline of calls that neither infer nor load
+FAILED: Final = "heavy-failed"
 _DEAD_STUB: Final = "is not healthy"
+_UNSENT: Final = ("failed to connect to all addresses", "connections to all backends failing")  # what gRPC says
+_BUSY: Final = "Exceeds maximum queue size"
+_NOT_TAKEN: Final = ("stopped accepting new inference requests", "has no available versions", "Server not ready")
+_METHOD: Final = MODEL_INFER.encode()
+_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
+LOST: Final = "triton-unavailable"  # the reason of errors of the connection, not of an answer
 _OPTIONS: Final = (
     # A restarted Triton is found again within half a second, not after gRPC's default back-off of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -41,7 +50,11 @@ log = structlog.get_logger(__name__)
 class DeadStubError(UnavailableError):
     """The process that runs a model is gone; Triton does not restart it, an unload and a load do."""
 
-    reason = "heavy-failed"
+    reason = FAILED
+
+
+class NotAcceptedError(UnavailableError):
+    """Triton has not taken the request: it did not run, and may be tried elsewhere."""
 
 
 class TritonClient:
@@ -55,7 +68,9 @@ class TritonClient:
             credentials = channel_credentials(ca)
             self._channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._infer: Any = self._channel.unary_unary(MODEL_INFER)  # no serializers: bytes in, bytes out
+        # The public call object costs each request a task, callbacks and an entry in a set of weak references: a tenth
+        # of what the gateway adds to Triton. What it is made of needs none of them, and takes and gives bytes as is.
+        self._calls: Any = self._channel._channel  # type: ignore[attr-defined]  # noqa: SLF001
 
     async def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
@@ -67,14 +82,20 @@ class TritonClient:
         Raises:
             InputError: Triton refused the tensors.
             DeadStubError: The model's process is dead.
-            UnavailableError: Triton is down, the model is not loaded, its queue is full, or time ran out.
+            NotAcceptedError: It has not run: Triton is down, the model is not loaded, or its queue is full.
+            UnavailableError: The connection broke while it may have run, or time ran out.
             IsthmusError: The model itself failed on this request.
         """
+        call = self._calls.call(_METHOD, time.time() + timeout_s, None, None, 0)
         try:
-            answer: bytes = await self._infer(request, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise _inference_error(error) from error
-        return answer
+            answer = await call.unary_unary(request, (), None)
+        except asyncio.CancelledError:
+            call.cancel("the caller has left")
+            raise
+        if call.is_ok():
+            return bytes(answer)
+        status = await call.status()
+        raise _inference_error(_CODES[status.code()], status.details() or "")
 
     async def is_live(self) -> bool:
         """Return whether Triton answers."""
@@ -177,8 +198,7 @@ class TritonClient:
             raise UnavailableError(f"cannot {what}: Triton does not answer", reason="triton-unavailable") from error
 
 
-def _inference_error(error: grpc.aio.AioRpcError) -> IsthmusError:
-    code, detail = error.code(), error.details() or ""
+def _inference_error(code: grpc.StatusCode, detail: str) -> IsthmusError:
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InputError(detail.removeprefix("[request id: <id_unknown>] "))
     if code is grpc.StatusCode.INTERNAL and _DEAD_STUB in detail:
@@ -186,14 +206,24 @@ def _inference_error(error: grpc.aio.AioRpcError) -> IsthmusError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError("the heavy model did not answer in time", reason=TOO_LATE)
     if code is grpc.StatusCode.NOT_FOUND:
-        return UnavailableError("the heavy model is not loaded now", reason="heavy-not-loaded")
+        return NotAcceptedError("the heavy model is not loaded now", reason="heavy-not-loaded")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        if _BUSY in detail:
+            return NotAcceptedError("the heavy model's queue is full", reason="heavy-busy")
+        if any(words in detail for words in _NOT_TAKEN):
+            return NotAcceptedError("the heavy model is not loaded now", reason="heavy-not-loaded")
+        if any(words in detail for words in _UNSENT):
+            return NotAcceptedError("the heavy model is not available now", reason=LOST)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return UnavailableError("the heavy model is not available now", reason="triton-unavailable")
-    return IsthmusError("the heavy model failed on this request", reason="heavy-failed")
+        return UnavailableError("the heavy model is not available now", reason=LOST)
+    return IsthmusError("the heavy model failed on this request", reason=FAILED)
 
 
 def read_config(text: str, *, name: str, what: str) -> tuple[str, int]:
     """Return a config.pbtxt as the JSON that Triton takes, under another model name, and its number of instances.
+
+    A dynamic batcher without a queue policy of its own gets one that limits nothing: with one, Triton drops requests
+    whose callers have gone from the queue, and takes their `timeout`; without, it runs some of them all the same.
 
     Raises:
         BundleError: It is not a model configuration; `what` names it.
@@ -203,6 +233,8 @@ def read_config(text: str, *, name: str, what: str) -> tuple[str, int]:
     except text_format.ParseError as error:
         raise BundleError(f"{what}: not a Triton model configuration: {error}") from error
     config.name = name
+    if config.HasField("dynamic_batching") and not config.dynamic_batching.HasField("default_queue_policy"):
+        config.dynamic_batching.default_queue_policy.allow_timeout_override = True
     instances = sum(max(group.count, 1) for group in config.instance_group) or 1
     return json_format.MessageToJson(config, preserving_proto_field_name=True), instances
 

@@ -17,7 +17,7 @@ COPY --from=build /opt/isthmus /opt/isthmus
 ENV PATH=/opt/isthmus/bin:$PATH PYTHONDONTWRITEBYTECODE=1
 USER 10001
 VOLUME /var/lib/isthmus
-EXPOSE 8443
+EXPOSE 8443 8444
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import socket; socket.create_connection(('127.0.0.1', 8443), 3).close()"]
 ENTRYPOINT ["isthmus", "cloud"]

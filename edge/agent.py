@@ -21,14 +21,16 @@ from typing import Any, BinaryIO, Final, Protocol
 import grpc
 import structlog
 
+from edge.access import AccessToken
 from edge.audit import Audit
 from edge.backoff import Backoff
+from edge.certificate import CertificateKeeper
 from edge.conditions import PostponedError
 from edge.deferred.assembly import Deferred
 from edge.fleet import Desired, FleetLink
-from edge.identity import AccessToken
 from edge.model import ServedModels
 from edge.offline import Imports
+from edge.sealing import InputSealer
 from edge.server import AgentServer
 from edge.spool import Spool
 from edge.state import Order
@@ -45,7 +47,7 @@ log = structlog.get_logger(__name__)
 
 
 class MetricsListener(Protocol):
-    """Where metrics are read (edge.metrics_server); loaded only by an agent that has one."""
+    """Where metrics are read (isthmus.metrics_server); loaded only by an agent that has one."""
 
     async def start(self) -> str:
         """Listen; return the address."""
@@ -65,6 +67,7 @@ class Agent:
     server: AgentServer
     models: ServedModels
     token: AccessToken
+    certificate: CertificateKeeper
     uplink: Uplink
     fleet: FleetLink
     desired: Desired
@@ -78,6 +81,7 @@ class Agent:
     metrics: MetricsListener | None = None
     audit: Audit | None = None
     imports: Imports | None = None
+    sealer: InputSealer | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set.
@@ -117,12 +121,16 @@ class Agent:
         loops: dict[str, Callable[[], Awaitable[None]]] = {
             "connection": lambda: watch_connection(self.channel, self._connected),
             "token": self.token.keep,
+            "certificate": self.certificate.keep,
+            "cloud's address": self.certificate.follow,
             "watch": self.fleet.watch,
             "reports": self.fleet.send_reports,
         }
         for model, updater in self.updaters.items():
             loops[f"update {model}"] = partial(self._keep_current, model, updater)
             loops[f"trial {model}"] = updater.probation.watch
+        if self.sealer is not None:
+            loops["sealing keys"] = self.sealer.keep
         if self.spools:
             loops["captures"] = self._keep_captures
         if self.deferred is not None:
@@ -134,7 +142,10 @@ class Agent:
         log.info("connected to the cloud")
         self.uplink.nudge()
         self.token.connected()
+        self.certificate.connected()
         self.fleet.connected()
+        if self.sealer is not None:
+            self.sealer.connected()
         if self.deferred is not None:
             self.deferred.sender.connected()
 

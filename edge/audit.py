@@ -30,6 +30,7 @@ from edge.model import LiveModel
 from edge.question import Question
 from edge.uplink import Answer, Check, Failure
 from isthmus.bundle import VariantCalibration
+from isthmus.errors import UnavailableError
 from isthmus.tensors import Array
 
 ALARM: Final = "audit-alarm"  # the reason in what is reported of one
@@ -174,8 +175,13 @@ class Audit:
         def check(response: Any) -> None:
             heavy.update(check_cloud_answer(response, expected))
 
-        outcome = await self._uplink.escalate(question.to_cloud(live), remaining_s=self._deadline_s, check=check)
         auditor = self._auditor(live)
+        try:
+            request = question.to_cloud(live)
+        except UnavailableError:  # its inputs are to be sealed and cannot be
+            auditor.failed += 1
+            return
+        outcome = await self._uplink.escalate(request, remaining_s=self._deadline_s, check=check)
         if isinstance(outcome, Failure):
             auditor.failed += 1
             return

@@ -8,10 +8,13 @@ from functools import partial
 
 import grpc
 
+from edge.access import AccessToken
 from edge.agent import Agent, MetricsListener, describe_status
 from edge.audit import ALARM, Audit
 from edge.bench import read_choice
 from edge.breaker import Breaker
+from edge.certificate import CertificateKeeper
+from edge.channel import RenewableChannel
 from edge.conditions import Conditions
 from edge.config import EdgeSettings, UpdateSettings
 from edge.deferred.assembly import Deferred, open_deferred
@@ -20,7 +23,7 @@ from edge.deferred.store import Limits
 from edge.fetcher import Pace, RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
 from edge.hedge import Hedge
-from edge.identity import AccessToken, DeviceHome, Enrolment
+from edge.identity import DeviceHome, Enrolment
 from edge.model import LiveModel, ServedModels, open_model
 from edge.offline import Imports, StickFetcher, StickManifests
 from edge.outbox import Outbox
@@ -31,14 +34,16 @@ from edge.response_cache import ResponseCache
 from edge.retry import QuotaPause, RetryBudget
 from edge.router import Router
 from edge.runtimes import RUNTIMES, is_installed
-from edge.server import AgentServer, InferenceService, is_local, may_use_all
+from edge.sealing import InputSealer
+from edge.server import AgentServer, InferenceService, may_use_all
 from edge.shadow import Shadow
 from edge.spool import Spool
 from edge.state import Order
 from edge.store import SlotStore
 from edge.updater import Updater
-from edge.uplink import Uplink, open_channel
+from edge.uplink import Uplink
 from isthmus import __version__
+from isthmus.address import is_local
 from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
@@ -66,8 +71,10 @@ def build_agent(settings: EdgeSettings) -> Agent:
     enrolment = home.enrolment()
     names = _model_names(settings)
     lock = home.lock()  # two agents would remove each other's slots
-    channel = open_channel(enrolment.cloud, home.ca, message_bytes=settings.message_mib << 20)
-    token = AccessToken(home, enrolment, channel)
+    connect = partial(home.connect, message_bytes=settings.message_mib << 20)
+    channel = RenewableChannel(connect())
+    verifier = TokenVerifier(home.jwks.read_bytes(), enrolment.token_issuer, enrolment.token_audience)
+    token = AccessToken(home, enrolment, channel, new_keys=verifier.use_keys, moved=lambda: channel.replace(connect()))
     uplink = _uplink(settings, channel, token)
     desired = Desired(names)
     fleet = FleetLink(
@@ -84,8 +91,15 @@ def build_agent(settings: EdgeSettings) -> Agent:
     audit, shadow = _audit(settings, uplink, updaters), Shadow()
     imports = _imports(settings, home, channel, token, desired, models)
     updaters |= _updaters(settings, home, enrolment, imports, models, fleet, audit, shadow)
+    sealer = _sealer(settings, home, channel, token)
     spools = {
-        name: Spool(home.spool(name), limit_bytes=settings.capture_mib << 20) for name in names if settings.capture
+        name: Spool(
+            home.spool(name),
+            limit_bytes=settings.capture_mib << 20,
+            seal=partial(sealer.seal_capture, name) if sealer is not None and sealer.concerns(name) else None,
+        )
+        for name in names
+        if settings.capture
     }
     spool_full = asyncio.Event()
     deferred = _deferred(settings, home, uplink)
@@ -101,8 +115,9 @@ def build_agent(settings: EdgeSettings) -> Agent:
         cache=cache,
         audit=audit,
         shadow=shadow,
+        sealer=sealer,
     )
-    credentials, interceptors = _protection(settings, home, enrolment)
+    credentials, interceptors = _protection(settings, home, verifier, enrolment.tenant)
     may_use = may_use_all if is_local(settings.listen) else _caller_may_use
     server = AgentServer(
         settings.listen,
@@ -123,6 +138,7 @@ def build_agent(settings: EdgeSettings) -> Agent:
         server=server,
         models=models,
         token=token,
+        certificate=CertificateKeeper(home, channel, token, connect),
         uplink=uplink,
         fleet=fleet,
         desired=desired,
@@ -135,8 +151,17 @@ def build_agent(settings: EdgeSettings) -> Agent:
         deferred=deferred,
         audit=audit,
         imports=imports,
+        sealer=sealer,
         metrics=_metrics(settings, enrolment.device_id, models, uplink, spools, cache, audit, updaters),
     )
+
+
+def _sealer(
+    settings: EdgeSettings, home: DeviceHome, channel: grpc.aio.Channel, token: AccessToken
+) -> InputSealer | None:
+    if not settings.seal_inputs:
+        return None
+    return InputSealer(settings.seal_inputs, home.sealing, home.ca, channel, token.wait)
 
 
 def _audit(settings: EdgeSettings, uplink: Uplink, updaters: Mapping[str, Updater]) -> Audit | None:
@@ -290,12 +315,11 @@ def _choose(settings: EdgeSettings, home: DeviceHome, manifest: Manifest) -> Var
 
 
 def _protection(
-    settings: EdgeSettings, home: DeviceHome, enrolment: Enrolment
+    settings: EdgeSettings, home: DeviceHome, verifier: TokenVerifier, tenant: str
 ) -> tuple[grpc.ServerCredentials | None, tuple[grpc.aio.ServerInterceptor, ...]]:
     if is_local(settings.listen):
         return None, ()
-    verifier = TokenVerifier(home.jwks.read_bytes(), enrolment.token_issuer, enrolment.token_audience)
-    guards = (StatusInterceptor(), AuthInterceptor(verifier), CallGuard(settings.listener))
+    guards = (StatusInterceptor(), AuthInterceptor(verifier, tenant=tenant), CallGuard(settings.listener))
     return server_credentials(home.key, home.certificate), guards
 
 
@@ -336,7 +360,7 @@ def _metrics(
     if settings.metrics_listen is None:
         return None
     from edge.metrics import AgentCollector, agent_registry
-    from edge.metrics_server import MetricsServer
+    from isthmus.metrics_server import MetricsServer
 
     registry = agent_registry(AgentCollector(device_id, models, uplink, spools, cache, audit, updaters))
     return MetricsServer(settings.metrics_listen, registry, public=settings.metrics_public)

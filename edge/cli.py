@@ -234,13 +234,25 @@ def export(
     home: Home,
     output: Annotated[Path, typer.Option(help="safetensors file to write.")],
     model: Annotated[str | None, typer.Option(help="The model; may be left out when there is one.")] = None,
+    sealing_keys: Annotated[
+        Path | None,
+        typer.Option(help="The workspace's cloud folder, where captures are sealed for the gateway.", metavar="DIR"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Join a model's captures into one safetensors file."""
+    from edge.sealing import CAPTURE
     from edge.spool import export_captures, find_spool
+    from isthmus.envelopes import Opener
+    from security.sealing import load_gateway_keys
 
     folder = find_spool(home / "spool", model)
-    rows = export_captures(folder, output)
+    keys = None if sealing_keys is None else load_gateway_keys(sealing_keys)
+    if keys is None:
+        rows = export_captures(folder, output)
+    else:
+        private = keys.private
+        rows = export_captures(folder, output, lambda data: Opener(private).open(data, (CAPTURE, folder.name)))
     note(f"{rows} rows of {folder.name}")
     show_record("captures", {"model": folder.name, "rows": rows, "output": str(output)}, as_json=as_json)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from edge.trial import Terms
 from edge.window import parse_window
@@ -16,6 +16,10 @@ from security.limits import ListenerLimits
 def _check_window(text: str) -> str:
     parse_window(text)
     return text
+
+
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
 
 
 class UpdateSettings(BaseModel):
@@ -32,7 +36,10 @@ class UpdateSettings(BaseModel):
     fetch_outside_window: bool = Field(default=True, description="Bring files at any time, change in the window.")
     jitter_s: float = Field(default=0.0, ge=0, le=604_800, description="Longest wait of a device before a fetch.")
     crashes: int = Field(default=3, ge=1, le=100, description="Crashes in a row after which a version is given up.")
-    trial: Terms = Field(default=Terms(), description="How versions prove themselves, where the cloud does not say.")
+    trial: Terms = Field(
+        default=Terms(soak_s=60.0, max_error_rate=0.02, max_latency_ratio=3.0),
+        description="How versions prove themselves, where the cloud does not say.",
+    )
 
 
 class EdgeListener(ListenerLimits):
@@ -113,6 +120,10 @@ class EdgeSettings(Settings):
     )
     response_cache_mib: int = Field(
         default=0, ge=0, le=1 << 16, description="Memory for answers to requests that come again, MiB; 0 for none."
+    )
+    seal_inputs: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+        default=(),
+        description='Inputs that only the gateway may read: "text", "triage/text" for one model, "*" for all.',
     )
     capture: bool = Field(default=False, description="Keep escalated requests with the cloud's answers.")
     capture_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for captures, MiB a model.")

@@ -1,4 +1,4 @@
-"""Who this device is: its key and certificate, enrolment, and the access token that it shows to the cloud.
+"""Who this device is: its key and certificate, and enrolment.
 
 device.key device.pem        key (never leaves the device) and certificate chain
 trust/ca.pem trust/root.json what the device believes in from the start: the cloud's CA and the update root
@@ -8,40 +8,30 @@ enrolment.json               the rest; written last, so a folder that has it is 
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import grpc
-import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from edge.backoff import Backoff
 from edge.store import write_atomically
 from edge.uplink import open_channel
 from isthmus.address import split_address
-from isthmus.errors import ConfigError, ConflictError, IdentityError, IsthmusError, UnavailableError
+from isthmus.errors import ConfigError, ConflictError, IdentityError, UnavailableError
 from isthmus.status import from_rpc
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
-from security.assertions import make_assertion
 from security.enrolment import make_csr, new_device_key
+from security.tenancy import DEFAULT_TENANT
 
 ENROL_TIMEOUT_S: Final = 30.0
-TOKEN_TIMEOUT_S: Final = 10.0
 _HINTS: Final = {
     UnavailableError: "is `isthmus cloud serve` running at --cloud, and does --trust come from its workspace?",
     IdentityError: "a code is good for one device and a short time; `isthmus device invite DEVICE` prints a new one",
 }
-_UNNAMED: Final = "device"  # in the signing request only: the invitation says who the device is
-_YOUNG_S: Final = 5.0
-_RENEW_AT: Final = 0.6  # of a token's life; leaves several retries before it ends
-
-log = structlog.get_logger(__name__)
+UNNAMED: Final = "device"  # in the signing request only: the invitation says who the device is
 
 
 class Enrolment(BaseModel):
@@ -53,6 +43,8 @@ class Enrolment(BaseModel):
     cloud: str  # HOST:PORT
     token_issuer: str
     token_audience: str
+    device_address: str = ""  # HOST:PORT where the cloud asks for the certificate; "" as long as it is not known
+    tenant: str = DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +103,11 @@ class DeviceHome:
         """Return the file with reports that the cloud has not taken yet."""
         return self.path / "reports.json"
 
+    @property
+    def sealing(self) -> Path:
+        """Return the file with the gateway's public keys for sealed inputs."""
+        return self.path / "sealing.json"
+
     def spool(self, model: str) -> Path:
         """Return the folder of a model's captures."""
         return self.path / "spool" / model
@@ -139,6 +136,18 @@ class DeviceHome:
                 hint="isthmus edge enrol --cloud HOST:PORT --code CODE --trust DIR --home DIR",
                 reason="not-enrolled",
             ) from error
+
+    def keep_enrolment(self, enrolment: Enrolment) -> None:
+        """Write what `enrolment` will return."""
+        write_atomically(self.path / "enrolment.json", enrolment.model_dump_json(indent=2).encode() + b"\n")
+
+    def connect(self, *, message_bytes: int = 64 << 20) -> grpc.aio.Channel:
+        """Return a channel to the cloud that shows the device's certificate, where the cloud asks for it."""
+        enrolment = self.enrolment()
+        if not enrolment.device_address:
+            return open_channel(enrolment.cloud, self.ca, message_bytes=message_bytes)
+        identity = (self.key, self.certificate)
+        return open_channel(enrolment.device_address, self.ca, identity, message_bytes=message_bytes)
 
 
 async def enrol(home: DeviceHome, *, cloud: str, code: str, trust: Path, hosts: Sequence[str] = ()) -> Enrolment:
@@ -171,7 +180,7 @@ async def enrol(home: DeviceHome, *, cloud: str, code: str, trust: Path, hosts: 
         write_atomically(home.path / "trust" / name, (trust / name).read_bytes())
     home.key.unlink(missing_ok=True)  # of an enrolment that did not get through
     key = new_device_key(home.key)
-    response = await _exchange(home, cloud, code, make_csr(key, _UNNAMED, hosts))
+    response = await _exchange(home, cloud, code, make_csr(key, UNNAMED, hosts))
     write_atomically(home.certificate, response.certificate_chain_pem)
     write_atomically(home.jwks, response.jwks_json)
     enrolment = Enrolment(
@@ -179,9 +188,16 @@ async def enrol(home: DeviceHome, *, cloud: str, code: str, trust: Path, hosts: 
         cloud=cloud,
         token_issuer=response.token_issuer,
         token_audience=response.token_audience,
+        device_address=complete_address(response.device_address, cloud),
+        tenant=response.tenant or DEFAULT_TENANT,
     )
-    write_atomically(home.path / "enrolment.json", enrolment.model_dump_json(indent=2).encode() + b"\n")
+    home.keep_enrolment(enrolment)
     return enrolment
+
+
+def complete_address(device_address: str, cloud: str) -> str:
+    """Return the address for devices, on the cloud's own host where it names none."""
+    return f"{cloud.rpartition(':')[0]}{device_address}" if device_address.startswith(":") else device_address
 
 
 async def _exchange(home: DeviceHome, cloud: str, code: str, csr: bytes) -> fleet_pb2.EnrolResponse:
@@ -193,83 +209,3 @@ async def _exchange(home: DeviceHome, cloud: str, code: str, csr: bytes) -> flee
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, f"enrolment at {cloud}", hints=_HINTS) from error
     return response
-
-
-class AccessToken:
-    """The device's current access token, renewed in the background well before it ends.
-
-    Args:
-        home: The device's folder.
-        enrolment: What enrolment left.
-        channel: To the cloud.
-        clock: Seconds since the epoch.
-    """
-
-    def __init__(
-        self,
-        home: DeviceHome,
-        enrolment: Enrolment,
-        channel: grpc.aio.Channel,
-        *,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._home = home
-        self._enrolment = enrolment
-        self._stub = fleet_pb2_grpc.FleetServiceStub(channel)
-        self._clock = clock
-        self._token = ""
-        self._expires_at = self._obtained_at = 0.0
-        self._first = asyncio.Event()
-        self._backoff = Backoff(longest_s=10.0)
-
-    def current(self) -> str | None:
-        """Return the token, None when there is none that is still valid."""
-        return self._token if self._clock() < self._expires_at else None
-
-    async def wait(self) -> str:
-        """Return the token, as soon as there is a first one."""
-        await self._first.wait()
-        return self._token
-
-    def renew_soon(self) -> None:
-        """Renew now rather than when due, because the cloud does not accept the token."""
-        if self._clock() - self._obtained_at > _YOUNG_S:  # a new one would not be accepted either
-            self._backoff.wake()
-
-    def connected(self) -> None:
-        """Try again at once when there is no valid token; the connection has just come up."""
-        if self.current() is None:
-            self._backoff.wake()
-
-    async def keep(self) -> None:
-        """Obtain and renew until cancelled."""
-        while True:
-            try:
-                await self._renew()
-            except (grpc.aio.AioRpcError, IsthmusError) as error:
-                log.warning("no access token", error=_describe(error))
-                await self._backoff.pause()
-                continue
-            self._backoff.reset()
-            await self._backoff.sleep(max(1.0, (self._expires_at - self._clock()) * _RENEW_AT))
-
-    async def _renew(self) -> None:
-        now = self._clock()
-        assertion = make_assertion(
-            self._home.key,
-            self._enrolment.device_id,
-            self._enrolment.token_audience,
-            datetime.fromtimestamp(now, UTC),
-        )
-        response = await self._stub.IssueToken(
-            fleet_pb2.IssueTokenRequest(assertion=assertion), timeout=TOKEN_TIMEOUT_S
-        )
-        self._token, self._obtained_at = response.access_token, now
-        self._expires_at = response.expires_at.ToMicroseconds() / 1e6
-        self._first.set()
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)

@@ -10,6 +10,7 @@ from typing import Any, Final
 from edge.deferred.wish import Keeper, Wish
 from edge.model import LiveModel
 from edge.request import check_form, check_values, read_options
+from edge.sealing import InputSealer
 from isthmus.oip import override_fields
 from isthmus.tensors import Array, decode_inputs
 
@@ -28,6 +29,7 @@ class Question:
     hedge: bool | None  # what the caller expects
     deadline: float  # on the monotonic clock
     wish: Wish | None  # to be answered later when the cloud cannot be had
+    sealer: InputSealer | None  # of inputs that only the gateway may read
     id: str  # the caller's, or made here: the same in the agent's, the gateway's and Triton's logs, and in the answer
 
     @property
@@ -36,11 +38,16 @@ class Question:
         return len(next(iter(self.inputs.values())))
 
     def to_cloud(self, live: LiveModel) -> bytes:
-        """Return the request as the cloud must get it: its own bytes, with model, version and id made certain."""
+        """Return the request as the cloud must get it: its own bytes, with model, version and id made certain.
+
+        Raises:
+            UnavailableError: Inputs of it are to be sealed and cannot be, so it must not leave.
+        """
         manifest = live.manifest
-        return override_fields(
+        request = override_fields(
             self.raw, model_name=manifest.name, model_version=str(manifest.version), request_id=self.id
         )
+        return request if self.sealer is None else self.sealer.seal(manifest.name, request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ def read_question(
     live: LiveModel,
     deferral: Keeper,
     limits: Limits,
+    sealer: InputSealer | None = None,
     *,
     started: float,
     remaining_s: float | None,
@@ -69,6 +77,7 @@ def read_question(
         live: The version.
         deferral: Reads what a request asks of it.
         limits: What holds where the request says nothing.
+        sealer: Seals inputs for the gateway; None where none are sealed.
         started: When it came, on the monotonic clock.
         remaining_s: What was left of the caller's deadline then; None when there is none.
 
@@ -92,5 +101,6 @@ def read_question(
         hedge=options.hedge,
         deadline=started + remaining_s,
         wish=deferral.read(options.values, request.id),
+        sealer=sealer,
         id=request.id or f"{_PROCESS_ID}{next(_numbers):08x}",
     )

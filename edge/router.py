@@ -45,9 +45,10 @@ from edge.model import LiveModel, ServedModels
 from edge.policy import Decision, decide
 from edge.question import Limits, Question, read_question
 from edge.response_cache import ResponseCache, cache_key
+from edge.sealing import InputSealer
 from edge.shadow import Shadow
 from edge.uplink import Answer, Check, Failure
-from isthmus.errors import InputError, OverloadedError
+from isthmus.errors import InputError, OverloadedError, UnavailableError
 from isthmus.policies import Case, Link
 from isthmus.tensors import Array
 
@@ -95,6 +96,7 @@ class Router:
         deferral: Keeps requests that asked for it and could not be escalated.
         audit: Sends up a share of the confident answers, too; None for none.
         shadow: Gets copies of what the light model computes; None for none.
+        sealer: Seals inputs that only the gateway may read; None for none.
         clock: Monotonic seconds.
     """
 
@@ -111,6 +113,7 @@ class Router:
         deferral: Keeper | None = None,
         audit: Audit | None = None,
         shadow: Shadow | None = None,
+        sealer: InputSealer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = models
@@ -123,6 +126,7 @@ class Router:
         self._deferral = deferral or NoDeferral()
         self._audit = audit
         self._shadow = shadow
+        self._sealer = sealer
         self._clock = clock
         self._log = log.bind()  # the lazy logger sets itself up for every line, dropped ones included
 
@@ -149,7 +153,14 @@ class Router:
                 raise OverloadedError(f"model {live.manifest.name!r}: {self._model_calls} requests are in progress")
             with live.in_use():
                 question = read_question(
-                    raw, request, live, self._deferral, self._limits, started=started, remaining_s=remaining_s
+                    raw,
+                    request,
+                    live,
+                    self._deferral,
+                    self._limits,
+                    self._sealer,
+                    started=started,
+                    remaining_s=remaining_s,
                 )
                 given = await self._route(question, live)
         except BaseException as error:
@@ -184,12 +195,14 @@ class Router:
 
     @contextmanager
     def _early(self, question: Question, live: LiveModel, hedge: Hedge) -> Iterator[_Early | None]:
-        if not hedge.expects(live.manifest.name, route=question.route, hint=question.hedge):
+        wanted = hedge.expects(live.manifest.name, route=question.route, hint=question.hedge)
+        request = _to_cloud(question, live) if wanted else None
+        if not isinstance(request, bytes):
             yield None
             return
         needed: asyncio.Future[Check] = asyncio.get_running_loop().create_future()
         remaining_s = question.deadline - self._clock()
-        call = self._uplink.hedge(question.to_cloud(live), remaining_s=remaining_s, needed=needed)
+        call = self._uplink.hedge(request, remaining_s=remaining_s, needed=needed)
         early = _Early(asyncio.ensure_future(call), needed)
         try:
             yield early
@@ -273,7 +286,10 @@ class Router:
             checked.update(check_cloud_answer(response, expected))
 
         if early is None:
-            request, remaining_s = question.to_cloud(live), question.deadline - self._clock()
+            request = _to_cloud(question, live)
+            if isinstance(request, Failure):
+                return request
+            remaining_s = question.deadline - self._clock()
             outcome = await self._uplink.escalate(request, remaining_s=remaining_s, check=check)
         else:
             early.needed.set_result(check)
@@ -297,9 +313,13 @@ class Router:
         self, question: Question, wish: Wish, live: LiveModel, response: Any, template: Any, failure: str
     ) -> bool:
         """Keep a request on the disk; return whether a better answer is promised."""
+        request = _to_cloud(question, live)
+        if isinstance(request, Failure):
+            promised(response, "unsealed")
+            return False
         refusal = await self._deferral.keep(
             wish,
-            request=question.to_cloud(live),
+            request=request,
             template=template,
             answer_bytes=response.ByteSize(),
             failure=failure,
@@ -307,3 +327,11 @@ class Router:
         )
         promised(response, refusal)
         return refusal is None
+
+
+def _to_cloud(question: Question, live: LiveModel) -> bytes | Failure:
+    """Return the request as the cloud must get it, or why it must not leave."""
+    try:
+        return question.to_cloud(live)
+    except UnavailableError as error:
+        return Failure("unavailable", error.reason)

@@ -8,7 +8,6 @@ tables answer UNIMPLEMENTED. Without TLS the listener binds loopback addresses a
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +26,7 @@ from edge.router import Router
 from edge.stream import answer_stream
 from edge.unoffered import UNOFFERED
 from isthmus import __version__
-from isthmus.address import UNIX, check_free, split_address
+from isthmus.address import UNIX, check_free, is_local
 from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError, UnavailableError
 from isthmus.oip import SERVICE, service_pb2, set_parameter
 from isthmus.status import status_of, translate_errors
@@ -43,21 +42,6 @@ _OWN_MACHINE: Final = ListenerLimits(age_s=0)
 
 Handler = Callable[[bytes, Any], Awaitable[Any]]
 StreamHandler = Callable[[AsyncIterator[bytes], Any], Awaitable[None]]
-
-
-def is_local(address: str, what: str = "listen") -> bool:
-    """Return whether only this machine can reach a listener at `address` (HOST:PORT or unix:PATH).
-
-    Raises:
-        ConfigError: It is no address; `what` names the option that it was given for.
-    """
-    if address.startswith(UNIX):
-        return True
-    host, _ = split_address(address, what)
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def may_use_all(model: str) -> bool:

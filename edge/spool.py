@@ -1,15 +1,17 @@
 """Capture: what the heavy model answered to hard requests, kept on the device for the next fine-tuning.
 
-Opt-in. Rows wait in memory and go to disk in safetensors files of at most 256 rows ("input.<name>", "output.<name>");
-each file appears by one rename. The folder is bounded by bytes, the oldest files go first; memory is bounded by rows
-and bytes, and what does not fit is dropped and counted, because serving comes first.
+Opt-in. Where inputs of the model are sealed for the gateway, so is every file here (".sealed"), whole: this device
+cannot read it again, and it is exported where the gateway's keys are. Rows wait in memory and go to disk in safetensors
+files of at most 256 rows ("input.<name>", "output.<name>"); each file appears by one rename. The folder is bounded by
+bytes, the oldest files go first; memory is bounded by rows and bytes, and what does not fit is dropped and counted,
+because serving comes first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -17,13 +19,15 @@ from typing import Final
 import numpy as np
 import structlog
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from edge.store import write_atomically
-from isthmus.errors import InputError, NotFoundError
+from isthmus.errors import ConfigError, InputError, NotFoundError, UnavailableError
 from isthmus.tensors import Array
 
 FILE_ROWS: Final = 256
+_PLAIN: Final = ".safetensors"
+_SEALED: Final = ".sealed"
 _WAITING_ROWS: Final = 4 * FILE_ROWS
 _FULL_BYTES: Final = 4 << 20
 _WAITING_BYTES: Final = 4 * _FULL_BYTES
@@ -37,9 +41,13 @@ class Spool:
     Args:
         folder: Made when it is missing; for the owner's eyes only.
         limit_bytes: Size of all files together.
+        seal: Seals a file's bytes, or raises UnavailableError; None leaves them readable.
     """
 
-    def __init__(self, folder: Path, *, limit_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, folder: Path, *, limit_bytes: int = 64 << 20, seal: Callable[[bytes], bytes] | None = None
+    ) -> None:
+        self._seal = seal
         self._folder = folder
         self._limit_bytes = limit_bytes
         self._rows: list[dict[str, Array]] = []
@@ -72,7 +80,7 @@ class Spool:
         rows, self._rows, self._bytes = self._rows, [], 0
         try:
             await asyncio.to_thread(self._write_all, rows)
-        except OSError as error:
+        except (OSError, UnavailableError) as error:
             self.dropped += len(rows)
             log.warning("captures dropped", rows=len(rows), error=str(error))
 
@@ -85,29 +93,45 @@ class Spool:
 
     def _write(self, rows: list[dict[str, Array]]) -> None:
         data = save({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        if self._seal is not None:
+            data = self._seal(data)
         if len(data) > self._limit_bytes:
             self.dropped += len(rows)
             return
-        files = sorted(self._folder.glob("*.safetensors"))
+        files = _files(self._folder)
         sizes = [path.stat().st_size for path in files]
         number = max((int(path.stem) for path in files if path.stem.isdecimal()), default=0) + 1
         while files and sum(sizes) + len(data) > self._limit_bytes:
             files.pop(0).unlink()
             sizes.pop(0)
-        write_atomically(self._folder / f"{number:012d}.safetensors", data, mode=0o600)
+        suffix = _PLAIN if self._seal is None else _SEALED
+        write_atomically(self._folder / f"{number:012d}{suffix}", data, mode=0o600)
 
 
-def export_captures(folder: Path, output: Path) -> int:
+def export_captures(folder: Path, output: Path, unseal: Callable[[bytes], bytes] | None = None) -> int:
     """Join all captures of a model into one safetensors file; return its rows.
+
+    Args:
+        folder: Of the captures.
+        output: The file to write.
+        unseal: Opens sealed files; None where the keys are not here.
 
     Raises:
         NotFoundError: There are none.
+        ConfigError: There are sealed ones, and no keys.
     """
     parts: list[dict[str, Array]] = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _files(folder):
+        if path.suffix == _SEALED and unseal is None:
+            raise ConfigError(
+                f"the captures in {folder} are sealed for the gateway",
+                hint="copy the device's spool folder to where DIR/cloud is, and name it: --sealing-keys DIR/cloud",
+                reason="sealed-captures",
+            )
         try:
-            parts.append(load_file(path))
-        except (SafetensorError, OSError) as error:  # a disk error in one file must not cost the others
+            data = path.read_bytes()
+            parts.append(load(unseal(data) if unseal is not None and path.suffix == _SEALED else data))
+        except (SafetensorError, OSError, InputError) as error:  # a disk error in one file must not cost the others
             log.warning("captures left out", file=path.name, error=str(error))
     newest = _form(parts[-1]) if parts else None
     # A model whose tensors changed starts anew: rows of the old form fit no training set of the new one.
@@ -133,6 +157,10 @@ def find_spool(folder: Path, model: str | None) -> Path:
     if wanted not in names:
         raise NotFoundError(f"no captures in {folder}", hint="run the agent with --capture")
     return folder / str(wanted)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (_PLAIN, _SEALED))
 
 
 def _signature(row: Mapping[str, Array]) -> dict[str, tuple[str, tuple[int, ...]]]:

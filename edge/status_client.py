@@ -10,7 +10,7 @@ from typing import Any, Final
 import grpc
 
 from edge.policy import ROUTES
-from edge.server import is_local
+from isthmus.address import is_local
 from isthmus.errors import IdentityError, InputError, PermissionDeniedError, UnavailableError
 from isthmus.status import from_rpc
 from isthmus.v1 import agent_pb2, agent_pb2_grpc

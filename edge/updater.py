@@ -17,9 +17,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 
@@ -28,18 +27,16 @@ from edge.audit import Audit
 from edge.conditions import Conditions, Meter, PostponedError, needed_bytes
 from edge.model import LiveModel, ServedModels
 from edge.outcome import MAY_PASS, NO_VERDICT, Outcome, remembered
-from edge.plan import FilePlan, plan_files
+from edge.planner import Manifests, Plan, Planner
 from edge.probation import Probation
 from edge.shadow import Shadow
 from edge.state import Became, Course, Order, Progress, Step
 from edge.store import SlotStore, check_slot, write_atomically
 from edge.trial import Evidence, Reason
-from isthmus.bundle import MANIFEST, FileEntry, Manifest, Variant, parse_manifest
+from isthmus.bundle import MANIFEST, Manifest, Variant
 from isthmus.errors import (
-    BundleError,
     ConfigError,
     IsthmusError,
-    TrustError,
     UnavailableError,
     VerificationError,
 )
@@ -47,41 +44,6 @@ from isthmus.errors import (
 _SHADOW_S: Final = 600.0  # longest wait for requests to try a version with
 
 log = structlog.get_logger(__name__)
-
-
-class SignedTarget(Protocol):
-    """A manifest, and what the operator signed about it (security.trust.SignedTarget)."""
-
-    @property
-    def manifest(self) -> bytes:
-        """Return its verified bytes."""
-        ...
-
-    @property
-    def rollback_floor(self) -> int:
-        """Return the least version that a device which has run this one may be told to go back to; 0 for none."""
-        ...
-
-    @property
-    def withdrawn(self) -> str:
-        """Return why it must not be installed; empty when it may."""
-        ...
-
-
-class Manifests(Protocol):
-    """Signed metadata (edge.fetcher.SignedManifests)."""
-
-    def target(self, model: str, version: int) -> SignedTarget:
-        """Return what was signed about a version; blocks."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    version: int
-    manifest_bytes: bytes
-    variant: Variant
-    files: tuple[FilePlan, ...]
 
 
 class Updater:
@@ -125,9 +87,8 @@ class Updater:
         self._model = model
         self._store = store
         self._models = models
-        self._manifests = manifests
         self._fetcher = fetcher
-        self._choose = choose
+        self._planner = Planner(model, store, manifests, choose)
         self._open_slot = open_slot
         self._report = report
         self._conditions = conditions
@@ -299,8 +260,9 @@ class Updater:
             raise VerificationError(
                 f"self-test: the agent died {progress.crashes} times in a row in it", reason="self-test-crashed"
             )
-        plan = await self._plan(order.version)
-        if await asyncio.to_thread(self._is_whole, plan):
+        plan = await asyncio.to_thread(self._planner.plan, order.version)
+        self._variant = plan.variant.id
+        if await asyncio.to_thread(self._planner.is_whole, plan):
             progress = await self._enter(Step.VERIFY, progress)
             slot = self._store.slot(plan.version)
             await asyncio.to_thread(check_slot, slot, plan.variant.id)
@@ -322,7 +284,7 @@ class Updater:
             return found.model_copy(update={"order": order})
         return Progress(order=order, step=Step.PLAN)
 
-    async def _bring(self, plan: _Plan, progress: Progress) -> tuple[Progress, Path]:
+    async def _bring(self, plan: Plan, progress: Progress) -> tuple[Progress, Path]:
         self._conditions.check_turn(plan.version)
         here = self._store.partial_bytes(plan.version)
         self._conditions.check_fetch(needed_bytes(plan.files, here=here), self._store.free_bytes())
@@ -378,51 +340,7 @@ class Updater:
         await asyncio.to_thread(self._store.enter, entered)
         return entered
 
-    async def _plan(self, version: int) -> _Plan:
-        newest = self._store.state.newest
-        if version < newest:
-            await self._check_way_back(version, newest)
-        target = await asyncio.to_thread(self._manifests.target, self._model, version)
-        if target.withdrawn:
-            raise TrustError(f"{self._model}@{version} was withdrawn: {target.withdrawn[:200]}", reason="withdrawn")
-        manifest = parse_manifest(target.manifest)
-        if (manifest.name, manifest.version) != (self._model, version):
-            got = f"{manifest.name}@{manifest.version}"
-            raise BundleError(f"expected the manifest of {self._model}@{version}, got {got}")
-        variant = self._choose(manifest)
-        self._variant = variant.id
-        files = plan_files(manifest.device_files(variant.id), await asyncio.to_thread(self._installed))
-        return _Plan(version, target.manifest, variant, files)
-
-    async def _check_way_back(self, version: int, newest: int) -> None:
-        floor = (await asyncio.to_thread(self._manifests.target, self._model, newest)).rollback_floor
-        if not floor or version < floor:
-            allowed = f"versions from {floor} on" if floor else "no older version"
-            raise TrustError(
-                f"{self._model} has run version {newest} here, which lets it go back to {allowed}: {version} is older",
-                hint="publish the older model under a new version",
-                reason="rollback",
-            )
-
-    def _is_whole(self, plan: _Plan) -> bool:
-        """Return whether the version's slot is here as it was signed: from before, or from an earlier attempt."""
-        slot = self._store.slot(plan.version)
-        try:
-            if (slot / MANIFEST).read_bytes() != plan.manifest_bytes:
-                return False
-            check_slot(slot, plan.variant.id)
-        except (OSError, IsthmusError):
-            return False
-        return True
-
-    def _installed(self) -> dict[str, FileEntry]:
-        state = self._store.state
-        if not state.current:
-            return {}
-        manifest = parse_manifest((self._store.slot(state.current) / MANIFEST).read_bytes())
-        return manifest.device_files(state.variant)
-
-    async def _fetch(self, plan: _Plan, partial: Path) -> None:
+    async def _fetch(self, plan: Plan, partial: Path) -> None:
         base = self._store.slot(self._store.state.current)
         for file in plan.files:
             self._files.append(await bring_file(self._meter, file, base=base, partial=partial))

@@ -11,6 +11,7 @@ detail where there is more to say:
                        no-connection    there is none, and the last try to make one failed            not tried
                        breaker-open     the cloud failed lately and is left alone                     not tried
                        connection-lost  it broke during the call
+                       no-sealing-key   inputs are to be sealed and cannot be                          not tried
                        agent-error      a defect on this side; the log has it
     unauthenticated  the cloud does not accept the access token
                        no-token         there is none that is valid                                   not tried
@@ -84,8 +85,20 @@ _RETRY_HINTS: Final = {"grpc-retry-pushback-ms": 1e-3, "retry-after": 1.0}  # tr
 log = structlog.get_logger(__name__)
 
 
-def open_channel(address: str, ca: Path, *, message_bytes: int = 64 << 20) -> grpc.aio.Channel:
-    """Return the TLS 1.3 channel to the cloud that escalations, updates and reports share."""
+def open_channel(
+    address: str, ca: Path, identity: tuple[Path, Path] | None = None, *, message_bytes: int = 64 << 20
+) -> grpc.aio.Channel:
+    """Return the TLS 1.3 channel to the cloud that escalations, updates and reports share.
+
+    Args:
+        address: HOST:PORT.
+        ca: The authority that the cloud's certificate must come from.
+        identity: Key and certificate chain to show, where the cloud asks for them.
+        message_bytes: Largest message.
+
+    Raises:
+        ConfigError: A file does not hold what it should.
+    """
     options = (
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", message_bytes),
@@ -99,7 +112,7 @@ def open_channel(address: str, ca: Path, *, message_bytes: int = 64 << 20) -> gr
         ("grpc.min_reconnect_backoff_ms", 5_000),
         ("grpc.enable_retries", 0),  # the caller's deadline is too short to hide failures in
     )
-    return grpc.aio.secure_channel(address, channel_credentials(ca), options=options)
+    return grpc.aio.secure_channel(address, channel_credentials(ca, *(identity or ())), options=options)
 
 
 async def watch_connection(channel: grpc.aio.Channel, connected: Callable[[], None]) -> None:

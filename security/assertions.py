@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from isthmus.errors import ConfigError
-from security.jws import check_times, instant, read_header, refuse, text_claim, verified_claims, whole_seconds
-from security.keyfiles import load_ec_key
+from security.jws import assemble, check_times, instant, read_header, refuse, text_claim, verified_claims, whole_seconds
+from security.signer import ES256 as ALGORITHM
+from security.signer import FileSigner
 
-ALGORITHM: Final = "ES256"
 TYPE: Final = "isthmus-assertion+jwt"
 LIFETIME: Final = timedelta(seconds=60)
 _REQUIRED: Final = ("iss", "sub", "aud", "exp", "nbf", "iat", "jti")
@@ -52,7 +52,10 @@ def make_assertion(key_path: Path, device_id: str, audience: str, now: datetime)
         "exp": issued + int(LIFETIME.total_seconds()),
         "jti": uuid.uuid4().hex,
     }
-    return jwt.encode(claims, load_ec_key(key_path), algorithm=ALGORITHM, headers={"typ": TYPE})
+    signer = FileSigner(key_path)
+    if signer.algorithm != ALGORITHM:
+        raise ConfigError(f"{key_path}: expected an ECDSA P-256 private key")
+    return assemble({"alg": ALGORITHM, "typ": TYPE}, claims, signer.sign)
 
 
 def read_assertion_subject(assertion: str) -> str:

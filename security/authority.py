@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from isthmus.errors import ConfigError, InputError
-from security.keyfiles import load_ec_key, read_file, replace_file, save_private_key
+from security.keyfiles import load_ec_key, read_file, replace_file, replace_private_key, save_private_key
 
 CA_LIFETIME: Final = timedelta(days=3650)
 ISSUING_CA_LIFETIME: Final = timedelta(days=730)
@@ -111,15 +111,37 @@ def create_issuing_ca(ca: Authority, folder: Path, name: str, now: datetime) -> 
         ConflictError: There is one already.
     """
     key = ec.generate_private_key(ec.SECP256R1())
-    builder = _builder(
-        _name(f"{name} devices"), ca.certificate.subject, key.public_key(), now, now + ISSUING_CA_LIFETIME
-    )
+    certificate = _issuing_certificate(ca, _name(f"{name} devices"), key, now)
+    _save(folder, "issuing-ca", key, [certificate])
+    return Authority(certificate, key)
+
+
+def _issuing_certificate(
+    ca: Authority, subject: x509.Name, key: ec.EllipticCurvePrivateKey, now: datetime
+) -> x509.Certificate:
+    until = min(now + ISSUING_CA_LIFETIME, ca.certificate.not_valid_after_utc)
+    builder = _builder(subject, ca.certificate.subject, key.public_key(), now, until)
     builder = _as_authority(builder, 0).add_extension(_issued_by(ca), critical=False)
     # What this authority signs can be used for TLS and nothing else.
     builder = builder.add_extension(x509.ExtendedKeyUsage(SERVER_AND_CLIENT), critical=False)
-    certificate = builder.sign(ca.key, hashes.SHA256())
-    _save(folder, "issuing-ca", key, [certificate])
-    return Authority(certificate, key)
+    return builder.sign(ca.key, hashes.SHA256())
+
+
+def replace_issuing_ca(ca: Authority, folder: Path, now: datetime) -> x509.Certificate:
+    """Let a new authority certify devices from now on; what the one before has certified stays good.
+
+    `issuing-ca.pem` holds the new certificate, then those that devices may still have certificates from.
+
+    Raises:
+        ConfigError: There is no issuing authority in the folder.
+    """
+    path = folder / "issuing-ca.pem"
+    before = [old for old in load_certificates(path) if old.not_valid_after_utc > now]
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = _issuing_certificate(ca, before[0].subject if before else ca.certificate.subject, key, now)
+    replace_private_key(folder / "issuing-ca.key", key)
+    replace_file(path, chain_pem([certificate, *before]))
+    return certificate
 
 
 def issue_server_certificate(ca: Authority, folder: Path, hosts: Sequence[str], now: datetime) -> x509.Certificate:
@@ -136,6 +158,37 @@ def issue_server_certificate(ca: Authority, folder: Path, hosts: Sequence[str], 
     certificate = sign_leaf(ca, key.public_key(), hosts[0], names, SERVER, now, SERVER_LIFETIME)
     _save(folder, "server", key, [certificate])
     return certificate
+
+
+def replace_server_certificate(ca: Authority, folder: Path, hosts: Sequence[str], now: datetime) -> x509.Certificate:
+    """Give the cloud a new key and certificate in place of those in `folder`; a running cloud takes them up.
+
+    Args:
+        ca: The authority that signs.
+        folder: Gets server.key and server.pem.
+        hosts: As before; empty for the hosts of the certificate that is there.
+        now: The time.
+
+    Raises:
+        ConfigError: No hosts are given and there is no certificate to read them from.
+        InputError: One is neither a DNS name nor an IP address.
+    """
+    names = host_names(hosts) if hosts else _hosts_of(load_certificate(folder / "server.pem"))
+    if not names:
+        raise InputError("a server certificate needs at least one host", hint="--host NAME names one")
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = sign_leaf(ca, key.public_key(), str(names[0].value), names, SERVER, now, SERVER_LIFETIME)
+    # A cloud that looks between the two finds a pair that does not fit, and goes on with the one that it has.
+    replace_private_key(folder / "server.key", key)
+    replace_file(folder / "server.pem", chain_pem([certificate]))
+    return certificate
+
+
+def _hosts_of(certificate: x509.Certificate) -> list[x509.GeneralName]:
+    try:
+        return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound:
+        return []
 
 
 def sign_leaf(
@@ -166,8 +219,17 @@ def load_certificate(path: Path) -> x509.Certificate:
     Raises:
         ConfigError: There is none.
     """
+    return load_certificates(path)[0]
+
+
+def load_certificates(path: Path) -> list[x509.Certificate]:
+    """Read the certificates of a PEM file.
+
+    Raises:
+        ConfigError: There is none.
+    """
     try:
-        return x509.load_pem_x509_certificate(read_file(path))
+        return x509.load_pem_x509_certificates(read_file(path))
     except ValueError as error:
         raise ConfigError(f"{path}: expected a PEM certificate") from error
 

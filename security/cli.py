@@ -12,12 +12,15 @@ import typer
 
 from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
+from security.rotation_cli import DirOption, rotate_issuing, rotate_server, rotate_tokens
+from security.sealing_cli import app as sealing_app
 
 if TYPE_CHECKING:
     from security.ceremony import Progress
     from security.workspace import Entry
 
 keys_app = typer.Typer(no_args_is_help=True, help="Create and inspect the keys and certificates of a workspace.")
+keys_app.add_typer(sealing_app, name="sealing")
 token_app = typer.Typer(no_args_is_help=True, help="Mint and inspect access tokens.")
 
 _PORT: Final = 8443
@@ -28,7 +31,6 @@ _SOON_PUBLISHER_DAYS: Final = 60
 _PUBLISHED: Final = "update publisher-"
 
 RoleArgument = Annotated[str, typer.Argument(metavar="ROLE", help="root, targets, snapshot or timestamp.")]
-DirOption = Annotated[Path, typer.Option("--dir", help="The workspace's operator folder.", metavar="DIR")]
 KeyOption = Annotated[
     list[Path] | None,
     typer.Option("--key", help="A key file that is elsewhere, to sign with; repeat for more.", metavar="FILE"),
@@ -44,6 +46,11 @@ Next:
   isthmus cloud serve --home {root}/cloud{listen}
   isthmus token mint --home {root}/cloud --role operator --subject YOU --ttl 12h --output operator.token
   isthmus device invite DEVICE --cloud {host}:{port} --trust {root}/trust --token-file operator.token"""
+
+
+keys_app.command("rotate-server")(rotate_server)
+keys_app.command("rotate-issuing")(rotate_issuing)
+keys_app.command("rotate-tokens")(rotate_tokens)
 
 
 @keys_app.callback()
@@ -62,12 +69,18 @@ def init(
     root_threshold: Annotated[int, typer.Option(help="How many of them must sign.")] = 1,
     targets_keys: Annotated[int, typer.Option(help="Keys that sign manifests, one for each holder.")] = 1,
     targets_threshold: Annotated[int, typer.Option(help="How many of them must sign.")] = 1,
+    signed: Annotated[
+        str, typer.Option("--token-algorithm", help="What tokens are signed with: EdDSA or ES256.")
+    ] = "EdDSA",
 ) -> None:
-    """Make a workspace: authorities, certificates, token and update keys."""
+    """Make a workspace: authorities, certificates, token and update keys.
+
+    Your own authority in place of the private one: docs/keys.md says which files to replace.
+    """
     from security.workspace import Holders, init_workspace
 
     holders = Holders(root_keys, root_threshold, targets_keys, targets_threshold)
-    init_workspace(root, host, name, datetime.now(UTC), holders=holders)
+    init_workspace(root, host, name, datetime.now(UTC), holders=holders, token_algorithm=signed)
     local = all(name in _LOOPBACK for name in host)
     listen = "" if local else f" --listen 0.0.0.0:{_PORT}"  # the default is reachable from this machine only
     note(_NEXT_STEPS.format(root=root, host=host[0], port=_PORT, listen=listen))
@@ -319,11 +332,18 @@ def token() -> None:
 @token_app.command("mint")
 def mint(
     home: Annotated[Path, typer.Option("--home", help="The workspace's cloud folder.", metavar="DIR")],
-    role: Annotated[str, typer.Option("--role", help="operator, client or device.")],
+    role: Annotated[
+        str,
+        typer.Option(
+            "--role",
+            help="admin, operator, auditor, client or device; granted: what isthmus role grant says, at each call.",
+        ),
+    ],
     subject: Annotated[str, typer.Option("--subject", help="Whom the token is for.", metavar="NAME")],
     model: Annotated[
         list[str] | None, typer.Option("--model", help="A model that it allows; repeat for more. Default: all.")
     ] = None,
+    tenant: Annotated[str, typer.Option("--tenant", help="Whose models and devices it shows.")] = "default",
     ttl: Annotated[str, typer.Option("--ttl", help="How long it is valid: 15m, 12h, 30d.")] = "1h",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it here (0600), not to stdout.")] = None,
     as_json: JsonOption = False,
@@ -336,8 +356,8 @@ def mint(
     issuer = TokenIssuer.load(home)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(f"cannot write {output}", hint="--output needs a file in a folder that exists")
-    text, expires_at = issuer.mint(subject, role, models=model or [ALL_MODELS], ttl=parse_duration(ttl))
-    record: dict[str, Any] = {"subject": subject, "role": role, "expires": expires_at.isoformat()}
+    text, expires_at = issuer.mint(subject, role, models=model or [ALL_MODELS], ttl=parse_duration(ttl), tenant=tenant)
+    record: dict[str, Any] = {"subject": subject, "role": role, "tenant": tenant, "expires": expires_at.isoformat()}
     if output is not None:
         replace_file(output, text.encode() + b"\n", mode=PRIVATE_MODE)
         record["file"] = str(output)
@@ -361,10 +381,15 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a token says, without its signature; with --home also whether it is valid."""
+    from security.apikeys import is_api_key, prefix_of
     from security.jws import MAX_TOKEN_BYTES
     from security.tokens import TokenIssuer, describe_token
 
     value = (sys.stdin.buffer.read(MAX_TOKEN_BYTES + 1).decode("ascii", "replace") if text == "-" else text).strip()
+    if is_api_key(value):
+        note("an API key says nothing about itself: isthmus apikey list knows whose it is")
+        show_record("API key", {"prefix": prefix_of(value)}, as_json=as_json)
+        return
     record = describe_token(value)
     if home is None:
         record["verified"] = "not checked"

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+import structlog
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -35,6 +35,8 @@ from security.authority import (
     sign_leaf,
 )
 from security.keyfiles import save_private_key
+
+log = structlog.get_logger(__name__)
 
 DEVICE_LIFETIME: Final = timedelta(days=90)
 MAX_REQUEST_BYTES: Final = 16 * 1024
@@ -89,6 +91,15 @@ def make_csr(key: ec.EllipticCurvePrivateKey, device_id: str, hosts: Sequence[st
     return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
+def hosts_of(certificate: x509.Certificate) -> list[str]:
+    """Return the hosts that a device's certificate is for."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]
+
+
 def public_key_of(pem: bytes) -> bytes:
     """Return the public key, PEM, of a certificate (the first of a chain) or a signing request.
 
@@ -105,12 +116,19 @@ def public_key_of(pem: bytes) -> bytes:
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
-@dataclass(frozen=True, slots=True)
 class IssuingCa:
-    """The cloud's authority for device certificates."""
+    """The cloud's authority for device certificates; follows the files.
 
-    _authority: Authority
-    _cloud_names: frozenset[x509.GeneralName]
+    Args:
+        cloud_dir: The workspace's `cloud` folder.
+
+    Raises:
+        ConfigError: Its files are missing or do not fit together.
+    """
+
+    def __init__(self, cloud_dir: Path) -> None:
+        self._folder = cloud_dir
+        self._read()
 
     @classmethod
     def load(cls, cloud_dir: Path) -> IssuingCa:
@@ -119,13 +137,38 @@ class IssuingCa:
         Raises:
             ConfigError: Its files are missing or do not fit together.
         """
-        server = load_certificate(cloud_dir / "server.pem")
+        return cls(cloud_dir)
+
+    def refresh(self) -> None:
+        """Take in files that were replaced since; those that do not fit together change nothing, for now."""
+        if self._stamp() == self._seen:
+            return
+        try:
+            self._read()
+        except ConfigError as error:
+            log.warning("issuing authority not replaced", reason=error.message)
+            return
+        log.info("issuing authority replaced", until=self._authority.certificate.not_valid_after_utc.isoformat())
+
+    def _read(self) -> None:
+        seen = self._stamp()
+        server = load_certificate(self._folder / "server.pem")
         try:
             names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         except x509.ExtensionNotFound as error:
-            raise ConfigError(f"{cloud_dir / 'server.pem'} names no host") from error
-        cloud_names = frozenset(name for name in names if not _is_loopback(name))
-        return cls(Authority.load(cloud_dir, "issuing-ca"), cloud_names)
+            raise ConfigError(f"{self._folder / 'server.pem'} names no host") from error
+        self._authority = Authority.load(self._folder, "issuing-ca")
+        self._cloud_names = frozenset(name for name in names if not _is_loopback(name))
+        self._seen = seen
+
+    def _stamp(self) -> tuple[object, ...]:
+        """Return what changes when a file is replaced."""
+        names = ("issuing-ca.key", "issuing-ca.pem", "server.pem")
+        try:
+            stats = [(self._folder / name).stat() for name in names]
+        except OSError as error:
+            return (str(error),)
+        return tuple((s.st_mtime_ns, s.st_size, s.st_ino) for s in stats)
 
     def sign(self, csr_pem: bytes, device_id: str, now: datetime) -> bytes:
         """Return the device's certificate and the authority's own, PEM.

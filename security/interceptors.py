@@ -18,7 +18,10 @@ import structlog
 
 from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
 from isthmus.status import fail, wrap_handler
+from security.authenticator import Authenticator
+from security.binding import Guard
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
+from security.tenancy import TENANT_HEADER, check_tenant
 from security.tokens import Claims, TokenVerifier
 
 log = structlog.get_logger(__name__)
@@ -40,17 +43,32 @@ def current_claims() -> Claims:
     return claims
 
 
+def known_claims() -> Claims | None:
+    """Return the claims of the caller of the running method, as far as anybody asked; they may not have been enough."""
+    return _claims.get(None)
+
+
 class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Lets a call pass when its token has the scope that the method asks for.
 
     Args:
-        verifier: Verifies the tokens.
+        verifier: Tells who calls; a verifier of tokens where tokens of this cloud are all there is.
         method_scopes: What each method asks for, by its full path.
+        guard: Knows who is revoked, and which tokens are good on which connection.
+        tenant: The only tenant whose callers are let in; None for all, each to what is its own.
     """
 
-    def __init__(self, verifier: TokenVerifier, method_scopes: Mapping[str, str] = METHOD_SCOPES) -> None:
-        self._verifier = verifier
-        self._method_scopes = method_scopes
+    def __init__(
+        self,
+        verifier: Authenticator | TokenVerifier,
+        method_scopes: Mapping[str, str] = METHOD_SCOPES,
+        *,
+        guard: Guard | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        self._authenticator = verifier if isinstance(verifier, Authenticator) else Authenticator(verifier)
+        self._method_scopes, self._tenant = method_scopes, tenant
+        self._guard = guard or Guard()
 
     async def intercept_service(
         self,
@@ -64,10 +82,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         method = str(handler_call_details.method)
         try:
             claims = self._admit(method, handler_call_details.invocation_metadata or ())
-        except (IdentityError, PermissionDeniedError) as error:
+        except IsthmusError as error:
             log.info("call refused", method=method, reason=error.reason)
-            return _refusal(error)
-        return handler if claims is None else _with_claims(handler, claims)
+            return _refusal(error, _claims.get(None))
+        return handler if claims is None else _with_claims(self._guard.wrap(handler, claims), claims)
 
     def _admit(self, method: str, metadata: Any) -> Claims | None:
         needed = self._method_scopes.get(method)
@@ -75,14 +93,18 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             raise PermissionDeniedError("this method is not offered", reason="method-not-allowed")
         if needed == PUBLIC:
             return None
-        claims = self._verifier.verify(_bearer_token(metadata))
+        claims = self._authenticator.verify(_bearer_token(metadata), _tenant(metadata))
+        _claims.set(claims)  # whoever records a refusal wants to know whose it is
+        if self._tenant not in (None, claims.tenant):
+            raise PermissionDeniedError("this is not for callers of another tenant", reason="wrong-tenant")
+        self._guard.admit(claims)
         if needed != AUTHENTICATED and needed not in claims.scopes:
             raise PermissionDeniedError(
                 f"this method needs the scope {needed}",
                 reason="missing-scope",
                 hint="use a token of a role that has it: isthmus token mint --role ROLE",
             )
-        return claims
+        return claims if needed == AUTHENTICATED else claims.narrowed_to(needed)
 
 
 def _bearer_token(metadata: Any) -> str:
@@ -95,9 +117,18 @@ def _bearer_token(metadata: Any) -> str:
     return value[len(_SCHEME) :].strip()
 
 
-def _refusal(error: IsthmusError) -> grpc.RpcMethodHandler[Any, Any]:
+def _tenant(metadata: Any) -> str:
+    values = [value for key, value in metadata if key.lower() == TENANT_HEADER]
+    if len(values) > 1 or not all(isinstance(value, str) for value in values):
+        raise IdentityError(f"expected one {TENANT_HEADER} header", reason="malformed-token")
+    return check_tenant(values[0]) if values else ""
+
+
+def _refusal(error: IsthmusError, claims: Claims | None) -> grpc.RpcMethodHandler[Any, Any]:
     async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
         del requests
+        if claims is not None:
+            _claims.set(claims)
         fail(context, error)
         return
         yield b""  # never reached: it makes this function a stream, which ends with a status and no answer

@@ -6,7 +6,9 @@ listed in `REASONS`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import base64
+import json
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -37,12 +39,29 @@ REASONS: Final = frozenset(
 
 _EXPIRED_HINT: Final = "isthmus token mint makes a new one; on a device, look at the clock"
 
+# What a public key can be here; `security.signer` has the private halves.
 PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey
 
 
 def refuse(message: str, reason: str, *, hint: str = "") -> IdentityError:
     """Return the error for a token that is not accepted."""
     return IdentityError(message, reason=reason, hint=hint)
+
+
+def assemble(header: Mapping[str, Any], claims: Mapping[str, Any], sign: Callable[[bytes], bytes]) -> str:
+    """Return a signed token (RFC 7515 section 3.1).
+
+    Args:
+        header: Its header, with the algorithm that `sign` uses.
+        claims: What it says.
+        sign: Returns the signature of its argument.
+    """
+    text = b".".join(_b64(json.dumps(part, separators=(",", ":")).encode()) for part in (header, claims))
+    return b".".join((text, _b64(sign(text)))).decode()
+
+
+def _b64(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
 
 
 def read_header(token: str, *, algorithm: str, kind: str, names: Collection[str]) -> Mapping[str, Any]:

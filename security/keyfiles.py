@@ -84,6 +84,11 @@ def save_private_key(path: Path, key: PrivateKey) -> None:
     create_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
+def replace_private_key(path: Path, key: PrivateKey) -> None:
+    """Write a private key in the place of another one, whole or not at all."""
+    replace_file(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), mode=PRIVATE_MODE)
+
+
 def load_ec_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read an ECDSA P-256 private key.
 

@@ -1,7 +1,8 @@
-"""The public keys that verify access tokens, as a JSON Web Key Set (RFC 7517, RFC 8037).
+"""The public keys that verify access tokens, as a JSON Web Key Set (RFC 7517, RFC 7518, RFC 8037).
 
 Keys rotate with overlap: a new key is added to the set before the first token is signed with it, and an old one is
 removed after its last token expired. A key's id is the start of its RFC 7638 thumbprint, so no two keys share one.
+All keys of a set are of one algorithm, and so the set, which is configuration, says which one tokens are signed with.
 """
 
 from __future__ import annotations
@@ -13,26 +14,33 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import jwt
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from isthmus.errors import ConfigError, IdentityError
+from security.jws import PublicKey
+from security.signer import ALGORITHMS, EDDSA, ES256
 
-ALGORITHM: Final = "EdDSA"
-_MAX_KEYS: Final = 32
+MAX_KEYS: Final = 32
+_EXPECTED: Final = "expected Ed25519 or P-256 public keys with alg and kid in the key set"
 
 
 class KeySet:
-    """Ed25519 public keys by their ids.
+    """Public keys of one algorithm, by their ids.
 
     Raises:
         ConfigError: The JSON is no key set, or holds a key of another kind or a private one.
     """
 
     def __init__(self, jwks: bytes) -> None:
-        self._keys = dict(_parse(entry) for entry in _entries(jwks))
+        parsed = [_parse(entry) for entry in _entries(jwks)]
+        self._keys = {kid: key for kid, _, key in parsed}
+        algorithms = {algorithm for _, algorithm, _ in parsed}
+        if len(algorithms) != 1:
+            raise ConfigError("expected keys of one algorithm in the key set")
+        self.algorithm = algorithms.pop()
 
-    def key(self, kid: object) -> ed25519.Ed25519PublicKey:
+    def key(self, kid: object) -> PublicKey:
         """Return the key with this id.
 
         Raises:
@@ -48,17 +56,27 @@ class KeySet:
         return key
 
 
-def public_jwk(key: ed25519.Ed25519PublicKey) -> dict[str, str]:
+def public_jwk(key: PublicKey) -> dict[str, str]:
     """Return the key as an entry of a key set."""
-    raw = key.public_bytes(Encoding.Raw, PublicFormat.Raw)
-    x = base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
-    return {"kty": "OKP", "crv": "Ed25519", "x": x, "use": "sig", "alg": ALGORITHM, "kid": key_id(x)}
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        members = {"crv": "Ed25519", "kty": "OKP", "x": _b64(key.public_bytes(Encoding.Raw, PublicFormat.Raw))}
+        algorithm = EDDSA
+    else:
+        point = key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
+        half = len(point) // 2
+        members = {"crv": "P-256", "kty": "EC", "x": _b64(point[:half]), "y": _b64(point[half:])}
+        algorithm = ES256
+    return {**members, "use": "sig", "alg": algorithm, "kid": _key_id(members)}
 
 
-def key_id(x: str) -> str:
-    """Return the id of an Ed25519 key: the first 16 hexadecimal digits of its RFC 7638 thumbprint."""
-    members = json.dumps({"crv": "Ed25519", "kty": "OKP", "x": x}, separators=(",", ":"), sort_keys=True)
-    return hashlib.sha256(members.encode()).hexdigest()[:16]
+def _key_id(members: Mapping[str, str]) -> str:
+    """Return the first 16 hexadecimal digits of the RFC 7638 thumbprint."""
+    text = json.dumps(members, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def _entries(jwks: bytes) -> list[Mapping[str, Any]]:
@@ -66,17 +84,21 @@ def _entries(jwks: bytes) -> list[Mapping[str, Any]]:
         entries = json.loads(jwks)["keys"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError("expected a JSON Web Key Set with a list of keys") from error
-    if not isinstance(entries, list) or not 0 < len(entries) <= _MAX_KEYS:
-        raise ConfigError(f"expected a JSON Web Key Set of 1 to {_MAX_KEYS} keys")
+    if not isinstance(entries, list) or not 0 < len(entries) <= MAX_KEYS:
+        raise ConfigError(f"expected a JSON Web Key Set of 1 to {MAX_KEYS} keys")
     return entries
 
 
-def _parse(entry: Mapping[str, Any]) -> tuple[str, ed25519.Ed25519PublicKey]:
+def _parse(entry: Mapping[str, Any]) -> tuple[str, str, PublicKey]:
     try:
-        kid, private = entry["kid"], "d" in entry
-        key = jwt.PyJWK(dict(entry), algorithm=ALGORITHM).key
-    except (jwt.PyJWTError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError("expected Ed25519 public keys with a kid in the key set") from error
-    if private or not isinstance(kid, str) or not isinstance(key, ed25519.Ed25519PublicKey):
-        raise ConfigError("expected Ed25519 public keys with a kid in the key set")
-    return kid, key
+        kid, algorithm, private = entry["kid"], entry.get("alg", EDDSA), "d" in entry
+        if algorithm not in ALGORITHMS:
+            raise ConfigError(_EXPECTED)
+        key = jwt.PyJWK(dict(entry), algorithm=algorithm).key
+    except (jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(_EXPECTED) from error
+    is_p256 = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)
+    fits = isinstance(key, ed25519.Ed25519PublicKey) if algorithm == EDDSA else is_p256
+    if private or not isinstance(kid, str) or not fits:
+        raise ConfigError(_EXPECTED)
+    return kid, algorithm, key

@@ -69,6 +69,10 @@ class ListenerLimits(BaseModel):
             ("grpc.absolute_max_metadata_size", self.metadata_bytes),
             ("grpc.max_allowed_incoming_connections", allowed_connections(self.connections)),
             ("grpc.max_concurrent_streams", self.streams),
+            # Buffers that every connection has; they grow with what comes.
+            ("grpc.tsi.max_frame_size", 4096),
+            ("grpc.experimental.tcp_min_read_chunk_size", 1024),
+            ("grpc.experimental.tcp_read_chunk_size", 1024),
             # Calls that nobody has looked at yet, each with its metadata in memory; from the first number on some are
             # refused, from the second on all.
             ("grpc.server.max_pending_requests", waiting),

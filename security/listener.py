@@ -16,9 +16,9 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # compiled, without types
 
 from isthmus.errors import OverloadedError
+from isthmus.memory import give_back
 from isthmus.status import end_call, refuse
 from security.limits import ListenerLimits
-from security.memory import give_back
 from security.scopes import METHOD_SCOPES
 
 

@@ -12,9 +12,11 @@ cloud that was stopped between it and the timestamp signs the timestamp anew whe
 
 from __future__ import annotations
 
+import fcntl
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -51,6 +53,7 @@ from security.metadata import (
 )
 
 _TIMESTAMP: Final = "timestamp.json"
+_LOCK: Final = "lock"
 _ROOT_NAME: Final = re.compile(r"[1-9][0-9]{0,9}\.root\.json")
 
 
@@ -284,7 +287,7 @@ class _State:
 
 
 class CloudRepository:
-    """The cloud's side: what devices fetch; safe to use from several threads.
+    """The cloud's side: what devices fetch; safe to use from several threads, and clouds that share the folder.
 
     Args:
         cloud_dir: The workspace's `cloud` folder.
@@ -371,7 +374,7 @@ class CloudRepository:
             ConflictError: One does not follow the current version.
             ConfigError: The cloud does not hold the snapshot and timestamp keys that a new root names.
         """
-        with self._lock:
+        with self._alone():
             before = self._state()
             state = self._next(offered)
             if known_only:
@@ -380,7 +383,7 @@ class CloudRepository:
 
     def refresh_if_due(self, now: datetime) -> bool:
         """Sign timestamp and snapshot anew when half of their lifetime is over; return whether that was so."""
-        with self._lock:
+        with self._alone():
             root = newest_root(self._folder).signed
             timestamp = parse(read_file(self._folder / _TIMESTAMP), Timestamp)
             snapshot = self._current_snapshot_metadata()
@@ -392,6 +395,13 @@ class CloudRepository:
             else:
                 return False
             return True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep all others out, other clouds on a shared folder too (flock, which NFS knows as well)."""
+        with self._lock, (self._folder / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _state(self) -> _State:
         meta = dict(self._current_snapshot().meta)

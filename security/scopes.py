@@ -15,18 +15,40 @@ REGISTRY_READ: Final = "registry:read"
 REGISTRY_PUBLISH: Final = "registry:publish"
 FLEET_ADMIN: Final = "fleet:admin"
 DEVICE: Final = "device"
+AUDIT_READ: Final = "audit:read"
+USAGE_READ: Final = "usage:read"
+TRAFFIC_ADMIN: Final = "traffic:admin"
+ACCESS_ADMIN: Final = "access:admin"
 
 # Not scopes: what a method may ask for instead of one.
 PUBLIC: Final = "public"  # no token; the request carries its own proof, or there is nothing to protect
 AUTHENTICATED: Final = "authenticated"  # any valid token
 
-SCOPES: Final = frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, DEVICE})
+# Not a scope either: what a token holds instead of scopes when its subject may do what it was granted, and no more
+# (security.roles). Such a token is worth as much as the grants are at the time of the call.
+GRANTED: Final = "granted"
+
+SCOPES: Final = frozenset(
+    {
+        INFER,
+        REGISTRY_READ,
+        REGISTRY_PUBLISH,
+        FLEET_ADMIN,
+        DEVICE,
+        AUDIT_READ,
+        USAGE_READ,
+        TRAFFIC_ADMIN,
+        ACCESS_ADMIN,
+    }
+)
 
 SCOPES_OF_ROLE: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
         "device": frozenset({INFER, REGISTRY_READ, DEVICE}),
         "client": frozenset({INFER}),
-        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN}),
+        "operator": frozenset({INFER, REGISTRY_READ, REGISTRY_PUBLISH, FLEET_ADMIN, USAGE_READ, TRAFFIC_ADMIN}),
+        "auditor": frozenset({AUDIT_READ, USAGE_READ, REGISTRY_READ}),
+        "admin": SCOPES,
     }
 )
 
@@ -35,6 +57,8 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "Invite": FLEET_ADMIN,
         "Enrol": PUBLIC,
         "IssueToken": PUBLIC,
+        "RenewCertificate": PUBLIC,
+        "RevokeDevice": ACCESS_ADMIN,
         "Watch": DEVICE,
         "Report": DEVICE,
         "ListDevices": FLEET_ADMIN,
@@ -53,6 +77,14 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "GetRollout": FLEET_ADMIN,
         "ListRollouts": FLEET_ADMIN,
     },
+    "isthmus.v1.TrafficService": {
+        "SetTraffic": TRAFFIC_ADMIN,
+        "RollbackTraffic": TRAFFIC_ADMIN,
+        "ListTraffic": TRAFFIC_ADMIN,
+        "ListReplicas": TRAFFIC_ADMIN,
+        "DrainReplica": TRAFFIC_ADMIN,
+        "ResumeReplica": TRAFFIC_ADMIN,
+    },
     "isthmus.v1.RegistryService": {
         "FetchMetadata": REGISTRY_READ,
         "FetchBlob": REGISTRY_READ,
@@ -64,6 +96,29 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
         "SubmitMetadata": REGISTRY_PUBLISH,
         "ListVersions": REGISTRY_READ,
     },
+    "isthmus.v1.AccessService": {
+        "GrantRole": ACCESS_ADMIN,
+        "RevokeRole": ACCESS_ADMIN,
+        "ListRoles": ACCESS_ADMIN,
+        "CreateApiKey": ACCESS_ADMIN,
+        "RotateApiKey": ACCESS_ADMIN,
+        "RevokeApiKey": ACCESS_ADMIN,
+        "ListApiKeys": ACCESS_ADMIN,
+    },
+    "isthmus.v1.UsageService": {
+        "GetUsage": USAGE_READ,
+        "GetCompute": ACCESS_ADMIN,
+        "SetQuota": ACCESS_ADMIN,
+        "ListQuotas": USAGE_READ,
+        "ClearQuota": ACCESS_ADMIN,
+    },
+    "isthmus.v1.AuditService": {
+        "SearchRecords": AUDIT_READ,
+        "ExportRecords": AUDIT_READ,
+        "GetHeads": AUDIT_READ,
+    },
+    # Public keys, and what the caller is called here: whoever may send anything may seal it.
+    "isthmus.v1.SealingService": {"GetSealingKeys": AUTHENTICATED},
     "isthmus.v1.AgentService": {
         "GetStatus": INFER,
         # The caller's own queues only: the agent tells them apart by the token's subject.

@@ -22,31 +22,42 @@ from security.keyfiles import load_private_key, read_file
 log = structlog.get_logger(__name__)
 
 
-def server_credentials(key: Path, chain: Path) -> grpc.ServerCredentials:
-    """Return credentials that follow the two files.
+def server_credentials(key: Path, chain: Path, clients: Path | None = None) -> grpc.ServerCredentials:
+    """Return credentials that follow the files.
 
     Args:
         key: Private key, PEM.
         chain: The server's certificate, then those of intermediate authorities, PEM.
+        clients: Certificates of the authorities that clients must have one from, PEM; None asks for none. gRPC's
+            Python servers cannot ask for a certificate and do without one, hence listeners of both kinds.
 
     Raises:
         ConfigError: TLS 1.3 is not enforced in this process, or the files do not hold a pair.
     """
     _require_tls13()
-    pair = _RotatingPair(key, chain)
-    return grpc.dynamic_ssl_server_credentials(pair.read(), pair.changed)
+    pair = _RotatingPair(key, chain, clients)
+    return grpc.dynamic_ssl_server_credentials(
+        pair.read(), pair.changed, require_client_authentication=clients is not None
+    )
 
 
-def channel_credentials(ca: Path) -> grpc.ChannelCredentials:
+def channel_credentials(ca: Path, key: Path | None = None, chain: Path | None = None) -> grpc.ChannelCredentials:
     """Return credentials for a channel that trusts the authority in the file `ca`, and no other.
 
+    Args:
+        ca: The authority's certificate, PEM.
+        key: Private key of the certificate that is shown to a server that asks for one.
+        chain: That certificate, then those of intermediate authorities, PEM.
+
     Raises:
-        ConfigError: TLS 1.3 is not enforced in this process, or the file holds no certificate.
+        ConfigError: TLS 1.3 is not enforced in this process, or a file does not hold what it should.
     """
     _require_tls13()
     pem = read_file(ca)
     _load_chain(ca, pem)
-    return grpc.ssl_channel_credentials(root_certificates=pem)
+    if key is None or chain is None:
+        return grpc.ssl_channel_credentials(root_certificates=pem)
+    return grpc.ssl_channel_credentials(pem, *_read_pair(key, chain))
 
 
 def negotiated(context: grpc.aio.ServicerContext[Any, Any]) -> tuple[str, str]:
@@ -68,27 +79,42 @@ def _require_tls13() -> None:
         )
 
 
-class _RotatingPair:
-    """A key and a certificate chain on disk, re-read when either file was replaced."""
+def _read_pair(key: Path, chain: Path) -> tuple[bytes, bytes]:
+    """Return a private key and the chain that certifies it, as they are on the disk.
 
-    def __init__(self, key: Path, chain: Path) -> None:
+    Raises:
+        ConfigError: They cannot be read or do not belong together.
+    """
+    chain_pem = read_file(chain)
+    leaf = _load_chain(chain, chain_pem)[0]
+    own = load_private_key(key).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    if leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) != own:
+        raise ConfigError(f"{chain} does not certify the key in {key}")
+    return read_file(key), chain_pem
+
+
+class _RotatingPair:
+    """A key and a certificate chain on disk, and the authorities of clients; re-read when a file was replaced."""
+
+    def __init__(self, key: Path, chain: Path, clients: Path | None) -> None:
         self._key = key
         self._chain = chain
+        self._clients = clients
         self._seen: tuple[object, ...] = ()
 
     def read(self) -> grpc.ServerCertificateConfiguration:
-        """Read both files.
+        """Read the files.
 
         Raises:
             ConfigError: They cannot be read or do not belong together.
         """
         self._seen = self._stamp()
-        chain_pem = read_file(self._chain)
-        leaf = _load_chain(self._chain, chain_pem)[0]
-        own = load_private_key(self._key).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        if leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) != own:
-            raise ConfigError(f"{self._chain} does not certify the key in {self._key}")
-        return grpc.ssl_server_certificate_configuration([(read_file(self._key), chain_pem)])
+        pair = _read_pair(self._key, self._chain)
+        roots = None
+        if self._clients is not None:
+            roots = read_file(self._clients)
+            _load_chain(self._clients, roots)
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
 
     def changed(self) -> grpc.ServerCertificateConfiguration:
         """Return the new pair, or None while nothing usable changed; grpc calls this at each handshake."""
@@ -104,8 +130,9 @@ class _RotatingPair:
         return configuration
 
     def _stamp(self) -> tuple[object, ...]:
+        paths = [path for path in (self._key, self._chain, self._clients) if path is not None]
         try:
-            return tuple((s.st_mtime_ns, s.st_size, s.st_ino) for s in (self._key.stat(), self._chain.stat()))
+            return tuple((s.st_mtime_ns, s.st_size, s.st_ino) for s in (path.stat() for path in paths))
         except OSError as error:
             return (str(error),)
 

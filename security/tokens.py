@@ -4,7 +4,7 @@ The rules that `TokenVerifier` follows, after RFC 8725:
 
 1. A token is at most 8 KiB; its header has `alg`, `kid` and `typ` and nothing else: no key, and no place to fetch one
    from, is ever taken from a token.
-2. The algorithm is EdDSA over Ed25519 because this file says so; the header must agree.
+2. The algorithm, EdDSA or ES256, is the one of our own key set, which is configuration; the header must agree.
 3. The key is the one in our own key set with the token's `kid`.
 4. `iss aud sub exp nbf iat jti scope models` are all required, with the right types; issuer and audience match exactly.
 5. Time comes from the clock that was handed in; small leeways cover clocks that disagree.
@@ -20,14 +20,14 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
 import jwt
-from cryptography.hazmat.primitives.asymmetric import ed25519
+import structlog
 
 from isthmus.errors import ConfigError, InputError
 from security.assertions import Assertion, make_assertion, read_assertion_subject, verify_assertion
@@ -35,6 +35,7 @@ from security.jws import (
     EXPIRY_LEEWAY_S,
     LAST_TIME,
     MAX_TOKEN_BYTES,
+    assemble,
     check_times,
     instant,
     read_header,
@@ -43,16 +44,12 @@ from security.jws import (
     verified_claims,
     whole_seconds,
 )
-from security.keyfiles import (
-    create_secret,
-    load_ed25519_key,
-    make_private_folder,
-    read_file,
-    replace_file,
-    save_private_key,
-)
-from security.keyset import ALGORITHM, KeySet, public_jwk
-from security.scopes import SCOPES_OF_ROLE
+from security.keyfiles import read_file
+from security.keyset import KeySet
+from security.rotation import MAX_TTL, Schedule, create_token_keys, load_signers
+from security.scopes import ACCESS_ADMIN, GRANTED, SCOPES_OF_ROLE
+from security.signer import EDDSA
+from security.tenancy import DEFAULT_TENANT, check_tenant
 
 __all__ = [
     "Assertion",
@@ -67,12 +64,12 @@ __all__ = [
 ]
 
 TYPE: Final = "at+jwt"  # RFC 9068 section 2.1
-MAX_TTL: Final = timedelta(days=30)
 ALL_MODELS: Final = "*"
-DEFAULT_TENANT: Final = "default"  # of tokens that name none, and of a cloud that serves one tenant only
 _FROM_FILE: Final = "a token in a file is read from standard input: isthmus token inspect - < FILE"
 _THUMBPRINT_LENGTH: Final = 43  # 32 bytes as base64url without padding
 _REQUIRED: Final = ("iss", "aud", "sub", "exp", "nbf", "iat", "jti", "scope", "models")
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +78,7 @@ class Claims:
 
     `tenant` is whose models and devices the caller sees; `token_id` the token's `jti`; `thumbprint` the SHA-256
     (base64url, no padding) of the certificate that the token is bound to (RFC 8705 section 3.1), "" when to none.
+    `models_by_scope` is set where scopes come from several grants, each for models of its own.
     """
 
     subject: str
@@ -90,6 +88,18 @@ class Claims:
     tenant: str = DEFAULT_TENANT
     token_id: str = ""
     thumbprint: str = ""
+    models_by_scope: Mapping[str, frozenset[str]] | None = None
+
+    def narrowed_to(self, scope: str) -> Claims:
+        """Return the claims for a method that asks for `scope`: with the models that come with this scope only."""
+        return self if self.models_by_scope is None else replace(self, models=self.models_by_scope[scope])
+
+    @property
+    def is_cloud_admin(self) -> bool:
+        """Return whether it is of an admin of the cloud: of the default tenant, for all models."""
+        by_scope = self.models_by_scope
+        models = self.models if by_scope is None else by_scope.get(ACCESS_ADMIN, frozenset())
+        return self.tenant == DEFAULT_TENANT and ACCESS_ADMIN in self.scopes and ALL_MODELS in models
 
     def may_use(self, model: str) -> bool:
         """Return whether the token allows this model."""
@@ -120,6 +130,15 @@ class TokenVerifier:
         self._remembered = remembered
         self._verified: OrderedDict[str, tuple[float, Claims]] = OrderedDict()
 
+    def use_keys(self, jwks: bytes) -> None:
+        """Verify with these keys from now on; what was verified with one that is gone is forgotten.
+
+        Raises:
+            ConfigError: The key set cannot be used; the one before is kept.
+        """
+        self._keys = KeySet(jwks)
+        self._verified.clear()
+
     def verify(self, token: str) -> Claims:
         """Return the claims of a valid token.
 
@@ -140,11 +159,12 @@ class TokenVerifier:
         return claims
 
     def _verify(self, token: str, now_s: float) -> Claims:
-        header = read_header(token, algorithm=ALGORITHM, kind=TYPE, names=("alg", "kid", "typ"))
+        algorithm = self._keys.algorithm
+        header = read_header(token, algorithm=algorithm, kind=TYPE, names=("alg", "kid", "typ"))
         claims = verified_claims(
             token,
             self._keys.key(header["kid"]),
-            algorithm=ALGORITHM,
+            algorithm=algorithm,
             issuer=self._issuer,
             audience=self._audience,
             required=_REQUIRED,
@@ -176,36 +196,83 @@ def _model_names(value: Any) -> frozenset[str]:
     return frozenset(value)
 
 
-@dataclass(frozen=True, slots=True)
 class TokenIssuer:
-    """Signs access tokens with the current key of a cloud workspace.
+    """Signs access tokens with the key that it is the time of (security.rotation); follows the files.
 
-    `jwks` holds the public keys for verifiers, `issuer` and `audience` what they must ask for.
+    Args:
+        cloud_dir: The workspace's `cloud` folder.
+        clock: Seconds since the epoch.
+
+    Raises:
+        ConfigError: Its files are missing or do not fit together.
     """
 
-    issuer: str
-    audience: str
-    kid: str
-    jwks: bytes
-    _key: ed25519.Ed25519PrivateKey
+    def __init__(self, cloud_dir: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._folder, self._clock = cloud_dir / "tokens", clock
+        self._read()
 
     @classmethod
     def load(cls, cloud_dir: Path) -> TokenIssuer:
         """Read the issuer of a workspace.
 
-        Args:
-            cloud_dir: The workspace's `cloud` folder.
-
         Raises:
             ConfigError: Its files are missing or do not fit together.
         """
-        folder = cloud_dir / "tokens"
-        settings = _read_issuer(folder / "issuer.json")
-        key = load_ed25519_key(folder / f"{settings['kid']}.key")
-        jwks = read_file(folder / "jwks.json")
-        if public_jwk(key.public_key())["kid"] != settings["kid"]:
-            raise ConfigError(f"{folder}: the key {settings['kid']} is not the one that its name promises")
-        return cls(settings["issuer"], settings["audience"], settings["kid"], jwks, key)
+        return cls(cloud_dir)
+
+    @property
+    def issuer(self) -> str:
+        """Return whom its tokens are from."""
+        return self._schedule.issuer
+
+    @property
+    def audience(self) -> str:
+        """Return whom its tokens are for."""
+        return self._schedule.audience
+
+    @property
+    def kid(self) -> str:
+        """Return the id of the key that signs now."""
+        return self._schedule.signing(self._clock()).kid
+
+    @property
+    def jwks(self) -> bytes:
+        """Return the public keys that verify its tokens now, and tokens that it will sign."""
+        entries = [self._entries[term.kid] for term in self._schedule.published(self._clock())]
+        return json.dumps({"keys": entries}, indent=2).encode() + b"\n"
+
+    def refresh(self) -> None:
+        """Take in keys that were rotated since; files that do not fit together change nothing, and are looked at again.
+
+        Reads a few small files when one of them was replaced.
+        """
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return
+        try:
+            self._read()
+        except ConfigError as error:
+            log.warning("token keys not replaced", reason=error.message)
+            return
+        log.info("token keys replaced", kids=[term.kid for term in self._schedule.keys])
+
+    def _read(self) -> None:
+        stamp = self._stamp()
+        schedule = Schedule.read(self._folder / "issuer.json")
+        jwks = read_file(self._folder / "jwks.json")
+        keys = KeySet(jwks)
+        entries = {entry["kid"]: entry for entry in json.loads(jwks)["keys"]}
+        if keys.algorithm != schedule.algorithm or not all(term.kid in entries for term in schedule.keys):
+            raise ConfigError(f"{self._folder}: jwks.json does not hold the keys of issuer.json")
+        signers = load_signers(self._folder, schedule, self._clock())
+        self._schedule, self._entries, self._signers, self._seen = schedule, entries, signers, stamp
+
+    def _stamp(self) -> tuple[object, ...]:
+        try:
+            stats = [(self._folder / name).stat() for name in ("issuer.json", "jwks.json")]
+        except OSError as error:
+            return (str(error),)
+        return tuple((s.st_mtime_ns, s.st_size, s.st_ino) for s in stats)
 
     def verifier(self, *, clock: Callable[[], float] = time.time) -> TokenVerifier:
         """Return a verifier for this issuer's tokens."""
@@ -226,7 +293,7 @@ class TokenIssuer:
 
         Args:
             subject: Whom the token is for.
-            role: One of `SCOPES_OF_ROLE`.
+            role: One of `SCOPES_OF_ROLE`, or "granted": what the subject has been granted at the time of each call.
             models: The models that it allows; "*" for all.
             ttl: How long it is valid, at most 30 days.
             now: The time; the wall clock's when None.
@@ -236,12 +303,8 @@ class TokenIssuer:
         Raises:
             InputError: The role is unknown, the subject unusable, or the time to live out of range.
         """
-        if role not in SCOPES_OF_ROLE:
-            close = get_close_matches(role, SCOPES_OF_ROLE, n=1)
-            raise InputError(
-                f"expected a role of {', '.join(SCOPES_OF_ROLE)}, got {role[:80]!r}",
-                hint=f"did you mean {close[0]}?" if close else "people are operators, applications clients",
-            )
+        scopes = {GRANTED} if role == GRANTED else check_role(role)
+        check_tenant(tenant)
         if not 0 < len(subject) <= 128 or not subject.isprintable():
             raise InputError("expected a subject of 1 to 128 printable characters")
         if not timedelta(seconds=1) <= ttl <= MAX_TTL:
@@ -261,14 +324,29 @@ class TokenIssuer:
             "nbf": issued,
             "exp": expires,
             "jti": uuid.uuid4().hex,
-            "scope": " ".join(sorted(SCOPES_OF_ROLE[role])),
+            "scope": " ".join(sorted(scopes)),
             "models": sorted(set(models)),
             "tenant": tenant,
         }
         if thumbprint:
             claims["cnf"] = {"x5t#S256": thumbprint}
-        token = jwt.encode(claims, self._key, algorithm=ALGORITHM, headers={"kid": self.kid, "typ": TYPE})
-        return token, instant(expires)
+        signer = self._signers[kid := self.kid]
+        return assemble({"alg": signer.algorithm, "kid": kid, "typ": TYPE}, claims, signer.sign), instant(expires)
+
+
+def check_role(role: str) -> frozenset[str]:
+    """Return the scopes of a role.
+
+    Raises:
+        InputError: There is no such role.
+    """
+    if role not in SCOPES_OF_ROLE:
+        close = get_close_matches(role, SCOPES_OF_ROLE, n=1)
+        raise InputError(
+            f"expected a role of {', '.join(SCOPES_OF_ROLE)}, got {role[:80]!r}",
+            hint=f"did you mean {close[0]}?" if close else "people are operators, applications clients",
+        )
+    return SCOPES_OF_ROLE[role]
 
 
 def describe_token(token: str) -> dict[str, Any]:
@@ -299,29 +377,10 @@ def _readable(name: str, value: Any) -> Any:
     return value if isinstance(value, str | int | float | list) else json.dumps(value)
 
 
-def create_token_issuer(folder: Path, *, issuer: str, audience: str) -> None:
-    """Create the token key, its key set and the issuer's settings in a new folder.
+def create_token_issuer(folder: Path, *, issuer: str, audience: str, algorithm: str = EDDSA) -> None:
+    """Create a token key, its key set and the issuer's settings in a new folder.
 
     Raises:
         ConflictError: The folder holds an issuer already.
     """
-    make_private_folder(folder)
-    key = ed25519.Ed25519PrivateKey.generate()
-    entry = public_jwk(key.public_key())
-    settings = {"issuer": issuer, "audience": audience, "algorithm": ALGORITHM, "kid": entry["kid"]}
-    save_private_key(folder / f"{entry['kid']}.key", key)
-    replace_file(folder / "jwks.json", json.dumps({"keys": [entry]}, indent=2).encode() + b"\n")
-    create_secret(folder / "issuer.json", json.dumps(settings, indent=2).encode() + b"\n")
-
-
-def _read_issuer(path: Path) -> Mapping[str, str]:
-    try:
-        settings = json.loads(read_file(path))
-        values = {name: settings[name] for name in ("issuer", "audience", "algorithm", "kid")}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: expected issuer, audience, algorithm and kid") from error
-    if not all(isinstance(value, str) for value in values.values()):
-        raise ConfigError(f"{path}: expected issuer, audience, algorithm and kid to be text")
-    if values["algorithm"] != ALGORITHM:
-        raise ConfigError(f"{path}: tokens are signed with {ALGORITHM} here, got {values['algorithm'][:40]!r}")
-    return values
+    create_token_keys(folder, issuer=issuer, audience=audience, algorithm=algorithm)

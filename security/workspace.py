@@ -2,7 +2,8 @@
 
     operator/   ca.key ca.pem  root.key targets.key  tuf/      offline: what may sign models and certificates
     cloud/      server.key server.pem  issuing-ca.key issuing-ca.pem  snapshot.key timestamp.key  tokens/  tuf/
-    trust/      ca.pem root.json                               public: what devices and clients start from
+                audit.key audit.pub  sealing/
+    trust/      ca.pem root.json audit.pub sealing.json        public: what devices and clients start from
 
 It is made beside its final place and renamed, so there is a whole workspace or none.
 """
@@ -21,6 +22,8 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from isthmus.errors import ConfigError, ConflictError, InputError
+from security.audit.keys import PUBLIC as AUDIT_PUBLIC
+from security.audit.keys import create_audit_key
 from security.authority import create_ca, create_issuing_ca, host_names, issue_server_certificate, load_certificate
 from security.keyfiles import (
     load_private_key,
@@ -32,6 +35,9 @@ from security.keyfiles import (
 )
 from security.metadata import PUBLISHER, expiry_of
 from security.repository import create_repository
+from security.sealing import FOLDER as SEALING_FOLDER
+from security.sealing import rotate_sealing_keys
+from security.signer import ALGORITHMS, EDDSA
 from security.tokens import TokenIssuer, create_token_issuer
 
 MAX_KEYS: Final = 16  # of one role
@@ -49,6 +55,7 @@ ROLES: Final = {
     "cloud/issuing-ca.pem": "certifies devices",
     "cloud/snapshot.key": "signs snapshots",
     "cloud/timestamp.key": "signs timestamps",
+    "cloud/audit.key": "signs the audit log",
     "trust/ca.pem": "root authority",
 }
 
@@ -90,7 +97,13 @@ class Holders:
 
 
 def init_workspace(
-    root: Path, hosts: Sequence[str], name: str, now: datetime, *, holders: Holders | None = None
+    root: Path,
+    hosts: Sequence[str],
+    name: str,
+    now: datetime,
+    *,
+    holders: Holders | None = None,
+    token_algorithm: str = EDDSA,
 ) -> None:
     """Make a workspace.
 
@@ -100,11 +113,14 @@ def init_workspace(
         name: The organisation's, for certificates and tokens.
         now: The time.
         holders: How many keys root and targets get; one each where it is not given.
+        token_algorithm: What access tokens are signed with, EdDSA or ES256; it stays so.
 
     Raises:
         ConflictError: There is something in the folder.
-        InputError: A host or the name is unusable.
+        InputError: A host, the name or the algorithm is unusable.
     """
+    if token_algorithm not in ALGORITHMS:
+        raise InputError(f"expected {' or '.join(ALGORITHMS)} for tokens, got {token_algorithm[:40]!r}")
     if not _NAME.fullmatch(name):
         raise InputError(f"expected a name of letters, digits, dots, dashes and underscores, got {name[:80]!r}")
     if not host_names(hosts):
@@ -120,7 +136,7 @@ def init_workspace(
             f"cannot make {root}: {error.strerror}", hint="choose a place where you may make folders"
         ) from error
     try:
-        _write(beside, hosts, name, now, holders)
+        _write(beside, hosts, name, now, holders, token_algorithm)
         beside.chmod(0o755)  # the secrets are in folders of their own, for their owner only
         beside.replace(root)
     except BaseException:
@@ -129,7 +145,7 @@ def init_workspace(
     sync_folder(root.parent)
 
 
-def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: Holders) -> None:
+def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: Holders, token_algorithm: str) -> None:
     operator, cloud, trust = root / "operator", root / "cloud", root / "trust"
     make_private_folder(operator)
     make_private_folder(cloud)
@@ -137,7 +153,12 @@ def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: 
     ca = create_ca(operator, name, now)
     create_issuing_ca(ca, cloud, name, now)
     issue_server_certificate(ca, cloud, hosts, now)
-    create_token_issuer(cloud / "tokens", issuer=f"isthmus://{name}/tokens", audience=f"isthmus://{name}/cloud")
+    create_token_issuer(
+        cloud / "tokens",
+        issuer=f"isthmus://{name}/tokens",
+        audience=f"isthmus://{name}/cloud",
+        algorithm=token_algorithm,
+    )
     for path in (
         *_key_files(operator, "root", holders.root_keys),
         *_key_files(operator, "targets", holders.targets_keys),
@@ -145,6 +166,7 @@ def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: 
         cloud / "timestamp.key",
     ):
         save_private_key(path, ed25519.Ed25519PrivateKey.generate())
+    create_audit_key(cloud)
     root_json = create_repository(
         operator,
         cloud,
@@ -154,6 +176,8 @@ def _write(root: Path, hosts: Sequence[str], name: str, now: datetime, holders: 
     )
     replace_file(trust / "ca.pem", read_file(operator / "ca.pem"))
     replace_file(trust / "root.json", root_json)
+    rotate_sealing_keys(root, now)
+    replace_file(trust / AUDIT_PUBLIC, read_file(cloud / AUDIT_PUBLIC))
 
 
 def _key_files(folder: Path, role: str, count: int) -> list[Path]:
@@ -170,6 +194,11 @@ def describe_workspace(root: Path) -> list[Entry]:
     entries = [_describe(root, root / file) for file in ROLES if (root / file).exists()]
     entries += [_describe(root, path) for path in _further_keys(root)]
     entries += _describe_tokens(root) if (root / "cloud/tokens/issuer.json").exists() else []
+    sealing = sorted((root / "cloud" / SEALING_FOLDER).glob("*.key"))
+    entries += [
+        Entry("opens sealed inputs", path.relative_to(root).as_posix(), "private key", "X25519", None)
+        for path in sealing
+    ]
     entries += _describe_metadata(root)
     if not entries:
         raise ConfigError(f"{root} holds no workspace", hint=f"isthmus keys init {root} --host NAME")
@@ -201,7 +230,7 @@ def _describe_tokens(root: Path) -> list[Entry]:
     current = TokenIssuer.load(root / "cloud").kid
     return [
         Entry(
-            "signs tokens" if path.stem == current else "signed tokens",
+            "signs tokens" if path.stem == current else "will sign tokens",
             path.relative_to(root).as_posix(),
             "private key",
             _algorithm(path),

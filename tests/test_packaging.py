@@ -88,7 +88,7 @@ def file_of(module: str) -> Path | None:
     [
         ("security", ()),
         ("edge", ("edge-openvino", "edge-onnxruntime", "edge-tvm", "edge-uvloop")),
-        ("cloud", ("cloud",)),
+        ("cloud", ("cloud", "redis")),
         ("compiler", ("compiler", "mlflow", "tensorrt", "tensorrt-rtx", "torch", "tvm")),
     ],
 )

@@ -24,11 +24,12 @@ class Site:
     cloud: Server
     agent: Server
     cloud_address: str
+    device_address: str  # of the cloud, for devices
     agent_address: str
 
     def restart_cloud(self) -> None:
         """Start the cloud again, on the same port; does not wait until it is there."""
-        self.cloud = _start_cloud(self.shell, self.folder, self.cloud_address)
+        self.cloud = _start_cloud(self.shell, self.folder, self.cloud_address, self.device_address)
 
 
 @contextmanager
@@ -53,8 +54,9 @@ def running(
     )
     servers: list[Server] = []
     try:
-        servers.append(cloud := _start_cloud(shell, folder, "127.0.0.1:0"))
-        address = str(cloud.wait_ready()["address"])
+        servers.append(cloud := _start_cloud(shell, folder, "127.0.0.1:0", "127.0.0.1:0"))
+        ready = cloud.wait_ready()
+        address = str(ready["address"])
         operator = ("--cloud", address, "--token-file", token, "--trust", trust)
         for name, model in models.items():
             bundle = folder / f"bundle-{name}"
@@ -66,7 +68,9 @@ def running(
         wanted = [word for name in models for word in ("--model", name)]
         listen = ("--listen", "127.0.0.1:0", "--config", device / "edge.toml")
         servers.append(agent := shell.start("agent", "edge", "run", "--home", device, *wanted, *listen))
-        site = Site(shell, folder, cloud, agent, address, str(agent.wait_ready()["address"]))
+        site = Site(
+            shell, folder, cloud, agent, address, str(ready["device_address"]), str(agent.wait_ready()["address"])
+        )
         _wait_until_ready(site.agent_address)
         try:
             yield site
@@ -77,8 +81,9 @@ def running(
             server.stop()
 
 
-def _start_cloud(shell: Shell, folder: Path, listen: str) -> Server:
-    return shell.start("cloud", "cloud", "serve", "--home", folder / "site" / "cloud", "--listen", listen)
+def _start_cloud(shell: Shell, folder: Path, listen: str, device_listen: str) -> Server:
+    where = ("--listen", listen, "--device-listen", device_listen)
+    return shell.start("cloud", "cloud", "serve", "--home", folder / "site" / "cloud", *where)
 
 
 def _wait_until_ready(address: str) -> None:

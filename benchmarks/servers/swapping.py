@@ -34,6 +34,7 @@ from edge.router import Router  # noqa: E402
 from edge.server import AgentServer, InferenceService  # noqa: E402
 from edge.state import Order  # noqa: E402
 from edge.store import SlotStore  # noqa: E402
+from edge.trial import Terms  # noqa: E402
 from edge.updater import Updater  # noqa: E402
 from edge.uplink import Uplink  # noqa: E402
 from isthmus.bundle import CALIBRATION, MANIFEST, index_files, parse_calibration, parse_manifest  # noqa: E402
@@ -98,7 +99,7 @@ async def serve(bundle: Path, variant: str, folder: Path) -> None:
         choose=lambda manifest: manifest.variant(variant),
         open_slot=partial(open_model, queue=_QUEUE),
         report=lambda _: None,
-        conditions=Conditions(UpdateSettings(), "benchmark", versions.name, now=lambda: datetime.now(UTC)),
+        conditions=Conditions(UpdateSettings(trial=Terms()), "benchmark", versions.name, now=lambda: datetime.now(UTC)),
     )
     channel = grpc.aio.insecure_channel("127.0.0.1:1")  # nothing escalates
     uplink = Uplink(channel, lambda: None, Breaker(), Breaker(), guard_s=0.05, longest_s=1.0)

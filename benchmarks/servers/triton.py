@@ -41,8 +41,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(repository: Path, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """Start Triton on all models of the repository; return the process and where it listens."""
+def start(repository: Path, folder: Path, options: tuple[str, ...] = ()) -> tuple[subprocess.Popen[bytes], str]:
+    """Start Triton on all models of the repository; return the process and where it listens.
+
+    Args:
+        repository: Folder of model folders.
+        folder: Gets what Triton needs beside them.
+        options: Further arguments.
+    """
     installation, port = find_installation(), _free_port()
     command = [
         str(installation.server),
@@ -54,6 +60,7 @@ def start(repository: Path, folder: Path) -> tuple[subprocess.Popen[bytes], str]
         "--grpc-address=127.0.0.1",
         f"--grpc-port={port}",
         f"--backend-config=python,shm-region-prefix-name=benchmark-{port}-",
+        *options,
     ]
     environment = {
         "PATH": f"{installation.python}:/usr/local/bin:/usr/bin:/bin",
@@ -64,7 +71,8 @@ def start(repository: Path, folder: Path) -> tuple[subprocess.Popen[bytes], str]
     return process, f"127.0.0.1:{port}"
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], address: str) -> None:
+def wait_until_live(process: subprocess.Popen[bytes], address: str) -> None:
+    """Wait until Triton has loaded what it starts with; end the program when it does not."""
     deadline = time.monotonic() + _START_S
     with triton.InferenceServerClient(address) as client:
         while process.poll() is None and time.monotonic() < deadline:
@@ -83,7 +91,7 @@ def main(repository: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
         process, address = start(repository, Path(folder))
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        _wait_until_ready(process, address)
+        wait_until_live(process, address)
         sys.stdout.write(json.dumps({"address": address}) + "\n")
         sys.stdout.flush()
         return process.wait()

@@ -24,7 +24,7 @@ _HIGHEST_PRIORITY: Final = 9
 _LONGEST_ID: Final = 256  # bytes
 
 # Why a request was not kept.
-NotKept = Literal["off", "final", "too-large", "quota", "disk", "disk-slow"]
+NotKept = Literal["off", "final", "too-large", "quota", "disk", "disk-slow", "unsealed"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,13 @@ was verified with is always set.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from isthmus.errors import BundleError, ConfigError, InputError
 from isthmus.machine import computes_bfloat16
@@ -18,6 +22,8 @@ from isthmus.tensors import Array
 forbid_usage_reports()
 
 import openvino  # noqa: E402 - after usage reports are off
+
+_BEHIND: Final = 10  # niceness of compilation
 
 
 class OpenVinoRuntime:
@@ -33,7 +39,7 @@ class OpenVinoRuntime:
             "INFERENCE_PRECISION_HINT": inference_precision,
         }
         try:
-            model = openvino.Core().compile_model(str(path), "CPU", settings)
+            model = _compile(path, settings, behind=threads == 1)
         except RuntimeError as error:
             raise BundleError(f"OpenVINO cannot open {path.name}: {str(error)[-300:]}", reason="cannot-open") from error
         self._request: Any = model.create_infer_request()
@@ -75,3 +81,21 @@ class OpenVinoRuntime:
     def close(self) -> None:
         """Drop the compiled model."""
         self._request = None
+
+
+def _compile(path: Path, settings: Mapping[str, str], *, behind: bool) -> Any:
+    """Compile a model; `behind` lets everything else in this process go first.
+
+    OpenVINO compiles with threads of its own on every processor, so a version that is being opened would slow down the
+    one that serves. Threads inherit the priority of the one that starts them, and keep it: a model that computes with
+    one thread computes in its caller's, but larger pools would compute behind everything else, too.
+    """
+    if not behind:
+        return openvino.Core().compile_model(str(path), "CPU", dict(settings))
+    with ThreadPoolExecutor(1, thread_name_prefix="openvino-compile", initializer=_step_back) as executor:
+        return executor.submit(openvino.Core().compile_model, str(path), "CPU", dict(settings)).result()
+
+
+def _step_back() -> None:
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BEHIND)

@@ -14,9 +14,13 @@ from examples.quickstart.programs import ProgramError, Server, Shell, wait_until
 
 DEVICE: Final = "kiosk-1"
 VARIANT: Final = "openvino-int8"
-_CAPTURE_SETTINGS: Final = """\
+_DEVICE_SETTINGS: Final = """\
 capture = true         # keep the heavy model's answers for the next training
 capture_flush_s = 1.0  # and write them down soon: this story does not last long
+
+[updates.trial]
+soak_s = 5             # a new version serves on trial, a minute where nothing else is said
+max_error_rate = 0.02
 """
 
 
@@ -30,6 +34,7 @@ class Site:
     cloud: Server | None = None
     agent: Server | None = None
     cloud_address: str = "127.0.0.1:0"
+    device_address: str = "127.0.0.1:0"  # of the cloud, for devices
     agent_address: str = "127.0.0.1:0"
     _device: Path = field(init=False)
 
@@ -64,9 +69,11 @@ class Site:
             self.folder / "site" / "cloud",
             "--listen",
             self.cloud_address,
+            "--device-listen",
+            self.device_address,
         )
         state = self.cloud.wait_ready()
-        self.cloud_address = str(state["address"])
+        self.cloud_address, self.device_address = str(state["address"]), str(state["device_address"])
         return state
 
     def running_cloud(self) -> Server:
@@ -90,7 +97,7 @@ class Site:
         """Invite the device and enrol it with the one-time code; `hosts` are names under which others may call it."""
         self.enrol(DEVICE, self.device, VARIANT, *hosts)
         with (self.device / "edge.toml").open("a") as settings:
-            settings.write(_CAPTURE_SETTINGS)
+            settings.write(_DEVICE_SETTINGS)
 
     def enrol(self, name: str, home: Path, variant: str, *hosts: str) -> None:
         """Invite a device and enrol it; it will run this variant."""

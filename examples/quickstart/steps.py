@@ -178,10 +178,9 @@ def update_light_model(run: Run) -> None:
         run.site.publish(bundle)
         wait_until(lambda: any(r.version == 2 for r in load.since(published)), "the agent to serve version 2", 60)
         run.facts["update_events"] = {"published": published, "serving": time.time()}
-        time.sleep(run.quiet_s)
-    status = run.site.agent_status()
-    run.facts["update"] = _model_status(status, run)["last_update"] | {"rebuilt_equal": _slot_equals(run, bundle)}
-    before = status["uplink"]["bytes_up"]
+        wait_until(lambda: _last_update(run)["outcome"] == "active", "the end of its trial", 60)
+    run.facts["update"] = _last_update(run) | {"rebuilt_equal": _slot_equals(run, bundle)}
+    before = run.site.agent_status()["uplink"]["bytes_up"]
     _send(run, "v2-isthmus", run.splits.test, "test messages, version 2")
     run.facts["bytes_up"]["v2"] = run.site.agent_status()["uplink"]["bytes_up"] - before
     _send(run, "v2-edge", run.splits.test, "test messages, version 2, light model only", route="edge")
@@ -272,6 +271,11 @@ def _wait_for_cloud(load: SteadyLoad) -> float:
 
 def _model_status(status: Any, run: Run) -> dict[str, Any]:
     found: dict[str, Any] = next(m for m in status["models"] if m["model"] == run.story.model_name)
+    return found
+
+
+def _last_update(run: Run) -> dict[str, Any]:
+    found: dict[str, Any] = _model_status(run.site.agent_status(), run)["last_update"] or {"outcome": ""}
     return found
 
 

@@ -7,6 +7,7 @@ as a host's name. So what a person types is read here first.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import re
 import socket
@@ -38,6 +39,21 @@ def split_address(address: str, what: str) -> tuple[str, int]:
             hint="for example 127.0.0.1:8443, cloud.example.org:8443 or [::1]:8443",
         )
     return host.strip("[]"), int(port)
+
+
+def is_local(address: str, what: str = "listen") -> bool:
+    """Return whether only this machine can reach a listener at `address` (HOST:PORT or unix:PATH).
+
+    Raises:
+        ConfigError: It is no address; `what` names the option that it was given for.
+    """
+    if address.startswith(UNIX):
+        return True
+    host, _ = split_address(address, what)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_free(address: str, what: str) -> None:

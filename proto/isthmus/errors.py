@@ -15,6 +15,7 @@ IsthmusError
  ├── VerificationError       the compiler or a self-test: a model that got worse
  └── UnavailableError        nobody, or the operator: the other side is not there now
       └── OverloadedError    the caller: it is there, and has all the work that it can take
+           └── QuotaError    the caller: more than its quota, or that of its tenant or model, allows
 
 Every error carries a machine-readable `reason` (kebab case), a message that says what was expected and what came,
 and may carry a `hint`: the next thing for a person to do. Errors know nothing of gRPC; isthmus.status does.
@@ -140,3 +141,20 @@ class OverloadedError(UnavailableError):
     """All the work that may be in progress or wait is there already; less of it, or later, may do."""
 
     reason = "overloaded"
+
+
+class QuotaError(OverloadedError):
+    """A quota allows no more requests now.
+
+    Args:
+        message: Whose quota, and of what.
+        hint: What to do next, for a person at a terminal.
+        reason: Overrides the class's machine-readable reason with a more precise one.
+        retry_after_s: When the same request could pass; None when that is not known, or never.
+    """
+
+    reason = "quota-exceeded"
+
+    def __init__(self, message: str, *, hint: str = "", reason: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(message, hint=hint, reason=reason)
+        self.retry_after_s = retry_after_s

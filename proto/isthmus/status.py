@@ -4,13 +4,15 @@ Servers translate on the way out (`StatusInterceptor`): the caller gets the mess
 other exception only "internal error"; details go to the log. Clients translate on the way in (`from_rpc`).
 
 What a status code cannot say travels as trailing metadata: the error's class (FAILED_PRECONDITION stands for five of
-them), its reason, and its hint, percent-encoded as the message itself is.
+them), its reason, its hint, percent-encoded as the message itself is, and when to try again: in milliseconds under the
+name that gRPC's own retries know (gRFC A6), and in whole seconds under HTTP's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, NoReturn
 from urllib.parse import quote, unquote
@@ -32,6 +34,7 @@ STATUS_OF: Final[tuple[tuple[type[errors.IsthmusError], grpc.StatusCode], ...]] 
     (errors.BundleError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.DeltaError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.VerificationError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.QuotaError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
 )
@@ -45,8 +48,14 @@ _KIND_OF: Final = {  # for codes that say enough; a peer that sends no class is 
     grpc.StatusCode.FAILED_PRECONDITION: errors.TrustError,
 }
 KIND_KEY: Final = "isthmus-error"  # the `reason` of the class in isthmus.errors
+# Initial metadata of answers to devices: what the time is for the server, Unix milliseconds, and where it asks for
+# certificates.
+TIME_KEY: Final = "isthmus-time"
+ADDRESS_KEY: Final = "isthmus-device-address"
 REASON_KEY: Final = "isthmus-reason"
 HINT_KEY: Final = "isthmus-hint"
+PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
+RETRY_AFTER_KEY: Final = "retry-after"
 TOO_LATE: Final = "deadline-exceeded"  # the reason of an UnavailableError for which time ran out
 _READABLE: Final = "".join(chr(code) for code in range(32, 127) if chr(code) != "%")
 # A status that is larger than the peer's limit for metadata (8 KiB by default) would be lost as a whole.
@@ -81,6 +90,12 @@ def from_rpc(
     told = _trailing(error)
     kind = _kind(told.get(KIND_KEY, ""), code) or _KIND_OF.get(code, errors.UnavailableError)
     hint = unquote(told.get(HINT_KEY, "")) or hints.get(kind, "")
+    if kind is errors.QuotaError:
+        wait_ms = told.get(PUSHBACK_KEY, "")
+        retry_after_s = int(wait_ms) / 1000 if wait_ms.isascii() and wait_ms.isdigit() else None
+        return errors.QuotaError(
+            f"{what}: {detail}", reason=told.get(REASON_KEY, ""), hint=hint, retry_after_s=retry_after_s
+        )
     return kind(f"{what}: {detail}", reason=told.get(REASON_KEY, ""), hint=hint)
 
 
@@ -99,13 +114,23 @@ def _kind(name: str, code: grpc.StatusCode) -> type[errors.IsthmusError] | None:
 def trailing_metadata(error: errors.IsthmusError) -> tuple[tuple[str, str], ...]:
     """Return what a status code and message do not say of `error`, as trailing metadata."""
     kind = next((kind for kind, _ in STATUS_OF if isinstance(error, kind)), errors.IsthmusError)
-    metadata = ((KIND_KEY, kind.reason), (REASON_KEY, error.reason))
+    metadata: tuple[tuple[str, str], ...] = ((KIND_KEY, kind.reason), (REASON_KEY, error.reason))
+    if isinstance(error, errors.QuotaError) and error.retry_after_s is not None:
+        wait_ms = math.ceil(error.retry_after_s * 1000)
+        metadata += ((PUSHBACK_KEY, str(wait_ms)), (RETRY_AFTER_KEY, str(math.ceil(wait_ms / 1000))))
     hint = quote(error.hint, safe=_READABLE)
     return (*metadata, (HINT_KEY, hint)) if 0 < len(hint) <= _MAX_HINT else metadata
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata."""
+    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata.
+
+    What it makes of a method's handler it keeps for later calls. So it belongs last, next to the methods: what another
+    interceptor makes anew for each call would be translated anew for each call.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Any, Any]] = {}  # by method: the handler, and what was made of it
 
     async def intercept_service(
         self,
@@ -116,7 +141,12 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        return translate_errors(handler)
+        method = str(handler_call_details.method)
+        known = self._made.get(method)
+        if known is None or known[0] is not handler:
+            known = self._made[method] = (handler, translate_errors(handler))
+        made: grpc.RpcMethodHandler[Any, Any] = known[1]
+        return made
 
 
 def translate_errors(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
@@ -128,8 +158,13 @@ def wrap_handler(
     handler: grpc.RpcMethodHandler[Any, Any],
     unary: Callable[[Callable[..., Any]], Callable[..., Any]],
     stream: Callable[[Callable[..., Any]], Callable[..., Any]],
+    *,
+    unparsed: bool = False,
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response."""
+    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response.
+
+    `unparsed` hands requests on as bytes, for a wrapper that parses them itself, after it has looked at the call.
+    """
     parts: Any = handler
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -143,7 +178,7 @@ def wrap_handler(
     wrapped = stream(behaviour) if parts.response_streaming else unary(behaviour)
     wrapped_handler: grpc.RpcMethodHandler[Any, Any] = make(
         wrapped,
-        request_deserializer=parts.request_deserializer,
+        request_deserializer=None if unparsed else parts.request_deserializer,
         response_serializer=parts.response_serializer,
     )
     return wrapped_handler

@@ -11,6 +11,7 @@ import pytest
 
 from cloud import database as db
 from tests.cloud.postgresql import PostgreSql, postgresql_server
+from tests.cloud.redis_server import redis_server
 
 CONFIG: Final = """
 backend: "python"
@@ -77,3 +78,10 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSql]
     """A real PostgreSQL server, for as long as the tests run."""
     with postgresql_server(tmp_path_factory.mktemp("postgresql")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real Redis server, for as long as the tests run."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as address:
+        yield address

@@ -14,17 +14,24 @@ import grpc
 
 from benchmarks.devices import LightDevice, Script, all_good
 from cloud import database as db
+from cloud.access_service import AccessService
+from cloud.access_store import AccessStore
+from cloud.admission import Admission
 from cloud.conductor import Conductor, Releases
 from cloud.fleet import FleetService
+from cloud.quota_store import MemoryQuotas
+from cloud.quotas import QuotaBook
 from cloud.records import supersede
 from cloud.rollout_service import RolloutService
 from cloud.roster import Roster
 from isthmus.bundle import Variant
 from isthmus.status import StatusInterceptor
-from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
+from isthmus.v1 import access_pb2_grpc, fleet_pb2, fleet_pb2_grpc
+from security.authenticator import Authenticator
 from security.custom import Terms
 from security.enrolment import IssuingCa
 from security.interceptors import AuthInterceptor
+from security.roles import AccessBook
 from security.tls import channel_credentials, server_credentials
 from security.tokens import TokenIssuer
 from tests.cloud.conftest import eventually
@@ -141,7 +148,7 @@ class Fleet:
 
     def connect(self, *names: str) -> None:
         """Let devices come online."""
-        trust = channel_credentials(self.workspace.trust / "ca.pem")
+        trust = self.workspace.trust / "ca.pem"
         for name in names or tuple(self.devices):
             self.tasks[name] = asyncio.create_task(self.devices[name].run(lambda: self.address, trust))
 
@@ -186,20 +193,35 @@ async def fleet_on(
     roster = Roster(database, lambda _model, version: registry.variants.get(version, (ANY,)), clock)
     conductor = Conductor(database, roster, registry.releases(), clock=clock, poll_s=0.05)
     await conductor.refresh()
-    server = grpc.aio.server(interceptors=(StatusInterceptor(), AuthInterceptor(issuer.verifier())))
-    service = FleetService(database, conductor, issuer, IssuingCa.load(workspace.home), clock=clock)
+    book = AccessBook()
+    access = AccessStore(database, book, clock=clock)
+    await access.refresh()
+    authenticator = Authenticator(issuer.verifier(), book=book, clock=clock)
+    server = grpc.aio.server(interceptors=(StatusInterceptor(), AuthInterceptor(authenticator)))
+    admission = Admission(QuotaBook(), MemoryQuotas(), streams=1000)  # a test's devices share few names
+    service = FleetService(
+        database,
+        conductor,
+        issuer,
+        IssuingCa.load(workspace.home),
+        admission=admission,
+        unbound_tokens=True,
+        clock=clock,
+    )
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
     fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
+    access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(access), server)
     credentials = server_credentials(workspace.home / "server.key", workspace.home / "server.pem")
     port = server.add_secure_port("127.0.0.1:0", credentials)
     await server.start()
-    running = asyncio.create_task(conductor.run())
+    running = [asyncio.create_task(work) for work in (conductor.run(), access.run())]
     fleet = Fleet(workspace, database, conductor, registry, f"127.0.0.1:{port}", clock, folder)
     try:
         yield fleet
     finally:
         await fleet.disconnect()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         conductor.close()
         await server.stop(0)

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import create_engine, select, text
 from sqlalchemy.exc import IntegrityError
 
+from cloud import access_tables
 from cloud import database as db
+from isthmus.digests import sha256_bytes
 from isthmus.errors import ConfigError
 from tests.cloud.postgresql import PostgreSql
 
@@ -71,16 +75,24 @@ def test_writers_take_turns(database: db.Database) -> None:
 
 def test_a_database_of_the_release_before_is_brought_up_to_date_and_loses_nothing(tmp_path: Path) -> None:
     file = tmp_path / "isthmus.db"
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     with sqlite3.connect(file) as connection:
         connection.executescript(SCHEMA_1.read_text())
+        connection.execute("UPDATE devices SET public_key_pem = ? WHERE id = 'camera-2'", (pem,))
     connection.close()
     for _ in range(2):  # the second time there is nothing left to do
         database = db.open_database(file)
         with database.read() as session:
-            assert session.get_one(db.Model, "triage").released == 2
+            model = session.get_one(db.Model, "triage")
+            assert (model.released, model.tenant) == (2, "default")
             assert len(session.scalars(select(db.Version)).all()) == 2
             device = session.get_one(db.Device, "camera-1")
             assert (device.public_key_pem, device.facts, device.revision) == (b"key 1", b"", 0)
+            assert device.tenant == "default"
+            assert device.key_sha256 == ""  # what is no key has no digest
+            spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            assert session.get_one(db.Device, "camera-2").key_sha256 == sha256_bytes(spki)
             report = session.get_one(db.Report, ("camera-1", "triage"))
             assert (report.version, report.serving_version, report.reason) == (2, 1, "digest-mismatch")
             assert (report.evidence, report.number, report.serving_since) == (b"", 0, 1500.0)
@@ -106,6 +118,7 @@ def test_migrations_make_the_tables_that_the_code_uses(tmp_path: Path, request: 
 
 
 def _check_tables(url: str) -> None:
+    assert access_tables.RoleGrant.metadata is db.Base.metadata  # or half of the tables would not be looked at
     engine = create_engine(url)
     with engine.connect() as connection:
         found = compare_metadata(MigrationContext.configure(connection), db.Base.metadata)

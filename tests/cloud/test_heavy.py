@@ -19,7 +19,7 @@ import pytest
 from cloud import triton
 from cloud.heavy import HeavyId, HeavyPool
 from cloud.supervisor import TritonServer, find_installation
-from cloud.triton import TritonClient, check_link, read_config
+from cloud.triton import NotAcceptedError, TritonClient, check_link, read_config
 from isthmus.bundle import TensorSpec, open_bundle
 from isthmus.errors import BundleError, ConfigError, InputError, IsthmusError, UnavailableError
 from isthmus.oip import service_pb2
@@ -135,6 +135,82 @@ def test_retiring_waits_for_requests_under_way(tmp_path: Path) -> None:
             await pool.retire(ONE)
             assert under_way.done()
             assert await under_way == -20.0
+
+    asyncio.run(story())
+
+
+def test_requests_whose_callers_have_gone_are_not_run_where_triton_batches(tmp_path: Path) -> None:
+    """Without a dynamic batcher Triton runs them all the same: FACTS that docs/gateway.md tells."""
+    slow = encode_request("triage", {"x": np.array([[-2, 0, 0, 0]], np.float32)}).SerializeToString()
+
+    async def story() -> None:
+        async with running(tmp_path, watched=False) as (server, pool):
+            client = TritonClient(server.address)
+            (pool.folder(TWO) / "config.pbtxt").write_text(
+                CONFIG.replace("max_batch_size: 8", "max_batch_size: 1") + "dynamic_batching { }"
+            )
+            for heavy in (ONE, TWO):
+                await pool.load(heavy)
+
+            async def counts(heavy: HeavyId) -> tuple[int, int]:
+                found = {model.name: model for model in await client.statistics()}[heavy.name]
+                return found.execution_count, found.inference_stats.fail.count
+
+            async def leave(heavy: HeavyId, *, timeout_s: float) -> None:
+                asked = [asyncio.create_task(pool.infer(heavy, slow, timeout_s=timeout_s)) for _ in range(6)]
+
+                async def reached_triton() -> bool:
+                    return pool._loaded[heavy].running == 6
+
+                await eventually(reached_triton, "the requests are there")
+                await asyncio.wait(asked, timeout=0.1)  # Triton has begun with the first
+                for task in asked:
+                    task.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
+
+            async def settled(heavy: HeavyId, all_run: bool) -> bool:
+                runs, dropped = await counts(heavy)
+                return runs == 6 if all_run else runs + dropped == 6
+
+            await leave(TWO, timeout_s=10)
+            await eventually(lambda: settled(TWO, False), "what was cancelled is dropped")
+            assert (await counts(TWO))[0] <= 2
+            await leave(ONE, timeout_s=10)
+            await eventually(lambda: settled(ONE, True), "without a batcher all run")
+            await client.close()
+
+    asyncio.run(story())
+
+
+def test_a_full_queue_and_an_unknown_model_are_said_to_have_run_nothing(tmp_path: Path) -> None:
+    """These words of Triton's decide what may be tried elsewhere."""
+    slow = encode_request("triage", {"x": np.array([[-2, 0, 0, 0]], np.float32)}).SerializeToString()
+
+    async def story() -> None:
+        async with running(tmp_path, watched=False) as (server, pool):
+            (pool.folder(ONE) / "config.pbtxt").write_text(
+                CONFIG.replace("max_batch_size: 8", "max_batch_size: 1")
+                + "dynamic_batching { default_queue_policy { max_queue_size: 1 } }"
+            )
+            await pool.load(ONE)
+            asked = (pool.infer(ONE, slow, timeout_s=20) for _ in range(8))
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            refused = [error for error in found if isinstance(error, NotAcceptedError)]
+            assert refused
+            assert len(refused) == sum(isinstance(error, BaseException) for error in found)
+            assert {error.reason for error in refused} == {"heavy-busy"}
+            client = TritonClient(server.address)
+            statistics = {model.name: model for model in await client.statistics()}
+            assert statistics[ONE.name].execution_count == len(found) - len(refused)
+            with pytest.raises(NotAcceptedError) as raised:
+                await client.infer(slow, timeout_s=20)  # "triage" is not what Triton calls it
+            assert raised.value.reason == "heavy-not-loaded"
+            await client.close()
+            nobody = TritonClient(f"unix:{tmp_path / 'nobody'}")
+            with pytest.raises(NotAcceptedError) as raised:
+                await nobody.infer(slow, timeout_s=20)
+            assert raised.value.reason == triton.LOST
+            await nobody.close()
 
     asyncio.run(story())
 

@@ -29,7 +29,6 @@ from isthmus.stick import Index, Stick, blob_name, delta_name, metadata_name
 from isthmus.v1 import fleet_pb2, registry_pb2
 from security.ceremony import Ceremony, load_public_key, new_publisher
 from security.repository import CloudRepository, OperatorRepository
-from security.tls import channel_credentials
 from security.trust import TrustedManifests
 from tests.cloud.conftest import eventually
 from tests.cloud.workspaces import Workspace, make_bundle, make_workspace, serving, write_manifest
@@ -423,7 +422,7 @@ def test_a_withdrawn_version_is_not_released(stage: Stage, tmp_path: Path) -> No
 def test_an_open_rollout_of_a_withdrawn_version_stops_and_its_devices_are_told_the_one_before(
     stage: Stage, tmp_path: Path
 ) -> None:
-    trust = channel_credentials(stage.workspace.trust / "ca.pem")
+    ca = stage.workspace.trust / "ca.pem"
     devices = {name: LightDevice(name, tmp_path, "leaky", soak=lambda _seconds: 0.0) for name in ("one", "two")}
     share = [fleet_pb2.RolloutStage(count=1, soak_s=3600), fleet_pb2.RolloutStage(share=1.0, soak_s=3600)]
     ask = fleet_pb2.StartRolloutRequest(model="leaky", version=2, stages=share)
@@ -438,7 +437,7 @@ def test_an_open_rollout_of_a_withdrawn_version_stops_and_its_devices_are_told_t
         async with stage.workspace.channel(stage.cloud) as channel:
             for name, code in codes.items():
                 await devices[name].enrol(channel, code)
-        running = [asyncio.create_task(d.run(lambda: stage.cloud.address, trust)) for d in devices.values()]
+        running = [asyncio.create_task(d.run(lambda: stage.cloud.address, ca)) for d in devices.values()]
         await eventually(serving_versions(1, 1), "both run version 1")
         return running
 
@@ -627,13 +626,13 @@ def test_bundles_are_kept_where_the_setting_says(tmp_path: Path) -> None:
 
 def test_deltas_come_from_what_devices_run_and_an_open_rollout_keeps_releases_back(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "workspace")
-    trust = channel_credentials(workspace.trust / "ca.pem")
+    ca = workspace.trust / "ca.pem"
     device = LightDevice("camera-1", tmp_path, "triage", soak=lambda _seconds: 0.0)
 
     async def meet(cloud: Cloud, code: str, version: int) -> None:
         async with workspace.channel(cloud) as channel:
             await device.enrol(channel, code)
-        running = asyncio.create_task(device.run(lambda: cloud.address, trust))
+        running = asyncio.create_task(device.run(lambda: cloud.address, ca))
         await eventually(lambda: _serves(device, version), f"it runs version {version}")
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

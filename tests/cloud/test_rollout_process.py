@@ -68,7 +68,9 @@ def test_a_bad_version_stops_in_its_first_stage_although_the_cloud_is_killed_in_
             with client_of(workspace, address) as client:
                 for device in devices.values():
                     await device.enrol(channel, str(client.invite(device.name)["code"]))
-        running.extend(asyncio.create_task(d.run(lambda: where["address"], trust)) for d in devices.values())
+        running.extend(
+            asyncio.create_task(d.run(lambda: where["address"], workspace.trust / "ca.pem")) for d in devices.values()
+        )
         await until(lambda: all(d.serving == 1 for d in devices.values()), "all run version 1")
         with client_of(workspace, address) as client:
             client.start_rollout(request(stages=(0.25, 0.5, 1.0)))
@@ -124,7 +126,7 @@ def test_two_cloud_processes_on_one_postgresql_serve_one_fleet(tmp_path: Path, p
             code = str(one.invite("camera-1")["code"])
             async with grpc.aio.secure_channel(there, trust) as channel:
                 await device.enrol(channel, code)  # invited here, enrolled there
-            running = asyncio.create_task(device.run(lambda: where["address"], trust))
+            running = asyncio.create_task(device.run(lambda: where["address"], first.trust / "ca.pem"))
             await until(lambda: device.serving == 1, "it runs what was released at the other cloud")
             await until(lambda: {r["version"] for r in other.list_versions()} == {1, 2}, "both know both versions")
             await until(lambda: one.list_devices()[0]["serving"] == 1, "the other cloud knows it")
@@ -180,7 +182,7 @@ def test_the_operators_commands_of_a_rollout(tmp_path: Path, command: Command) -
                 await device.enrol(channel, code)
 
         async def be_online(condition: Callable[[], bool]) -> None:
-            running = asyncio.create_task(device.run(lambda: ready["address"], trust))
+            running = asyncio.create_task(device.run(lambda: ready["address"], workspace.trust / "ca.pem"))
             await until(condition, "the device does what it is told")
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +27,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cloud import bootstrap, triton
 from cloud.bootstrap import start_cloud
 from cloud.config import CloudSettings
-from cloud.supervisor import TritonServer
 from isthmus.cli import main
 from isthmus.errors import ConflictError
 from isthmus.oip import SERVICE, service_pb2_grpc
@@ -36,6 +34,7 @@ from isthmus.tensors import decode_outputs, encode_request
 from security.tokens import TokenIssuer
 from security.workspace import init_workspace
 from tests.cloud.conftest import eventually
+from tests.cloud.tritons import external_triton, free_port
 from tests.cloud.workspaces import Workspace, make_bundle, make_workspace, serving
 
 pytestmark = pytest.mark.slow
@@ -347,29 +346,9 @@ def test_a_full_disk_does_not_end_the_renewal_of_metadata(monkeypatch: pytest.Mo
         runner.run(story())
 
 
-@contextmanager
-def external_triton(folder: Path, port: int) -> Iterator[None]:
-    """Run a Triton of its own on loopback, which shares no folder with the cloud."""
-    (folder / "repository").mkdir(parents=True)
-    server = TritonServer(folder / "repository", log_file=folder / "log")
-    command = [part for part in server._command()[5:] if not part.startswith(("--grpc-address", "--grpc-port"))]
-    process = subprocess.Popen(
-        [*command, "--grpc-address=127.0.0.1", f"--grpc-port={port}"],
-        env=server._environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait(20)
-        shutil.rmtree(server._run_folder)
-
-
 def test_an_external_triton_gets_models_pushed_and_again_after_it_restarted(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "workspace")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     async def answers(inference: Any, token: str) -> bool:
         metadata = (("authorization", f"Bearer {token}"),)

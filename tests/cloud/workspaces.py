@@ -54,8 +54,11 @@ class Workspace:
     def trust(self) -> Path:
         return self.root / "trust"
 
-    def token(self, role: str, subject: str = "somebody", models: tuple[str, ...] = ("*",)) -> str:
-        return TokenIssuer.load(self.home).mint(subject, role, models=models, ttl=timedelta(hours=1))[0]
+    def token(
+        self, role: str, subject: str = "somebody", models: tuple[str, ...] = ("*",), tenant: str = "default"
+    ) -> str:
+        issuer = TokenIssuer.load(self.home)
+        return issuer.mint(subject, role, models=models, ttl=timedelta(hours=1), tenant=tenant)[0]
 
     def token_file(self, models: tuple[str, ...] = ("*",)) -> Path:
         file = self.root / "operator.token"

@@ -18,11 +18,12 @@ import openvino
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from edge.access import AccessToken
 from edge.conditions import Conditions
 from edge.config import UpdateSettings
 from edge.fetcher import RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
-from edge.identity import AccessToken, DeviceHome, enrol
+from edge.identity import DeviceHome, enrol
 from edge.model import ServedModels, open_model
 from edge.outbox import Outbox
 from edge.outcome import Outcome
@@ -30,8 +31,8 @@ from edge.plan import choose_variant
 from edge.router import Router
 from edge.state import Order
 from edge.store import SlotStore
+from edge.trial import Terms
 from edge.updater import Updater
-from edge.uplink import open_channel
 from isthmus.bundle import GOLDEN, MANIFEST, Heavy, Variant, index_files, parse_manifest
 from isthmus.digests import tree_digest
 from isthmus.tensors import Array, encode_request
@@ -69,12 +70,12 @@ class TritonPythonModel:
 """
 
 
-def servable(folder: Path) -> Path:
+def servable(folder: Path, heavy: str = _HEAVY) -> Path:
     """Give a bundle of tests/edge a heavy model that Triton serves, and a manifest of what lies there now."""
     shutil.rmtree(folder / "heavy")
     (folder / "heavy" / "1").mkdir(parents=True)
     (folder / "heavy" / "config.pbtxt").write_text(_HEAVY_CONFIG)
-    (folder / "heavy" / "1" / "model.py").write_text(_HEAVY)
+    (folder / "heavy" / "1" / "model.py").write_text(heavy)
     manifest = parse_manifest((folder / MANIFEST).read_bytes())
     files = index_files(folder)
     digest = tree_digest({path: entry.sha256 for path, entry in files.items() if path.startswith("heavy/")})
@@ -161,7 +162,7 @@ class CloudDevice:
     async def online(self) -> AsyncIterator[None]:
         """Start with what is on the disk, and be connected."""
         enrolment = self.home.enrolment()
-        async with open_channel(enrolment.cloud, self.home.ca) as channel:
+        async with self.home.connect() as channel:
             token = AccessToken(self.home, enrolment, channel)
             self._desired = Desired((MODEL,))
             link = FleetLink(channel, token.wait, (MODEL,), self._desired, outbox=Outbox(self.home.reports))
@@ -194,7 +195,7 @@ class CloudDevice:
             choose=choose,
             open_slot=open_model,
             report=report,
-            conditions=Conditions(UpdateSettings(), self.home.path.name, MODEL),
+            conditions=Conditions(UpdateSettings(trial=Terms()), self.home.path.name, MODEL),
         )
 
     async def follow(self, version: int) -> Outcome:

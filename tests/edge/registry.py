@@ -17,6 +17,7 @@ from edge.model import ServedModels, open_model
 from edge.outcome import Outcome
 from edge.plan import choose_variant
 from edge.store import SlotStore
+from edge.trial import Terms
 from edge.updater import Updater
 from isthmus.bundle import FileEntry, parse_manifest
 from isthmus.delta import make_delta
@@ -119,6 +120,6 @@ def make_updater(
         ),
         "open_slot": open_model,
         "report": report,
-        "conditions": Conditions(settings or UpdateSettings(), "device-1", "triage", now=now, **clock),
+        "conditions": Conditions(settings or UpdateSettings(trial=Terms()), "device-1", "triage", now=now, **clock),
     }
     return Updater("triage", SlotStore(home), models, **given | parts)

@@ -74,6 +74,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 def settings(home: Path, **changes: Any) -> EdgeSettings:
     given = {"home": home, "models": ("triage",), "listen": "127.0.0.1:0", "ready_file": home / "ready.json"}
+    given |= {"updates": {"trial": {"soak_s": 0}}}  # versions are kept at once
     return load_settings(EdgeSettings, None, given | {"shutdown_s": 0.5} | changes).value
 
 

@@ -19,10 +19,10 @@ from tritonclient.utils import InferenceServerException
 from edge.agreement import count_agreement
 from edge.breaker import Breaker
 from edge.metrics import AgentCollector, agent_registry
-from edge.metrics_server import MetricsServer
 from edge.spool import Spool
 from edge.status_client import fetch_status
 from isthmus.errors import ConfigError
+from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from tests.edge import bundles, faulty_cloud
 from tests.edge.serving import MODEL, Serving, serving

@@ -46,7 +46,7 @@ class Site:
         repository = cloud or self.cloud.repository
         path = self.folder / name
         writer = StickWriter(path)
-        for file in (self.cloud.workspace / "cloud" / "tuf").iterdir():
+        for file in (self.cloud.workspace / "cloud" / "tuf").glob("*.json"):
             writer.write(metadata_name(file.name), iter([repository.metadata(file.name)]))
         for sha256, data in self.cloud.blobs.items():
             writer.write(blob_name(sha256), iter([data]))

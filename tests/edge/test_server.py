@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from edge.runtimes import Worker
-from edge.server import AgentServer, InferenceService, is_local
+from edge.server import AgentServer, InferenceService
+from isthmus.address import is_local
 from isthmus.errors import ConfigError, InputError
 from isthmus.oip import SERVICE, service_pb2
 from isthmus.tensors import Array

@@ -52,7 +52,7 @@ class Device:
 
     folder: Path
     registry: Registry
-    settings: UpdateSettings = field(default_factory=UpdateSettings)
+    settings: UpdateSettings = field(default_factory=lambda: UpdateSettings(trial=Terms()))
     now: Callable[[], datetime] = datetime.now
     reports: list[Outcome] = field(default_factory=list)
     x: Array = field(default_factory=lambda: bundles.SURE)
@@ -533,7 +533,7 @@ def test_files_come_at_any_time_and_versions_change_in_the_window(tmp_path: Path
     with_device(
         tmp_path,
         scenario,
-        settings=UpdateSettings(window="01:00-05:00"),
+        settings=UpdateSettings(trial=Terms(), window="01:00-05:00"),
         now=lambda: datetime(2026, 3, 2, hour),  # noqa: DTZ001 - windows are in local time
     )
 
@@ -547,7 +547,7 @@ def test_nothing_is_fetched_outside_the_window_where_that_was_asked_for(tmp_path
     with_device(
         tmp_path,
         scenario,
-        settings=UpdateSettings(window="01:00-05:00", fetch_outside_window=False),
+        settings=UpdateSettings(trial=Terms(), window="01:00-05:00", fetch_outside_window=False),
         now=lambda: datetime(2026, 3, 2, 12),  # noqa: DTZ001
     )
 
@@ -564,7 +564,7 @@ def test_a_metered_link_moves_what_it_may_and_no_more(tmp_path: Path) -> None:
         assert outcome.active
         assert outcome.bytes_fetched == outcome.bytes_full  # nothing moved twice
 
-    with_device(tmp_path, scenario, settings=UpdateSettings(metered=True, metered_max_bytes=600))
+    with_device(tmp_path, scenario, settings=UpdateSettings(trial=Terms(), metered=True, metered_max_bytes=600))
 
 
 def test_devices_take_turns(tmp_path: Path) -> None:
@@ -576,7 +576,7 @@ def test_devices_take_turns(tmp_path: Path) -> None:
         await device.time.pause(postponed.value.retry_s)
         assert (await device.updater.update(Order(version=1))).active
 
-    with_device(tmp_path, scenario, settings=UpdateSettings(jitter_s=600), requests=0)
+    with_device(tmp_path, scenario, settings=UpdateSettings(trial=Terms(), jitter_s=600), requests=0)
 
 
 def test_a_disk_without_room_postpones_and_says_how_much_is_missing(

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from edge.access import AccessToken
 from edge.breaker import Breaker
-from edge.identity import AccessToken, DeviceHome, Enrolment
+from edge.identity import DeviceHome, Enrolment
 from edge.retry import QuotaPause, RetryBudget
 from edge.uplink import Failure, Uplink, UplinkCounters, open_channel, watch_connection
 from security.enrolment import new_device_key

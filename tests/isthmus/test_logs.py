@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -46,11 +47,21 @@ def test_json_lines_carry_level_time_and_request_id(capsys: pytest.CaptureFixtur
     assert told["timestamp"].endswith("Z")
 
 
+HOSTILE = "cam\n2026-01-01 [info] all is well \x1b[2K\x1b[1A\x1b]0;x\x07\x9b31m\r\u2028\u202e" + "x" * 10_000
+
+
 @pytest.mark.parametrize("as_json", [True, False])
-def test_values_write_no_lines_and_no_control_characters(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_that_others_send_can_begin_a_line_or_speak_to_the_terminal(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     logs.configure(json=as_json)
-    structlog.get_logger("test").warning("refused", model="a\n2030-01-01 [info] forged\x1b[2J\r\x00\u2028\u202e")
+    log = structlog.get_logger("test")
+    log.info("device invited", device=HOSTILE, models=[HOSTILE, 1], more={HOSTILE: (HOSTILE,)}, by=None)
+    with structlog.contextvars.bound_contextvars(request_id=HOSTILE):
+        log.info("refused")
     shown = capsys.readouterr().err
-    assert len(shown.splitlines()) == 1
-    assert "forged" in shown
-    assert not [part for part in ("\x1b[2J", "\r", "\x00", "\u202e") if part in shown]
+    assert len(shown.splitlines()) == len(shown.split("\n")) - 1 == 2
+    lines = re.sub(r"\x1b\[\d*m", "", shown).split("\n")  # the colours that the renderer itself writes
+    assert all(line.isprintable() for line in lines)
+    assert all(len(line) < 40_000 for line in lines)
+    assert "cam" in shown

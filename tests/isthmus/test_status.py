@@ -162,3 +162,21 @@ def test_hint_of_the_peer_goes_before_the_callers_own() -> None:
     assert from_rpc(plain, "a call", hints={errors.BundleError: "other"}).hint == ""
     hinted = asyncio.run(call("Hinted", streaming="Unary"))
     assert "keys init" in from_rpc(hinted, "a call", hints=own).hint
+
+
+def test_a_quota_says_when_to_come_back() -> None:
+    for seconds, pushback, retry_after in (
+        (0.0123, "13", "1"),
+        (2.0, "2000", "2"),
+        (0.0, "0", "0"),
+        (None, None, None),
+    ):
+        RAISED["Quota"] = errors.QuotaError("what came", retry_after_s=seconds)
+        error = asyncio.run(call("Quota", streaming="Unary"))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        told: Any = dict(error.trailing_metadata() or ())
+        assert (told.get("grpc-retry-pushback-ms"), told.get("retry-after")) == (pushback, retry_after)
+        back = from_rpc(error, "cannot ask")
+        assert isinstance(back, errors.QuotaError)
+        assert back.retry_after_s == (None if pushback is None else int(pushback) / 1000)
+        assert back.reason == "quota-exceeded"

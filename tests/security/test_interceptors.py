@@ -156,6 +156,23 @@ def test_a_method_that_writes_its_answers_itself_works(
     assert with_server(workspace, [auth], story).startswith(b"ann ")
 
 
+def test_a_listener_of_one_tenant_refuses_the_others(workspace: Path, issuer: TokenIssuer) -> None:
+    """As an agent does, whose device belongs to a tenant."""
+    auth = AuthInterceptor(issuer.verifier(), METHOD_SCOPES, tenant="acme")
+    answers = with_server(workspace, [auth], lambda c, _: call(c, "unary_unary", _token(issuer, tenant="acme")))
+    assert answers[0].startswith(b"ann ")
+    for tenant in ("default", "beta"):
+        refusal = _refused(workspace, auth, "unary_unary", _token(issuer, tenant=tenant))
+        assert refusal == (grpc.StatusCode.PERMISSION_DENIED, "wrong-tenant")
+
+
+def test_a_token_of_grants_opens_nothing_where_there_are_none(workspace: Path, issuer: TokenIssuer) -> None:
+    refusal = _refused(
+        workspace, AuthInterceptor(issuer.verifier(), METHOD_SCOPES), "unary_unary", _token(issuer, "granted")
+    )
+    assert refusal == (grpc.StatusCode.PERMISSION_DENIED, "no-grant")
+
+
 def test_outside_a_call_there_are_no_claims() -> None:
     with pytest.raises(IdentityError):
         current_claims()

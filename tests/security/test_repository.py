@@ -220,13 +220,15 @@ def test_a_crash_before_the_timestamp_changes_nothing(registry: Registry, tmp_pa
     assert registry.device(tmp_path / "device").manifest("triage", 2) == second
 
 
-def test_of_two_publishes_at_once_one_wins(registry: Registry) -> None:
+@pytest.mark.parametrize("clouds", [1, 8])
+def test_of_two_publishes_at_once_one_wins(registry: Registry, clouds: int) -> None:
     current = registry.cloud.targets_json()
     offers = [registry.operator.sign_manifest("triage", version, b"m%d" % version, current) for version in range(1, 9)]
+    served = [registry.cloud, *(CloudRepository(registry.workspace / "cloud") for _ in range(clouds - 1))]
 
     def commit(offer: bytes) -> str:
         try:
-            registry.cloud.commit(offer)
+            served[offers.index(offer) % clouds].commit(offer)
         except IsthmusError as error:
             return error.reason
         return "committed"

@@ -118,7 +118,9 @@ def test_keys_rotate_with_overlap(tmp_path: Path, clock: Clock) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"role": "admin"},
+        {"role": "root"},
+        {"tenant": "Acme"},
+        {"tenant": ".."},
         {"subject": ""},
         {"subject": "a\nb"},
         {"subject": "a" * 129},
@@ -176,7 +178,18 @@ def test_a_key_set_with_a_private_key_is_refused() -> None:
         KeySet(json.dumps({"keys": [public_jwk(key.public_key()) | {"d": secret}]}).encode())
 
 
-@pytest.mark.parametrize("change", [{"algorithm": "HS256"}, {"kid": "../../x"}, {"kid": 3}, {"issuer": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"algorithm": "HS256"},
+        {"algorithm": "ES256"},
+        {"keys": [{"kid": "../../x"}]},
+        {"keys": [{"kid": 3}]},
+        {"keys": [{"kid": "0123456789abcdef"}]},
+        {"keys": [], "kid": "../../x"},
+        {"issuer": None},
+    ],
+)
 def test_an_issuer_file_that_was_changed_is_refused(own_workspace: Path, change: dict[str, Any]) -> None:
     path = own_workspace / "cloud" / "tokens" / "issuer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -20,7 +20,7 @@ def _mode(path: Path) -> int:
 
 def test_every_private_key_is_its_owners_alone(workspace: Path) -> None:
     keys = list(workspace.rglob("*.key"))
-    assert len(keys) == 8
+    assert len(keys) == 10
     assert {_mode(key) for key in keys} == {0o600}
     assert all(key.read_text().startswith("-----BEGIN PRIVATE KEY-----") for key in keys)
     assert {_mode(workspace / name) for name in ("operator", "cloud", "cloud/tokens")} == {0o700}
@@ -28,7 +28,7 @@ def test_every_private_key_is_its_owners_alone(workspace: Path) -> None:
 
 def test_what_is_handed_out_holds_no_secret(workspace: Path) -> None:
     files = {path.name: path.read_text() for path in (workspace / "trust").iterdir()}
-    assert set(files) == {"ca.pem", "root.json"}
+    assert set(files) == {"ca.pem", "root.json", "audit.pub", "sealing.json"}
     assert not any("PRIVATE" in text for text in files.values())
 
 
@@ -80,7 +80,7 @@ def test_two_workspaces_share_no_key(tmp_path: Path) -> None:
     for name in ("a", "b"):
         init_workspace(tmp_path / name, ["localhost"], "acme", NOW)
     keys = [path.read_bytes() for path in tmp_path.rglob("*.key")]
-    assert len(set(keys)) == len(keys) == 16
+    assert len(set(keys)) == len(keys) == 20
 
 
 def test_the_description_lists_everything_and_no_secret(tmp_path: Path) -> None:

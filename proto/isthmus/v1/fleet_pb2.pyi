@@ -164,6 +164,8 @@ class EnrolResponse(_message.Message):
     JWKS_JSON_FIELD_NUMBER: _builtins.int
     TOKEN_ISSUER_FIELD_NUMBER: _builtins.int
     TOKEN_AUDIENCE_FIELD_NUMBER: _builtins.int
+    DEVICE_ADDRESS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     certificate_chain_pem: _builtins.bytes
     """The device's certificate followed by the issuing CA's, PEM."""
@@ -171,6 +173,10 @@ class EnrolResponse(_message.Message):
     """Public keys that verify tokens (JSON Web Key Set, RFC 7517)."""
     token_issuer: _builtins.str
     token_audience: _builtins.str
+    device_address: _builtins.str
+    """HOST:PORT that the device calls from now on, with its certificate; without a host: that of this call."""
+    tenant: _builtins.str
+    """The tenant that the device belongs to; empty stands for "default"."""
     def __init__(
         self,
         *,
@@ -179,10 +185,12 @@ class EnrolResponse(_message.Message):
         jwks_json: _builtins.bytes = ...,
         token_issuer: _builtins.str = ...,
         token_audience: _builtins.str = ...,
+        device_address: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_chain_pem", b"certificate_chain_pem", "device_id", b"device_id", "jwks_json", b"jwks_json", "token_audience", b"token_audience", "token_issuer", b"token_issuer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_chain_pem", b"certificate_chain_pem", "device_address", b"device_address", "device_id", b"device_id", "jwks_json", b"jwks_json", "tenant", b"tenant", "token_audience", b"token_audience", "token_issuer", b"token_issuer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -214,7 +222,11 @@ class IssueTokenResponse(_message.Message):
 
     ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    JWKS_JSON_FIELD_NUMBER: _builtins.int
     access_token: _builtins.str
+    """Bound to the certificate of the connection (RFC 8705)."""
+    jwks_json: _builtins.bytes
+    """As in EnrolResponse: public keys rotate. (The address may move; it is in the initial metadata of every answer.)"""
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -222,14 +234,112 @@ class IssueTokenResponse(_message.Message):
         *,
         access_token: _builtins.str = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
+        jwks_json: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "expires_at", b"expires_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "expires_at", b"expires_at", "jwks_json", b"jwks_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IssueTokenResponse: _TypeAlias = IssueTokenResponse  # noqa: Y015
+
+@_typing.final
+class RenewCertificateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASSERTION_FIELD_NUMBER: _builtins.int
+    CSR_PEM_FIELD_NUMBER: _builtins.int
+    assertion: _builtins.str
+    """As in IssueTokenRequest."""
+    csr_pem: _builtins.bytes
+    """PKCS#10, PEM, for the key that the device is enrolled with."""
+    def __init__(
+        self,
+        *,
+        assertion: _builtins.str = ...,
+        csr_pem: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion", "csr_pem", b"csr_pem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewCertificateRequest: _TypeAlias = RenewCertificateRequest  # noqa: Y015
+
+@_typing.final
+class RenewCertificateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_CHAIN_PEM_FIELD_NUMBER: _builtins.int
+    certificate_chain_pem: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        certificate_chain_pem: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_chain_pem", b"certificate_chain_pem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewCertificateResponse: _TypeAlias = RenewCertificateResponse  # noqa: Y015
+
+@_typing.final
+class RevokeDeviceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    KEY_SHA256_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """The device; may be left empty when the key is given."""
+    key_sha256: _builtins.str
+    """SHA-256 (hexadecimal) of a public key (SubjectPublicKeyInfo); empty: the key that the device is enrolled with."""
+    reason: _builtins.str
+    """For the record."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        key_sha256: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "key_sha256", b"key_sha256", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeDeviceRequest: _TypeAlias = RevokeDeviceRequest  # noqa: Y015
+
+@_typing.final
+class RevokeDeviceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    KEY_SHA256_FIELD_NUMBER: _builtins.int
+    REVOKED_AT_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    key_sha256: _builtins.str
+    @_builtins.property
+    def revoked_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        key_sha256: _builtins.str = ...,
+        revoked_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["revoked_at", b"revoked_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "key_sha256", b"key_sha256", "revoked_at", b"revoked_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeDeviceResponse: _TypeAlias = RevokeDeviceResponse  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):
@@ -604,8 +714,14 @@ class Device(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     ONLINE_FIELD_NUMBER: _builtins.int
     DESIRED_FIELD_NUMBER: _builtins.int
+    KEY_SHA256_FIELD_NUMBER: _builtins.int
+    REVOKED_AT_FIELD_NUMBER: _builtins.int
+    REVOKED_REASON_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     online: _builtins.bool
+    key_sha256: _builtins.str
+    """SHA-256 (hexadecimal) of the public key that it is enrolled with."""
+    revoked_reason: _builtins.str
     @_builtins.property
     def enrolled_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -622,6 +738,10 @@ class Device(_message.Message):
     def desired(self) -> _containers.RepeatedCompositeFieldContainer[Global___Desired]:
         """What the device is told for each model that it runs."""
 
+    @_builtins.property
+    def revoked_at(self) -> _timestamp_pb2.Timestamp:
+        """Absent while it is not revoked."""
+
     def __init__(
         self,
         *,
@@ -633,10 +753,13 @@ class Device(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         online: _builtins.bool = ...,
         desired: _abc.Iterable[Global___Desired] | None = ...,
+        key_sha256: _builtins.str = ...,
+        revoked_at: _timestamp_pb2.Timestamp | None = ...,
+        revoked_reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["enrolled_at", b"enrolled_at", "facts", b"facts", "last_seen_at", b"last_seen_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["enrolled_at", b"enrolled_at", "facts", b"facts", "last_seen_at", b"last_seen_at", "revoked_at", b"revoked_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired", b"desired", "device_id", b"device_id", "enrolled_at", b"enrolled_at", "facts", b"facts", "labels", b"labels", "last_seen_at", b"last_seen_at", "online", b"online", "reports", b"reports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired", b"desired", "device_id", b"device_id", "enrolled_at", b"enrolled_at", "facts", b"facts", "key_sha256", b"key_sha256", "labels", b"labels", "last_seen_at", b"last_seen_at", "online", b"online", "reports", b"reports", "revoked_at", b"revoked_at", "revoked_reason", b"revoked_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1580,11 +1703,14 @@ class WhoAmIResponse(_message.Message):
     SCOPES_FIELD_NUMBER: _builtins.int
     TLS_VERSION_FIELD_NUMBER: _builtins.int
     TLS_GROUP_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     subject: _builtins.str
     tls_version: _builtins.str
     """The negotiated TLS version, for example "TLSv1.3"."""
     tls_group: _builtins.str
     """The negotiated key exchange group, for example "X25519MLKEM768"."""
+    tenant: _builtins.str
+    """The tenant that the caller acts in."""
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -1594,10 +1720,11 @@ class WhoAmIResponse(_message.Message):
         scopes: _abc.Iterable[_builtins.str] | None = ...,
         tls_version: _builtins.str = ...,
         tls_group: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["scopes", b"scopes", "subject", b"subject", "tls_group", b"tls_group", "tls_version", b"tls_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scopes", b"scopes", "subject", b"subject", "tenant", b"tenant", "tls_group", b"tls_group", "tls_version", b"tls_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

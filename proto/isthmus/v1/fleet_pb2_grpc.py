@@ -50,6 +50,16 @@ class FleetServiceStub(object):
                 request_serializer=isthmus_dot_v1_dot_fleet__pb2.IssueTokenRequest.SerializeToString,
                 response_deserializer=isthmus_dot_v1_dot_fleet__pb2.IssueTokenResponse.FromString,
                 _registered_method=True)
+        self.RenewCertificate = channel.unary_unary(
+                '/isthmus.v1.FleetService/RenewCertificate',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.RenewCertificateRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.RenewCertificateResponse.FromString,
+                _registered_method=True)
+        self.RevokeDevice = channel.unary_unary(
+                '/isthmus.v1.FleetService/RevokeDevice',
+                request_serializer=isthmus_dot_v1_dot_fleet__pb2.RevokeDeviceRequest.SerializeToString,
+                response_deserializer=isthmus_dot_v1_dot_fleet__pb2.RevokeDeviceResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/isthmus.v1.FleetService/Watch',
                 request_serializer=isthmus_dot_v1_dot_fleet__pb2.WatchRequest.SerializeToString,
@@ -117,6 +127,21 @@ class FleetServiceServicer(object):
 
     def IssueToken(self, request, context):
         """Exchanges an assertion signed with the device's key (RFC 7523) for a short-lived access token. Public: the assertion is the proof.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewCertificate(self, request, context):
+        """Exchanges an assertion and a signing request for the same key for a new certificate. Public: the assertion is the
+        proof, so that a device whose certificate expired while it was offline comes back by itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeDevice(self, request, context):
+        """Refuses a device, or one key, from now on, and ends what it has open. Scope: access:admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,6 +227,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.IssueToken,
                     request_deserializer=isthmus_dot_v1_dot_fleet__pb2.IssueTokenRequest.FromString,
                     response_serializer=isthmus_dot_v1_dot_fleet__pb2.IssueTokenResponse.SerializeToString,
+            ),
+            'RenewCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewCertificate,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.RenewCertificateRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.RenewCertificateResponse.SerializeToString,
+            ),
+            'RevokeDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeDevice,
+                    request_deserializer=isthmus_dot_v1_dot_fleet__pb2.RevokeDeviceRequest.FromString,
+                    response_serializer=isthmus_dot_v1_dot_fleet__pb2.RevokeDeviceResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -331,6 +366,60 @@ class FleetService(object):
             '/isthmus.v1.FleetService/IssueToken',
             isthmus_dot_v1_dot_fleet__pb2.IssueTokenRequest.SerializeToString,
             isthmus_dot_v1_dot_fleet__pb2.IssueTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.FleetService/RenewCertificate',
+            isthmus_dot_v1_dot_fleet__pb2.RenewCertificateRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.RenewCertificateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.FleetService/RevokeDevice',
+            isthmus_dot_v1_dot_fleet__pb2.RevokeDeviceRequest.SerializeToString,
+            isthmus_dot_v1_dot_fleet__pb2.RevokeDeviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

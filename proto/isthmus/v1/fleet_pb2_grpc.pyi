@@ -39,6 +39,12 @@ class FleetServiceStub:
     """Exchanges an enrolment code and a certificate signing request for a device identity. Public: the code is the proof."""
     IssueToken: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.IssueTokenRequest, _fleet_pb2.IssueTokenResponse]
     """Exchanges an assertion signed with the device's key (RFC 7523) for a short-lived access token. Public: the assertion is the proof."""
+    RenewCertificate: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.RenewCertificateRequest, _fleet_pb2.RenewCertificateResponse]
+    """Exchanges an assertion and a signing request for the same key for a new certificate. Public: the assertion is the
+    proof, so that a device whose certificate expired while it was offline comes back by itself.
+    """
+    RevokeDevice: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.RevokeDeviceRequest, _fleet_pb2.RevokeDeviceResponse]
+    """Refuses a device, or one key, from now on, and ends what it has open. Scope: access:admin."""
     Watch: _grpc.UnaryStreamMultiCallable[_fleet_pb2.WatchRequest, _fleet_pb2.WatchResponse]
     """Streams the version each model should be at: the current one at once, then every change. Scope: device."""
     Report: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ReportRequest, _fleet_pb2.ReportResponse]
@@ -69,6 +75,12 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """Exchanges an enrolment code and a certificate signing request for a device identity. Public: the code is the proof."""
     IssueToken: _aio.UnaryUnaryMultiCallable[_fleet_pb2.IssueTokenRequest, _fleet_pb2.IssueTokenResponse]  # type: ignore[assignment]
     """Exchanges an assertion signed with the device's key (RFC 7523) for a short-lived access token. Public: the assertion is the proof."""
+    RenewCertificate: _aio.UnaryUnaryMultiCallable[_fleet_pb2.RenewCertificateRequest, _fleet_pb2.RenewCertificateResponse]  # type: ignore[assignment]
+    """Exchanges an assertion and a signing request for the same key for a new certificate. Public: the assertion is the
+    proof, so that a device whose certificate expired while it was offline comes back by itself.
+    """
+    RevokeDevice: _aio.UnaryUnaryMultiCallable[_fleet_pb2.RevokeDeviceRequest, _fleet_pb2.RevokeDeviceResponse]  # type: ignore[assignment]
+    """Refuses a device, or one key, from now on, and ends what it has open. Scope: access:admin."""
     Watch: _aio.UnaryStreamMultiCallable[_fleet_pb2.WatchRequest, _fleet_pb2.WatchResponse]  # type: ignore[assignment]
     """Streams the version each model should be at: the current one at once, then every change. Scope: device."""
     Report: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ReportRequest, _fleet_pb2.ReportResponse]  # type: ignore[assignment]
@@ -114,6 +126,24 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.IssueTokenResponse, _abc.Awaitable[_fleet_pb2.IssueTokenResponse]]:
         """Exchanges an assertion signed with the device's key (RFC 7523) for a short-lived access token. Public: the assertion is the proof."""
+
+    @_abc_1.abstractmethod
+    def RenewCertificate(
+        self,
+        request: _fleet_pb2.RenewCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.RenewCertificateResponse, _abc.Awaitable[_fleet_pb2.RenewCertificateResponse]]:
+        """Exchanges an assertion and a signing request for the same key for a new certificate. Public: the assertion is the
+        proof, so that a device whose certificate expired while it was offline comes back by itself.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokeDevice(
+        self,
+        request: _fleet_pb2.RevokeDeviceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.RevokeDeviceResponse, _abc.Awaitable[_fleet_pb2.RevokeDeviceResponse]]:
+        """Refuses a device, or one key, from now on, and ends what it has open. Scope: access:admin."""
 
     @_abc_1.abstractmethod
     def Watch(

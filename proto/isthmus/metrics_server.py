@@ -1,4 +1,4 @@
-"""The listener for metrics: HTTP/1.1, GET /metrics, one request for each connection, on the agent's own event loop.
+"""The listener for metrics: HTTP/1.1, GET /metrics, one request for each connection, on the program's own event loop.
 
 A scrape is answered on the loop that counts, so it sees no number half changed. What a scraper may cost is bounded:
 the size of a request, the time for it, and the connections at once. There is neither TLS nor a token, so the listener
@@ -14,8 +14,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from edge.server import is_local
-from isthmus.address import check_free, split_address
+from isthmus.address import check_free, is_local, split_address
 from isthmus.errors import ConfigError
 
 PATH: Final = "/metrics"
