@@ -46,7 +46,7 @@ QUICK_SIZES: Final = (20, 100)
 IDLE_S: Final = 20.0
 QUICK_IDLE_S: Final = 2.0
 GIVE_UP_S: Final = 900.0
-AT_ONCE: Final = 12  # enrolments: an address without a token may have 16 calls in progress
+AT_ONCE: Final = 12  # enrolments: a cloud lets no more than 16 calls of one address be in progress
 _ACTIVE: Final = fleet_pb2.ROLLOUT_STATE_ACTIVE
 _TICK: Final = os.sysconf("SC_CLK_TCK")
 

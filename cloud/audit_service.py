@@ -1,6 +1,6 @@
 """The door for auditors: search, export and heads of this replica's audit log, each caller's own tenant only.
 
-Records that are nobody's (refused strangers, what the cloud did by itself) are shown to auditors of the default tenant,
+Records that are nobody's (refused strangers, what the log says of itself) are shown to auditors of the default tenant,
 who run the cloud. Verifying needs the whole log, so it is done where the log is.
 """
 
@@ -13,12 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from isthmus.errors import InputError
+from isthmus.errors import InputError, PermissionDeniedError
 from isthmus.v1 import audit_pb2, audit_pb2_grpc
 from security.audit.reading import Query, search
 from security.audit.records import canonical
 from security.interceptors import current_claims
 from security.tenancy import DEFAULT_TENANT
+from security.tokens import Claims
 
 _LIMIT: Final = 100
 _MAX_LIMIT: Final = 10_000
@@ -54,8 +55,8 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
             raise InputError(f"expected texts of at most {_MAX_TEXT} characters")
         since, until = _times(request)
         query = Query(**texts, version=request.version, since=since, until=until)
-        tenants = _tenants()
-        newest = await asyncio.to_thread(lambda: deque(_visible(self._folder, query, tenants), maxlen=limit))
+        claims = current_claims()
+        newest = await asyncio.to_thread(lambda: deque(_visible(self._folder, query, claims), maxlen=limit))
         for record in newest:
             yield audit_pb2.SearchRecordsResponse(record_json=canonical(record))
 
@@ -63,24 +64,30 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
         """Stream the records of a time."""
         del context
         since, until = _times(request)
-        records = _visible(self._folder, Query(since=since, until=until), _tenants())
+        records = _visible(self._folder, Query(since=since, until=until), current_claims())
         while lines := await asyncio.to_thread(_take, records):
             yield audit_pb2.ExportRecordsResponse(lines=lines)
 
     async def GetHeads(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Return the heads of all chains."""
+        """Return the heads of all chains.
+
+        Raises:
+            PermissionDeniedError: The caller is one tenant's only: heads count everybody's records.
+        """
         del request, context
+        if current_claims().tenant != DEFAULT_TENANT:
+            raise PermissionDeniedError("heads are for auditors of the default tenant", reason="wrong-tenant")
         heads = await asyncio.to_thread(lambda: [path.read_bytes() for path in sorted(self._folder.glob("*.head"))])
         return audit_pb2.GetHeadsResponse(head_json=heads)
 
 
-def _tenants() -> frozenset[str]:
-    tenant = current_claims().tenant
-    return frozenset({tenant, ""}) if tenant == DEFAULT_TENANT else frozenset({tenant})
-
-
-def _visible(folder: Path, query: Query, tenants: frozenset[str]) -> Iterator[dict[str, Any]]:
-    return (record for record in search(folder, query) if record.get("tenant", "") in tenants)
+def _visible(folder: Path, query: Query, claims: Claims) -> Iterator[dict[str, Any]]:
+    """Yield the records of the caller's tenant about nothing but models that it may use."""
+    tenants = {claims.tenant, ""} if claims.tenant == DEFAULT_TENANT else {claims.tenant}
+    for record in search(folder, query):
+        model = record.get("model", "")
+        if record.get("tenant", "") in tenants and (not model or claims.may_use(model)):
+            yield record
 
 
 def _take(records: Iterator[dict[str, Any]]) -> bytes:

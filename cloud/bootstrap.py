@@ -39,7 +39,6 @@ from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway, Inference
 from cloud.limits import Limits, open_limits
-from cloud.memory import give_back, limit_heaps
 from cloud.metrics import GatewayCollector, cloud_registry
 from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
@@ -59,6 +58,7 @@ from cloud.tritons import open_replicas, start_replicas
 from cloud.unsealer import SealingService, Unsealer
 from isthmus.address import check_free
 from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.memory import limit_heaps
 from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
 from isthmus.status import StatusInterceptor
@@ -228,7 +228,6 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await stack.enter_async_context(_background(_follow_keys(issuer, verifier, authority), name="keys"))
         await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
         await stack.enter_async_context(_background(desk.follow(), name="traffic"))
-        await stack.enter_async_context(_background(give_back(), name="memory"))
         await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
         await stack.enter_async_context(_background(_sum_up(trail, refusals), name="audit-summaries"))
         metrics = await _listen_for_metrics(

@@ -566,7 +566,11 @@ class CloudClient:
 
     def set_quota(self, quota: Any) -> None:
         """Set a quota."""
-        self._call("set the quota", self._usage.SetQuota, usage_pb2.SetQuotaRequest(quota=quota))
+        scope = quota.scope
+        request = usage_pb2.SetQuotaRequest(
+            tenant=scope.tenant, device=scope.device, model=scope.model, limits=quota.limits
+        )
+        self._call("set the quota", self._usage.SetQuota, request)
 
     def quotas(self, tenant: str = "") -> list[Any]:
         """Return the quotas that are set, of one tenant or all that may be seen."""
@@ -575,7 +579,8 @@ class CloudClient:
 
     def clear_quota(self, scope: Any) -> None:
         """Remove a quota."""
-        self._call("clear the quota", self._usage.ClearQuota, usage_pb2.ClearQuotaRequest(scope=scope))
+        request = usage_pb2.ClearQuotaRequest(tenant=scope.tenant, device=scope.device, model=scope.model)
+        self._call("clear the quota", self._usage.ClearQuota, request)
 
     def status(self) -> dict[str, Any]:
         """Return what the cloud runs: Triton's version and each loaded heavy model with its counters."""
@@ -591,6 +596,7 @@ class CloudClient:
             "tls_version": who.tls_version,
             "tls_group": who.tls_group,
             "subject": who.subject,
+            "tenant": who.tenant,
             "models": [_statistics_row(model) for model in statistics.model_stats],
         }
 

@@ -213,7 +213,7 @@ class Conductor:
 
     def _any_device(self, device_id: str, tenant: str) -> Device:
         """Return the device, or what stands for one whose enrolment this record does not have."""
-        return self.roster.devices.get(device_id) or Device(device_id, 0.0, 0.0, tenant)
+        return self.roster.devices.get(device_id) or Device(device_id, 0.0, 0.0, tenant=tenant)
 
     def _check_tenant(self, device_id: str, tenant: str) -> None:
         if self.roster.devices[device_id].tenant != tenant:
@@ -516,8 +516,8 @@ class Conductor:
                 rules.Action.PAUSE: "paused", rules.Action.ABORT: "aborted",
             }[decision.action]  # fmt: skip
             if await self._store(layer, progress, kind, decision.reason, decision.detail):
-                plan = layer.plan
-                self._recorder.rollout_moves(plan.id, plan.model, plan.version, kind, decision.reason, decision.detail)
+                tenant = self.roster.tenants.get(layer.plan.model, "")
+                self._recorder.rollout_moves(layer.plan, tenant, kind, decision.reason, decision.detail)
                 log.info(
                     "rollout changed",
                     rollout=layer.plan.id,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from cloud.quotas import Defaults, Limits, parse_rate, parse_size
 from isthmus.errors import InputError
 from isthmus.settings import Settings
-from security.listener import ListenerLimits
+from security.limits import ListenerLimits
 from security.oidc import OidcConfig
 
 

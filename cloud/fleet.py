@@ -158,11 +158,16 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 reason="certificate-required",
                 hint="call the cloud's device_listen address with the certificate; agents of this release do",
             )
+        left_s = self._token_ttl_s if peer is None else min(self._token_ttl_s, int(peer.expires_at - self._clock()))
+        if left_s <= 0:
+            raise IdentityError(
+                "the certificate of the connection has expired", reason="expired-certificate", hint="connect anew"
+            )
         device_id, tenant = await asyncio.to_thread(self._identities.accept, request.assertion, peer)
         token, expires_at = self._issuer.mint(
             device_id,
             "device",
-            ttl=timedelta(seconds=self._token_ttl_s),
+            ttl=timedelta(seconds=left_s),  # a connection may outlast its certificate, a token does not
             now=datetime.fromtimestamp(self._clock(), UTC),
             tenant=tenant,
             thumbprint=peer.thumbprint if peer is not None else "",

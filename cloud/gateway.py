@@ -30,10 +30,12 @@ from cloud.heavy import HeavyId
 from cloud.metering import Call, Meter
 from cloud.recorder import Recorder
 from cloud.replicas import Replicas
+from cloud.request_names import check_names
 from cloud.response_cache import ResponseCache, cache_key
 from cloud.shadow import Shadows
 from cloud.traffic import Shadow
 from cloud.traffic_desk import Route, TrafficDesk
+from cloud.triton import FAILED
 from cloud.unsealer import Unsealer
 from isthmus import __version__
 from isthmus.errors import InputError, IsthmusError, NotFoundError, QuotaError
@@ -155,8 +157,9 @@ class Gateway:
         finally:
             counters.outcomes[route.version, route.assignment, outcome] += 1
         counters.latency.note(time.perf_counter() - started)
-        sealed = SEALED in head.parameters()
-        self._recorder.answered(head.model_name, route.version, head.id[:_MAX_ID], sealed=sealed, context=context)
+        if self._recorder.draws():
+            sealed = SEALED in head.parameters()
+            self._recorder.answered(head.model_name, route.version, head.id, sealed=sealed, context=context)
         return answer
 
     async def _answer(self, raw: bytes, head: RequestHead, route: Route, call: Call, context: _Context) -> bytes:
@@ -177,7 +180,12 @@ class Gateway:
         # Opened here and nowhere before: what is cached, logged or kept on the way is the envelope.
         plain = self._opened(raw, call.claims) if sealed else raw
         call.sent()
-        answer = await self._replicas.infer(route.heavy, plain, timeout_s=timeout_s)
+        try:
+            answer = await self._replicas.infer(route.heavy, plain, timeout_s=timeout_s)
+        except IsthmusError as error:
+            if error.reason == FAILED:  # or was it the request, and Triton could not say so?
+                check_names(service_pb2.ModelInferRequest.FromString(plain))
+            raise
         call.answered(len(answer) + len(suffix))
         if key is not None:
             await self._cache.put(tenant, key, answer, policy.cache_s)

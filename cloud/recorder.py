@@ -10,9 +10,10 @@ from __future__ import annotations
 import random
 from typing import Any, Final
 
+from cloud.rollout import Plan
 from isthmus.v1 import fleet_pb2
 from security.audit.budget import Budget
-from security.audit.interceptors import source_of, who_calls
+from security.audit.interceptors import request_id, source_of, who_calls
 from security.audit.records import Event, Who
 from security.audit.writer import NoTrail, Trail
 from security.tokens import Claims
@@ -61,12 +62,12 @@ class Recorder:
         if self._budget.admits(source_of(who), event):
             self._trail.note(event)
 
-    def rollout_moves(self, rollout: str, model: str, version: int, kind: str, reason: str, detail: str) -> None:
-        """Record what a rollout did by itself: promoted, completed, paused or aborted."""
+    def rollout_moves(self, plan: Plan, tenant: str, kind: str, reason: str, detail: str) -> None:
+        """Record what a rollout of a tenant did by itself: promoted, completed, paused or aborted."""
         self._trail.note(
             Event(
-                f"rollout.{kind}", "done", Who(subject="cloud"), reason=reason, model=model, version=version,
-                rollout=rollout, detail={"why": detail} if detail else {},
+                f"rollout.{kind}", "done", Who("cloud", tenant), reason=reason, model=plan.model, version=plan.version,
+                rollout=plan.id, detail={"why": detail} if detail else {},
             )
         )  # fmt: skip
 
@@ -75,12 +76,22 @@ class Recorder:
         who = Who(by.subject, by.tenant, by.token_id, by.thumbprint)
         self._trail.note(Event("model.withdrawn", "done", who, model=model, version=version, detail={"why": why}))
 
-    def answered(self, model: str, version: int, request_id: str, *, sealed: bool, context: Any) -> None:
-        """Record an answered inference request, if the lot falls on it."""
-        if self._share <= 0.0 or _by_lot() >= self._share:
-            return
+    def draws(self) -> bool:
+        """Return whether the lot falls on this answered inference request."""
+        return self._share > 0.0 and _by_lot() < self._share
+
+    def answered(self, model: str, version: int, given_id: str, *, sealed: bool, context: Any) -> None:
+        """Record an answered inference request, on which the lot fell."""
         who = who_calls(context)
         detail = {"share": repr(self._share)} | ({"sealed": "yes"} if sealed else {})
-        event = Event(ESCALATION, "done", who, model=model, version=version, request_id=request_id, detail=detail)
+        event = Event(
+            ESCALATION,
+            "done",
+            who,
+            model=model,
+            version=version,
+            request_id=given_id or request_id(context),
+            detail=detail,
+        )
         if self._samples.admits(source_of(who), event):
             self._trail.note(event)

@@ -73,7 +73,7 @@ for i, key in ipairs(KEYS) do
     end
   else
     redis.call('ZADD', key, string.format('%.0f', math.floor(now / 1000) + ARGV[2]), ARGV[1])
-    redis.call('PEXPIRE', key, ARGV[2])
+    if redis.call('PTTL', key) < tonumber(ARGV[2]) then redis.call('PEXPIRE', key, ARGV[2]) end
   end
 end
 return {0, 0}
@@ -84,7 +84,7 @@ local t = redis.call('TIME')
 local till = string.format('%.0f', math.floor(t[1] * 1000 + t[2] / 1000) + ARGV[1])
 for i, key in ipairs(KEYS) do
   redis.call('ZADD', key, till, ARGV[i + 1])
-  redis.call('PEXPIRE', key, ARGV[1])
+  if redis.call('PTTL', key) < tonumber(ARGV[1]) then redis.call('PEXPIRE', key, ARGV[1]) end
 end
 """
 

@@ -90,7 +90,7 @@ class TrafficService(traffic_pb2_grpc.TrafficServiceServicer):
         """
         del request, context
         _check_whole_cloud()
-        return traffic_pb2.ListReplicasResponse(replicas=[_replica(replica) for replica in self._replicas])
+        return traffic_pb2.ListReplicasResponse(replicas=[self._replica(replica) for replica in self._replicas])
 
     async def DrainReplica(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Send a Triton no new requests, and wait for those that it has.
@@ -103,7 +103,7 @@ class TrafficService(traffic_pb2_grpc.TrafficServiceServicer):
         del context
         _check_whole_cloud()
         wait_s = min(request.wait_s, _MOST_WAIT_S)
-        return traffic_pb2.DrainReplicaResponse(replica=_replica(await self._desk.drain(request.name, wait_s)))
+        return traffic_pb2.DrainReplicaResponse(replica=self._replica(await self._desk.drain(request.name, wait_s)))
 
     async def ResumeReplica(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Let a drained Triton serve again.
@@ -114,7 +114,24 @@ class TrafficService(traffic_pb2_grpc.TrafficServiceServicer):
         """
         del context
         _check_whole_cloud()
-        return traffic_pb2.ResumeReplicaResponse(replica=_replica(await self._desk.resume(request.name)))
+        return traffic_pb2.ResumeReplicaResponse(replica=self._replica(await self._desk.resume(request.name)))
+
+    def _replica(self, replica: Replica) -> Any:
+        """Return a Triton with the caller's models on it."""
+        claims = current_claims()
+        return traffic_pb2.Replica(
+            name=replica.name,
+            state=replica.state,
+            under_way=replica.under_way,
+            requests=replica.requests,
+            retries=replica.retries,
+            ejections=replica.ejections,
+            models=[
+                heavy.name
+                for heavy in replica.pool.loaded
+                if replica.pool.serves(heavy) and self._catalog.may_see(claims, heavy.model)
+            ],
+        )
 
 
 def _check_whole_cloud() -> None:
@@ -127,15 +144,3 @@ def _check_whole_cloud() -> None:
         raise PermissionDeniedError(
             "Tritons serve all tenants: the default tenant looks after them", reason="wrong-tenant"
         )
-
-
-def _replica(replica: Replica) -> Any:
-    return traffic_pb2.Replica(
-        name=replica.name,
-        state=replica.state,
-        under_way=replica.under_way,
-        requests=replica.requests,
-        retries=replica.retries,
-        ejections=replica.ejections,
-        models=[heavy.name for heavy in replica.pool.loaded if replica.pool.serves(heavy)],
-    )

@@ -26,6 +26,7 @@ from security.tls import channel_credentials
 
 CONFIG: Final = "config.pbtxt"
 CONTROL_S: Final = 5.0  # deadline of calls that neither infer nor load
+FAILED: Final = "heavy-failed"
 _DEAD_STUB: Final = "is not healthy"
 _UNSENT: Final = ("failed to connect to all addresses", "connections to all backends failing")  # what gRPC says
 _BUSY: Final = "Exceeds maximum queue size"
@@ -49,7 +50,7 @@ log = structlog.get_logger(__name__)
 class DeadStubError(UnavailableError):
     """The process that runs a model is gone; Triton does not restart it, an unload and a load do."""
 
-    reason = "heavy-failed"
+    reason = FAILED
 
 
 class NotAcceptedError(UnavailableError):
@@ -215,7 +216,7 @@ def _inference_error(code: grpc.StatusCode, detail: str) -> IsthmusError:
             return NotAcceptedError("the heavy model is not available now", reason=LOST)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return UnavailableError("the heavy model is not available now", reason=LOST)
-    return IsthmusError("the heavy model failed on this request", reason="heavy-failed")
+    return IsthmusError("the heavy model failed on this request", reason=FAILED)
 
 
 def read_config(text: str, *, name: str, what: str) -> tuple[str, int]:

@@ -22,7 +22,7 @@ from cloud.usage_rows import GROUPS, Question, QuotaTable, UsageTable
 from isthmus.errors import InputError, NotFoundError, PermissionDeniedError, UnavailableError
 from isthmus.v1 import usage_pb2, usage_pb2_grpc
 from security.interceptors import current_claims
-from security.scopes import ACCESS_ADMIN
+from security.tokens import ALL_MODELS, Claims
 
 _ROWS: Final = 500  # of one message
 _MAX_NAME: Final = 128
@@ -71,6 +71,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             since=since,
             until=until,
             by=_groups(request.by),
+            models=_allowed_models(),
         )
         with suppress(SQLAlchemyError, OSError):  # what is there can be read
             await self._meter.flush()
@@ -80,8 +81,13 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             yield usage_pb2.GetUsageResponse(rows=[_row(question.by, group, counts) for group, counts in some])
 
     async def GetCompute(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Return what Triton computed, up to this moment where it answers."""
+        """Return what Triton computed, up to this moment where it answers.
+
+        Raises:
+            PermissionDeniedError: The caller is no admin of the cloud.
+        """
         del context
+        _check_cloud_admin()
         with suppress(SQLAlchemyError, UnavailableError):
             await self._compute.look()
         rows = await asyncio.to_thread(self._compute.read, *_times(request))
@@ -92,12 +98,14 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
 
         Raises:
             InputError: It cannot be.
+            PermissionDeniedError: The caller is no admin of the cloud.
         """
         del context
-        scope, limits = _scope(request.quota.scope), _limits(request.quota.limits)
-        await asyncio.to_thread(self._quotas.put, scope, limits, at=self._clock(), by=current_claims().subject)
+        by = _check_cloud_admin().subject
+        scope, limits = _scope(request), _limits(request.limits)
+        await asyncio.to_thread(self._quotas.put, scope, limits, at=self._clock(), by=by)
         await self._follower.refresh()
-        log.info("quota set", scope=str(scope), by=current_claims().subject)
+        log.info("quota set", scope=str(scope), by=by)
         return usage_pb2.SetQuotaResponse()
 
     async def ListQuotas(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -113,7 +121,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             quotas=[
                 usage_pb2.Quota(scope=_scope_message(scope), limits=_limits_message(limits))
                 for scope, limits in sorted(rows.items(), key=lambda row: (row[0].tenant, row[0].device, row[0].model))
-                if tenant in ("", scope.tenant)
+                if tenant in ("", scope.tenant) and (scope.model in ("", "*") or current_claims().may_use(scope.model))
             ]
         )
 
@@ -122,33 +130,52 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
 
         Raises:
             NotFoundError: There is none.
+            PermissionDeniedError: The caller is no admin of the cloud.
         """
         del context
-        scope = _scope(request.scope)
+        by = _check_cloud_admin().subject
+        scope = _scope(request)
         if not await asyncio.to_thread(self._quotas.remove, scope):
             raise NotFoundError(f"no quota is set for {scope}", hint="isthmus quota show lists them")
         await self._follower.refresh()
-        log.info("quota cleared", scope=str(scope), by=current_claims().subject)
+        log.info("quota cleared", scope=str(scope), by=by)
         return usage_pb2.ClearQuotaResponse()
 
 
 def _visible(tenant: str) -> str:
-    """Return the tenant whose rows the caller gets; "" is all, for administrators only."""
+    """Return the tenant whose rows the caller gets; "" is all, for admins of the cloud only."""
     claims = current_claims()
-    if ACCESS_ADMIN in claims.scopes:
+    if claims.is_cloud_admin:
         return tenant
     if tenant not in ("", claims.tenant):
         raise PermissionDeniedError(
-            "other tenants' usage and quotas are for administrators",
+            "other tenants' usage and quotas are for admins of the cloud",
             hint=f"leave --tenant out to see those of {claims.tenant}",
             reason="other-tenant",
         )
     return claims.tenant
 
 
+def _check_cloud_admin() -> Claims:
+    """Return the claims of an admin of the cloud: a tenant's own must not lift what the tenant was given."""
+    claims = current_claims()
+    if not claims.is_cloud_admin:
+        raise PermissionDeniedError(
+            "this is for admins of the default tenant, who run the cloud",
+            hint="ask whoever runs it; isthmus quota show and isthmus usage show what is the tenant's",
+            reason="wrong-tenant",
+        )
+    return claims
+
+
 def _times(request: Any) -> tuple[int | None, int | None]:
     since, until = (getattr(request, name) if request.HasField(name) else None for name in ("since", "until"))
     return since.seconds if since else None, until.seconds if until else None
+
+
+def _allowed_models() -> frozenset[str] | None:
+    models = current_claims().models
+    return None if ALL_MODELS in models else models
 
 
 def _groups(by: Any) -> tuple[str, ...]:

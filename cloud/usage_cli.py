@@ -58,7 +58,7 @@ def set_quota(
         rate=rate, burst=burst, bytes_rate=bytes_rate, bytes_burst=most_bytes, concurrency=concurrency
     )
     scope = usage_pb2.QuotaScope(tenant=tenant, device=device, model=model)
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
         client.set_quota(usage_pb2.Quota(scope=scope, limits=message))
     what = "no limit" if limits.unlimited else "this quota"
     note(f"{Scope(tenant, device, model)}: {what} counts from now on")
@@ -74,7 +74,10 @@ def show_quotas(
     as_json: JsonOption = False,
 ) -> None:
     """List the quotas that are set; where none is, the cloud's configuration counts."""
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": _own_if(tenant)}, config) as (
+        client,
+        _,
+    ):
         rows = [_quota_row(quota) for quota in client.quotas(tenant)]
     show_table("quotas", rows, as_json=as_json)
 
@@ -92,7 +95,7 @@ def clear_quota(
     """Remove a quota: a less specific one counts then, or the cloud's configuration."""
     from isthmus.v1 import usage_pb2
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
         client.clear_quota(usage_pb2.QuotaScope(tenant=tenant, device=device, model=model))
 
 
@@ -109,7 +112,7 @@ def usage(
         str, typer.Option(help="What each row is for: some of tenant, device, model, version, hour.")
     ] = "tenant,model",
     of_triton: Annotated[
-        bool, typer.Option("--triton", help="Instead: what Triton computed, by model and heavy version (admins only).")
+        bool, typer.Option("--triton", help="Instead: what Triton computed, by model and heavy version.")
     ] = False,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="Write CSV to this file; - is standard output.")
@@ -130,7 +133,10 @@ def usage(
         "since": Timestamp(seconds=_hour("--since", since)) if since else None,
         "until": Timestamp(seconds=_hour("--until", until)) if until else None,
     }
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": _own_if(tenant)}, config) as (
+        client,
+        _,
+    ):
         if of_triton:
             names = list(_COMPUTE)
             found = client.compute(usage_pb2.GetComputeRequest(**times))
@@ -150,6 +156,11 @@ _COMPUTE: Final = (
     "mean_compute_ms",
 )  # fmt: skip
 _SHOWN: Final = ("requests", *_COUNTS, "call_s", "mean_call_ms")
+
+
+def _own_if(tenant: str) -> str | None:
+    """Return which tenant to act in: the token's own where another one's figures are named, else the setting's."""
+    return "" if tenant else None
 
 
 def _quota_row(quota: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Question:
     since: int | None = None  # Unix seconds: hours that begin at or after it
     until: int | None = None  # hours that begin before it
     by: tuple[str, ...] = ("tenant", "model")
+    models: frozenset[str] | None = None  # of no others, where a caller may not use all
 
 
 class UsageTable:
@@ -72,6 +73,8 @@ class UsageTable:
         for name in ("tenant", "device", "model"):
             if value := getattr(question, name):
                 statement = statement.where(getattr(db.Usage, name) == value)
+        if question.models is not None:
+            statement = statement.where(db.Usage.model.in_(question.models))
         if question.since is not None:
             statement = statement.where(db.Usage.hour >= question.since)
         if question.until is not None:

@@ -54,7 +54,7 @@ from isthmus.tensors import Array
 from isthmus.v1 import fleet_pb2
 from security.guard import CallGuard
 from security.interceptors import AuthInterceptor, current_claims
-from security.listener import ListenerLimits
+from security.limits import ListenerLimits
 from security.tls import server_credentials
 from security.tokens import TokenVerifier
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from edge.trial import Terms
 from edge.window import parse_window
 from isthmus.settings import Settings
-from security.listener import ListenerLimits
+from security.limits import ListenerLimits
 
 
 def _check_window(text: str) -> str:

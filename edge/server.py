@@ -31,7 +31,8 @@ from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError,
 from isthmus.oip import SERVICE, service_pb2, set_parameter
 from isthmus.status import status_of, translate_errors
 from isthmus.v1 import agent_pb2
-from security.listener import Listener, ListenerLimits
+from security.limits import ListenerLimits
+from security.listener import Listener
 
 log = structlog.get_logger(__name__)
 
@@ -274,6 +275,8 @@ class AgentServer:
         async def import_version(request: agent_pb2.ImportVersionRequest) -> agent_pb2.ImportVersionResponse:
             if imports is None:
                 raise NotFoundError("this agent installs nothing")
+            if "\0" in request.path:
+                raise InputError("path: expected the path of a stick, got one with a null character")
             outcome = await imports.install(Path(request.path), accept_stale=request.accept_stale)
             return agent_pb2.ImportVersionResponse(
                 model=outcome.model,

@@ -40,6 +40,11 @@ def is_api_key(text: str) -> bool:
     return _KEY.fullmatch(text) is not None
 
 
+def prefix_of(key: str) -> str:
+    """Return the prefix of a text that has the form of a key."""
+    return key.removeprefix(SCHEME)[:_PREFIX_LENGTH]
+
+
 def key_digest(key: str) -> bytes:
     """Return what is kept of a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

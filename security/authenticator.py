@@ -25,9 +25,9 @@ from isthmus.errors import IdentityError, PermissionDeniedError
 from security.apikeys import SCHEME, key_digest
 from security.jws import EXPIRY_LEEWAY_S
 from security.roles import AccessBook, claims_of, limited
-from security.scopes import ACCESS_ADMIN, GRANTED
+from security.scopes import GRANTED
 from security.tenancy import DEFAULT_TENANT
-from security.tokens import ALL_MODELS, Claims, TokenVerifier
+from security.tokens import Claims, TokenVerifier
 
 if TYPE_CHECKING:  # a device has no use for what speaks to issuers
     from security.oidc import OidcIssuer, OidcIssuers
@@ -166,8 +166,7 @@ class Authenticator:
 
 def _acting_in(claims: Claims, tenant: str) -> Claims:
     """Return the claims of an admin of the cloud who acts in another tenant."""
-    models = claims.models if claims.models_by_scope is None else claims.models_by_scope.get(ACCESS_ADMIN, frozenset())
-    if claims.tenant != DEFAULT_TENANT or ACCESS_ADMIN not in claims.scopes or ALL_MODELS not in models:
+    if not claims.is_cloud_admin:
         raise PermissionDeniedError(
             "only an admin of the default tenant may act in another tenant", reason="wrong-tenant"
         )

@@ -46,12 +46,14 @@ class Peer:
     """The certificate at the other end of a connection.
 
     `thumbprint` is its SHA-256 as tokens name it (base64url, no padding), `key_sha256` that of its public key
-    (hexadecimal), `device_id` the device that it was issued to.
+    (hexadecimal), `device_id` the device that it was issued to, `expires_at` its end in Unix seconds: a connection may
+    outlast it.
     """
 
     thumbprint: str
     key_sha256: str
     device_id: str
+    expires_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ def _peer(pem: bytes) -> Peer:
         for uri in names.get_values_for_type(x509.UniformResourceIdentifier)
         if uri.startswith(DEVICE_URI)
     ]
-    return Peer(thumbprint_of(certificate), key_digest(certificate), devices[0] if len(devices) == 1 else "")
+    device_id, until = devices[0] if len(devices) == 1 else "", certificate.not_valid_after_utc.timestamp()
+    return Peer(thumbprint_of(certificate), key_digest(certificate), device_id, until)
 
 
 def thumbprint_of(certificate: x509.Certificate) -> str:

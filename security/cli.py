@@ -381,10 +381,15 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a token says, without its signature; with --home also whether it is valid."""
+    from security.apikeys import is_api_key, prefix_of
     from security.jws import MAX_TOKEN_BYTES
     from security.tokens import TokenIssuer, describe_token
 
     value = (sys.stdin.buffer.read(MAX_TOKEN_BYTES + 1).decode("ascii", "replace") if text == "-" else text).strip()
+    if is_api_key(value):
+        note("an API key says nothing about itself: isthmus apikey list knows whose it is")
+        show_record("API key", {"prefix": prefix_of(value)}, as_json=as_json)
+        return
     record = describe_token(value)
     if home is None:
         record["verified"] = "not checked"

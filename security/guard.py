@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from types import TracebackType
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from isthmus.errors import IdentityError, InputError, OverloadedError, UnavailableError
 from isthmus.status import TOO_LATE, fail, refuse
 from security.interceptors import current_claims
-from security.listener import ListenerLimits
+from security.limits import ListenerLimits
 from security.scopes import METHOD_SCOPES, PUBLIC
 
 _TOO_MANY: Final = "too-many-calls"
@@ -83,26 +83,29 @@ class CallGuard(grpc.aio.ServerInterceptor):
             return _parsed(raw, parse)
 
         async def call(_requests: Any, context: Any) -> Any:
-            with await self._place(context, public=public):
-                result = behaviour(await argument(context), context)
-                return await result if inspect.isawaitable(result) else result
+            await self._enter(context, public=public)
+            result = behaviour(await argument(context), context)
+            return await result if inspect.isawaitable(result) else result
 
         async def stream(_requests: Any, context: Any) -> AsyncIterator[Any]:
-            with await self._place(context, public=public):
-                result = behaviour(await argument(context), context)
-                if inspect.isawaitable(result):  # a method that calls context.write itself
-                    await result
-                    return
-                async for response in result:
-                    yield response
+            await self._enter(context, public=public)
+            result = behaviour(await argument(context), context)
+            if inspect.isawaitable(result):  # a method that calls context.write itself
+                await result
+                return
+            async for response in result:
+                yield response
 
         make: Any = grpc.stream_unary_rpc_method_handler
         if handler.response_streaming:
             make = grpc.stream_stream_rpc_method_handler
         return make(stream if handler.response_streaming else call, None, handler.response_serializer)
 
-    async def _place(self, context: Any, *, public: bool) -> _Place:
-        """Count a call in, or refuse it: its caller has as many in progress as it may have, or strangers do."""
+    async def _enter(self, context: Any, *, public: bool) -> None:
+        """Count a call in, or refuse it: its caller has as many in progress as it may have, or strangers do.
+
+        It counts until its answer is sent, which a caller can put off.
+        """
         caller, limit = self._caller(context)
         count = self._calls.get(caller, 0)
         if count >= limit:
@@ -111,7 +114,9 @@ class CallGuard(grpc.aio.ServerInterceptor):
             await refuse(context, OverloadedError("too many calls without a token in progress", reason=_TOO_MANY))
         self._calls[caller] = count + 1
         self._strangers += public
-        return _Place(self, caller, public=public)
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - tells mypy that this is a coroutine
+        task.add_done_callback(partial(self._leave, caller, public))
 
     def _caller(self, context: Any) -> tuple[str, int]:
         """Return who calls, by token or else by address, and how many calls it may have in progress."""
@@ -121,31 +126,13 @@ class CallGuard(grpc.aio.ServerInterceptor):
             return f"peer {str(context.peer()).rpartition(':')[0]}", self._limits.peer_calls
         return f"{claims.tenant} {claims.subject}", self._limits.caller_calls
 
-    def leave(self, caller: str, *, public: bool) -> None:
-        """Count a call out."""
+    def _leave(self, caller: str, public: bool, _task: asyncio.Task[Any]) -> None:
         self._strangers -= public
         left = self._calls[caller] - 1
         if left:
             self._calls[caller] = left
         else:
             del self._calls[caller]
-
-
-class _Place:
-    """A call in progress."""
-
-    __slots__ = ("_caller", "_guard", "_public")
-
-    def __init__(self, guard: CallGuard, caller: str, *, public: bool) -> None:
-        self._guard, self._caller, self._public = guard, caller, public
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._guard.leave(self._caller, public=self._public)
 
 
 def _size(metadata: Any) -> int:

@@ -47,37 +47,41 @@ class GatewayKeys:
     private: Mapping[str, x25519.X25519PrivateKey]
 
 
-def rotate_sealing_keys(root: Path, now: datetime, *, drop_older: bool = False) -> SealingKeys:
+def rotate_sealing_keys(
+    root: Path, now: datetime, *, drop_older: bool = False, authority_key: Path | None = None
+) -> SealingKeys:
     """Make a key in a workspace and put it first.
 
     Args:
         root: The workspace, with operator/ and trust/; cloud/ is made when it has been moved away.
         now: The time.
         drop_older: Whether older keys end: what was sealed for them does not open any more.
+        authority_key: Key of the authority in trust/ca.pem, where that is not the workspace's own.
 
     Raises:
-        ConfigError: The workspace lacks the authority's key, or its document is not whole.
+        ConfigError: The workspace lacks the authority's key.
+        TrustError: The key is not the one of trust/ca.pem, or the keys there are not signed by it.
     """
-    authority = load_ec_key(root / "operator" / "ca.key")
-    folder, ca = root / "cloud" / FOLDER, read_file(root / "operator" / "ca.pem")
+    authority = load_ec_key(authority_key or root / "operator" / "ca.key")
+    folder, ca = root / "cloud" / FOLDER, read_file(root / "trust" / "ca.pem")
     known = root / "trust" / KEYS_FILE
     before = parse_keys(known.read_bytes(), ca) if known.exists() else None
     make_private_folder(root / "cloud")
     make_private_folder(folder)
     key_id, key = secrets.token_hex(8), x25519.X25519PrivateKey.generate()
-    create_secret(folder / f"{key_id}.key", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     rows = [(key_id, key.public_key())]
     if before is not None and not drop_older:
         rows += [(old.id, old.public) for old in before.keys]
-    number = 1 if before is None else before.number + 1
-    document = _signed(number, rows, now, authority)
+    document = _signed(1 if before is None else before.number + 1, rows, now, authority)
+    keys = parse_keys(document, ca)
+    create_secret(folder / f"{key_id}.key", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     replace_file(folder / KEYS_FILE, document)
     replace_file(root / "trust" / KEYS_FILE, document)
     kept = {row[0] for row in rows}
     for path in folder.glob("*.key"):
         if path.stem not in kept:
             path.unlink()
-    return parse_keys(document, ca)
+    return keys
 
 
 def load_gateway_keys(home: Path) -> GatewayKeys | None:

@@ -21,12 +21,16 @@ def rotate(
     drop_older: Annotated[
         bool, typer.Option("--drop-older", help="Older keys end: what was sealed for them does not open any more.")
     ] = False,
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", help="Key of the authority in trust/ca.pem, where it is your own.", metavar="FILE"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a new key and put it first; older ones go on opening what was sealed for them."""
     from security.sealing import rotate_sealing_keys
 
-    keys = rotate_sealing_keys(root, datetime.now(UTC), drop_older=drop_older)
+    keys = rotate_sealing_keys(root, datetime.now(UTC), drop_older=drop_older, authority_key=key)
     show_table("sealing keys", _rows([key.id for key in keys.keys]), as_json=as_json)
     if not as_json:
         note(f"copy {root}/cloud/sealing to the cloud's machine; it takes new keys in within a minute, devices follow")

@@ -47,7 +47,7 @@ from security.jws import (
 from security.keyfiles import read_file
 from security.keyset import KeySet
 from security.rotation import MAX_TTL, Schedule, create_token_keys, load_signers
-from security.scopes import GRANTED, SCOPES_OF_ROLE
+from security.scopes import ACCESS_ADMIN, GRANTED, SCOPES_OF_ROLE
 from security.signer import EDDSA
 from security.tenancy import DEFAULT_TENANT, check_tenant
 
@@ -93,6 +93,13 @@ class Claims:
     def narrowed_to(self, scope: str) -> Claims:
         """Return the claims for a method that asks for `scope`: with the models that come with this scope only."""
         return self if self.models_by_scope is None else replace(self, models=self.models_by_scope[scope])
+
+    @property
+    def is_cloud_admin(self) -> bool:
+        """Return whether it is of an admin of the cloud: of the default tenant, for all models."""
+        by_scope = self.models_by_scope
+        models = self.models if by_scope is None else by_scope.get(ACCESS_ADMIN, frozenset())
+        return self.tenant == DEFAULT_TENANT and ACCESS_ADMIN in self.scopes and ALL_MODELS in models
 
     def may_use(self, model: str) -> bool:
         """Return whether the token allows this model."""

@@ -7,7 +7,6 @@ A runtime is added with one file, one line in `RUNTIMES` and one extra in pyproj
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import importlib
 import importlib.util
 import math
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from isthmus.errors import BundleError, ConfigError, MissingExtraError, OverloadedError
+from isthmus.memory import trim
 from isthmus.tensors import Array
 
 RUNTIMES: Final[Mapping[str, str]] = {
@@ -142,6 +142,4 @@ class Worker:
 def _close(runtime: Runtime) -> None:
     """Close a runtime, and return to the system what the C library keeps of its memory: versions come and go."""
     runtime.close()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim is not None:
-        trim(0)
+    trim()

@@ -231,8 +231,19 @@ async def refuse(context: grpc.aio.ServicerContext[Any, Any], error: errors.Isth
     Raises:
         AbortError: Always; it is for grpc.
     """
+    await end_call(context, status_of(error), error.message[:_MAX_MESSAGE], trailing_metadata(error))
+
+
+async def end_call(
+    context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, details: str, trailing: Any = ()
+) -> NoReturn:
+    """End a call with a status and nothing else.
+
+    Raises:
+        AbortError: Always; it is for grpc.
+    """
     try:
-        await context.abort(status_of(error), error.message[:_MAX_MESSAGE], trailing_metadata(error))
+        await context.abort(code, details, trailing)
     except grpc.aio.AbortError as abort:
         # Once it has passed all frames of this call, it lets go of them.
         asyncio.get_running_loop().call_soon(abort.with_traceback, None)

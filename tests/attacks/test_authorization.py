@@ -6,21 +6,32 @@ taken out. A method that is new must say here what it could give away, or that i
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import json
+import re
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from cloud.bootstrap import Cloud
+from cloud.client import Address, CloudClient, Progress
+from isthmus.bundle import open_bundle
 from isthmus.errors import IsthmusError, NotFoundError, PermissionDeniedError
 from isthmus.oip import service_pb2
 from isthmus.status import REASON_KEY
 from isthmus.v1 import fleet_pb2, registry_pb2
+from security.custom import Terms, set_terms
+from security.metadata import TargetFile
+from security.repository import OperatorRepository
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC, SCOPES_OF_ROLE
+from security.tenants import add_tenant
 from tests.cloud.tenants import DEVICES, METHODS, MODELS, Answer, Site, three_tenants
-from tests.cloud.workspaces import make_bundle
+from tests.cloud.workspaces import make_bundle, make_workspace, serving, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +40,9 @@ FLEET = "/isthmus.v1.FleetService/"
 ROLLOUT = "/isthmus.v1.RolloutService/"
 REGISTRY = "/isthmus.v1.RegistryService/"
 ACCESS = "/isthmus.v1.AccessService/"
+TRAFFIC = "/isthmus.v1.TrafficService/"
+USAGE = "/isthmus.v1.UsageService/"
+AUDIT = "/isthmus.v1.AuditService/"
 UNKNOWN = {"model": "beta.secrex", "device": "beta.cax", "rollout": "beta.secret-9-9", "blob": "0" * 64}
 STAGES = [fleet_pb2.RolloutStage(share=1.0, soak_s=1)]
 
@@ -57,6 +71,10 @@ ASKING: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
     f"{ROLLOUT}AbortRollout": ("rollout", lambda name: {"id": name}),
     f"{ROLLOUT}GetRollout": ("rollout", lambda name: {"id": name}),
     f"{ROLLOUT}ListRollouts": ("model", lambda name: {"model": name}),
+    f"{TRAFFIC}SetTraffic": ("model", lambda name: {"model": name, "cache_s": 5}),
+    f"{TRAFFIC}RollbackTraffic": ("model", lambda name: {"model": name}),
+    f"{TRAFFIC}ListTraffic": ("model", lambda name: {"model": name}),
+    f"{USAGE}GetUsage": ("model", lambda name: {"model": name, "by": ["device"]}),
 }
 # More ways to ask the same methods.
 ASKING_ALSO: list[tuple[str, str, Callable[[str], dict[str, Any]]]] = [
@@ -80,6 +98,20 @@ LISTING: dict[str, dict[str, Any]] = {
     f"{ROLLOUT}ListRollouts": {},
     f"{ACCESS}ListRoles": {},
     f"{ACCESS}ListApiKeys": {},
+    f"{TRAFFIC}ListTraffic": {},
+    f"{USAGE}GetUsage": {"by": ["tenant", "device", "model"]},
+    f"{USAGE}ListQuotas": {},
+    "/isthmus.v1.SealingService/GetSealingKeys": {},
+}
+# What is every tenant's at once: for the tenant that the cloud itself is.
+WHOLE_CLOUD: dict[str, dict[str, Any]] = {
+    f"{TRAFFIC}ListReplicas": {},
+    f"{TRAFFIC}DrainReplica": {"name": "x"},
+    f"{TRAFFIC}ResumeReplica": {"name": "x"},
+    f"{USAGE}GetCompute": {},
+    f"{USAGE}SetQuota": {},
+    f"{USAGE}ClearQuota": {},
+    f"{AUDIT}GetHeads": {},
 }
 NOTHING_TO_ASK = {
     f"{INFERENCE}ServerLive": "says that the process runs",
@@ -89,6 +121,8 @@ NOTHING_TO_ASK = {
     f"{FLEET}RenewCertificate": "an assertion is its own proof",
     f"{FLEET}Watch": "asked below: it ends only when the caller goes",
     f"{REGISTRY}FetchMetadata": "asked below, file by file",
+    f"{AUDIT}SearchRecords": "asked below: a tenant's records hold what its own callers have tried",
+    f"{AUDIT}ExportRecords": "asked below",
     f"{REGISTRY}UploadBlob": "stores what comes, the same whether it is there or not",
     f"{REGISTRY}SubmitMetadata": "checked against the caller's own metadata",
     f"{ACCESS}GrantRole": "is about the caller's tenant, whatever is asked",
@@ -137,7 +171,7 @@ def test_every_method_of_the_cloud_is_asked_or_has_nothing_to_tell(site: Site) -
         for method in METHODS
         if site.call(method, site.asked(method), "").code is not grpc.StatusCode.UNIMPLEMENTED
     }
-    assert offered - set(ASKING) - set(LISTING) - set(NOTHING_TO_ASK) == set()
+    assert offered - set(ASKING) - set(LISTING) - set(WHOLE_CLOUD) - set(NOTHING_TO_ASK) == set()
 
 
 @pytest.mark.parametrize(("method", "kind", "request_of"), _cases(), ids=lambda value: str(value).rpartition("/")[2])
@@ -164,19 +198,57 @@ def test_what_a_token_may_not_use_looks_like_what_is_not_there(
     unknown = {"model": "acme.triagx", "rollout": "acme.triage-9-9"}.get(kind, UNKNOWN[kind])
     hidden, absent = _both(site, method, token, (_hidden(site, kind, "acme"), unknown), request_of)
     assert hidden == absent
-    assert hidden.code is not grpc.StatusCode.OK or method.endswith(("ModelReady", "ListRollouts"))
+    assert hidden.code is not grpc.StatusCode.OK or method.endswith(
+        ("ModelReady", "ListRollouts", "GetUsage", "SearchRecords")
+    )
 
 
 @pytest.mark.parametrize("method", LISTING, ids=lambda value: str(value).rpartition("/")[2])
 def test_lists_hold_nothing_of_other_tenants(site: Site, method: str) -> None:
-    answer = site.call(method, site.asked(method), site.workspace.token("admin", "ann", tenant="acme"))
+    request = site.asked(method, **LISTING[method])
+    answer = site.call(method, request, site.workspace.token("admin", "ann", tenant="acme"))
     assert answer.code is grpc.StatusCode.OK
     for word in (b"beta", b"secret", site.blobs["beta"].encode(), site.blobs["default"].encode()):
         assert word not in answer.body
     if method.endswith(("ListVersions", "ListDevices", "ListRollouts")):
         assert b"acme." in answer.body
     token = site.workspace.token("admin", "ann", models=("acme.other",), tenant="acme")
-    assert b"acme.triage" not in site.call(method, site.asked(method), token).body
+    assert b"acme.triage" not in site.call(method, request, token).body
+
+
+def test_an_auditor_reads_the_records_of_its_tenant_about_its_models(site: Site) -> None:
+    site.call(f"{ROLLOUT}GetRollout", fleet_pb2.GetRolloutRequest(id="x"), site.workspace.token("admin", tenant="acme"))
+
+    def lines(token: str) -> list[dict[str, Any]]:
+        found = []
+        for method in ("SearchRecords", "ExportRecords"):
+            body = site.call(f"{AUDIT}{method}", site.asked(f"{AUDIT}{method}"), token).body
+            found += [json.loads(text) for text in re.findall(rb'\{"action".*?\}(?=[^,"]|$)', body)]
+        return found
+
+    records = lines(site.workspace.token("auditor", "ann", tenant="acme"))
+    assert records
+    assert {record["tenant"] for record in records} == {"acme"}
+    limited = lines(site.workspace.token("auditor", "ann", models=("acme.other",), tenant="acme"))
+    assert {record.get("model", "") for record in limited} <= {"", "acme.other"}
+
+
+@pytest.mark.parametrize("method", WHOLE_CLOUD, ids=lambda value: str(value).rpartition("/")[2])
+def test_what_is_every_tenants_is_for_the_clouds_own(site: Site, method: str) -> None:
+    request = site.asked(method, **WHOLE_CLOUD[method])
+    refused = site.call(method, request, site.workspace.token("admin", "ann", tenant="acme"))
+    assert (refused.code, dict(refused.trailing)[REASON_KEY]) == (grpc.StatusCode.PERMISSION_DENIED, "wrong-tenant")
+    told = site.call(method, request, site.workspace.token("admin", "ann"))
+    assert told.code is not grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_an_operator_of_the_cloud_sees_nothing_of_its_tenants(site: Site) -> None:
+    """Only an admin does, who says so: --tenant."""
+    token = site.workspace.token("operator", "ann")
+    lists = [method for method in (*LISTING, f"{TRAFFIC}ListReplicas") if METHOD_SCOPES[method] != "access:admin"]
+    for method in lists:
+        body = site.call(method, site.asked(method, **(LISTING | WHOLE_CLOUD)[method]), token).body
+        assert not [word for word in (b"acme.", b"beta.", b"secret") if word in body], method
 
 
 def test_the_owner_does_see_and_use_its_own(site: Site) -> None:
@@ -220,6 +292,11 @@ def test_a_blob_that_is_stored_for_another_tenant_is_missing_until_it_is_sent(si
     assert site.ask("acme", missing) == [site.blobs["beta"], "0" * 64]
 
     def publish_without_sending(client: Any) -> None:
+        """Send everything but the stolen file, which is stored already."""
+        whole, send = open_bundle(bundle), client._upload_missing
+        rest = {path: entry for path, entry in whole.files.items() if entry.sha256 != site.blobs["beta"]}
+        assert len(rest) == len(whole.files) - 1
+        send(bundle, whole.model_copy(update={"files": rest}), Progress())
         client._upload_missing = lambda *_arguments: 0
         client.publish(bundle, site.operator_folder("acme"))
 
@@ -359,3 +436,64 @@ def test_two_tenants_who_are_quick_with_one_device_name_do_not_share_it(site: Si
         site.ask("acme", lambda client: client.invite("cam"))
     with pytest.raises(IsthmusError):
         site.ask("default", lambda client: client.invite("beta.cam"))
+
+
+def test_signed_metadata_of_one_tenant_say_nothing_of_anothers_models(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """A tenant signs what it likes: a version of a foreign model, its withdrawal, its way back. Nobody believes it.
+
+    The cloud that is started again is where this would hurt: it finishes publishes that were cut short.
+    """
+    folder = tmp_path_factory.mktemp("signed")
+    workspace = make_workspace(folder / "workspace")
+    add_tenant(workspace.home, "acme", folder / "acme", workspace.trust / "ca.pem", datetime.now(UTC))
+    acme = folder / "acme" / "operator"
+
+    def client(cloud: Cloud, tenant: str) -> CloudClient:
+        file = folder / f"{tenant}.token"
+        file.write_text(workspace.token("admin", "ann", tenant=tenant))
+        return CloudClient(Address(cloud.address, workspace.trust, file), timeout_s=30.0)
+
+    def publish(cloud: Cloud) -> None:
+        with client(cloud, "default") as owner, client(cloud, "acme") as attacker:
+            owner.publish(make_bundle(tmp_path / "kiosk", 1, model="kiosk"), workspace.operator)
+            attacker.publish(make_bundle(tmp_path / "mine-1", 1, model="acme.x"), acme)
+            forged = (make_bundle(tmp_path / "forged", 9, model="kiosk", light=b"evil") / "manifest.json").read_bytes()
+            # The manifest of the foreign model is stored as well, as a file of a bundle of the attacker's own.
+            mine = make_bundle(tmp_path / "mine-2", 2, model="acme.x")
+            (mine / "report.json").write_bytes(forged)
+            write_manifest(mine, "acme.x", 2)
+            for name in ("forged", "mine-2"):
+                attacker._upload_missing(tmp_path / name, open_bundle(tmp_path / name), Progress())
+            operator = OperatorRepository(acme)
+            metadata, delegator = operator._current(attacker.current_targets(), None)
+            manifest = (mine / "manifest.json").read_bytes()
+            for path, data in (("kiosk/9/manifest.json", forged), ("kiosk/1/manifest.json", forged)):
+                target = TargetFile.from_data(path, data, ["sha256"])
+                set_terms(target, Terms(0, "withdrawn by a stranger"))
+                metadata.signed.targets[path] = target
+            own = TargetFile.from_data("acme.x/2/manifest.json", manifest, ["sha256"])
+            set_terms(own, Terms(0))
+            metadata.signed.targets["acme.x/2/manifest.json"] = own
+            signed = operator._sign_next(metadata, delegator)
+            request = registry_pb2.PublishRequest(
+                model="acme.x", version=2, manifest_json=manifest, targets_json=signed
+            )
+            attacker.call("publish", attacker._registry.Publish, request)
+
+    def look(cloud: Cloud) -> None:
+        with client(cloud, "default") as owner, client(cloud, "acme") as attacker:
+            rows = owner.list_versions()
+            assert [(row["model"], row["version"], row["withdrawn"]) for row in rows] == [("kiosk", 1, None)]
+            assert {row["model"] for row in attacker.list_versions()} == {"acme.x"}
+            owner.release("kiosk", 1)  # refused were it withdrawn
+
+    async def story() -> None:
+        async with serving(workspace) as cloud:
+            await asyncio.to_thread(publish, cloud)
+            await asyncio.to_thread(look, cloud)
+        async with serving(workspace) as cloud:
+            await asyncio.to_thread(look, cloud)
+
+    asyncio.run(story())

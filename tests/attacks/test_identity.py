@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from cloud import database as db
 from edge.identity import DeviceHome
 from isthmus.errors import IdentityError
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
+from security.authority import load_certificate
 from security.enrolment import make_csr, new_device_key
 from security.keyfiles import load_ec_key
 from security.tls import channel_credentials
+from security.tokens import make_assertion
 from tests.attacks.doors import REVOKED_WITHIN_S, Door, EnrolledDevice, ask, door_process, open_door, refusal
 
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
@@ -116,6 +119,35 @@ def test_a_certificate_is_renewed_for_its_own_key_only(workspace: Path, database
         assert await refusal(renew(camera.assertion(key=thief.home.key), own)) == (UNAUTHENTICATED, "wrong-signature")
 
     at_the_door(workspace, database, story)
+
+
+def test_a_connection_that_outlasts_its_certificate_gets_no_token(
+    workspace: Path, database: db.Database, tmp_path: Path
+) -> None:
+    ahead = timedelta(0)
+
+    def now() -> datetime:
+        return datetime.now(UTC) + ahead
+
+    async def run() -> None:
+        nonlocal ahead
+        async with open_door(workspace, database, clock=lambda: now().timestamp()) as door:
+            camera = await door.enrol("camera-1", tmp_path / "camera")
+            audience = camera.home.enrolment().token_audience
+
+            async def ask_for_a_token(channel: grpc.aio.Channel) -> Any:
+                assertion = make_assertion(camera.home.key, "camera-1", audience, now())
+                return await ask(channel, "IssueToken", fleet_pb2.IssueTokenRequest(assertion=assertion))
+
+            async with camera.channel() as channel:
+                ahead = timedelta(days=90, minutes=-5)
+                answer = await ask_for_a_token(channel)
+                until = load_certificate(camera.home.certificate).not_valid_after_utc
+                assert answer.expires_at.ToDatetime(UTC) <= until
+                ahead = timedelta(days=91)
+                assert await refusal(ask_for_a_token(channel)) == (UNAUTHENTICATED, "expired-certificate")
+
+    asyncio.run(run())
 
 
 # -- revocation -----------------------------------------------------------------------------------------------------

@@ -10,14 +10,16 @@ import contextlib
 import ssl
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final
 
 import grpc
 import pytest
 
 from tests.attacks import wire
-from tests.attacks.stage import GoodClient, Target, is_served, wait_until
+from tests.attacks.stage import WHO_AM_I, GoodClient, Target, is_served, program, wait_until
 from tests.attacks.wire import Wire
+from tests.cloud.workspaces import make_workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -233,7 +235,7 @@ def names_that_are_none(target: Target) -> None:
 ATTACKS: Final = (
     rapid_reset, half_open_streams, half_open_connections, unfinished_tls, without_preface, headers_without_end,
     body_byte_by_byte, continuation_flood, empty_continuation_flood, settings_flood, ping_flood, empty_data_flood,
-    priority_and_window_flood, closed_windows, plain_text, names_that_are_none,
+    priority_and_window_flood, hpack_bomb, ten_thousand_headers, closed_windows, plain_text, names_that_are_none,
 )  # fmt: skip
 
 
@@ -256,6 +258,22 @@ def undisturbed(target: Target) -> Iterator[None]:
 def test_others_are_served_and_nothing_is_left(target: Target, attack: Callable[[Target], None]) -> None:
     with undisturbed(target):
         attack(target)
+
+
+def test_connections_never_use_up_the_open_files(tmp_path: Path) -> None:
+    """A process that may open 300 files says how many connections it takes, and goes on when more come."""
+    workspace = make_workspace(tmp_path / "workspace")
+    words = ("cloud", "serve", "--home", workspace.home, "--listen", "127.0.0.1:0")
+    with program(tmp_path, "cloud", *words, files=300) as (ready, log):
+        assert "fewer connections than configured" in log.read_text()
+        address, token = str(ready["address"]), workspace.token("operator")
+        cloud = Target("cloud", address, workspace.trust / "ca.pem", int(ready["pid"]), token, log, WHO_AM_I, b"")
+        with undisturbed(cloud), contextlib.ExitStack() as stack:
+            for _ in range(600):
+                stack.enter_context(wire.connect(address))
+            wait_until(lambda: cloud.usage().files > 150, "the connections are there")
+            assert cloud.usage().files < 300
+        assert "Too many open files" not in log.read_text()
 
 
 def test_a_stranger_is_refused_before_its_request_is_read(target: Target) -> None:

@@ -18,7 +18,7 @@ from cloud.bootstrap import Cloud
 from cloud.client import Address, CloudClient
 from isthmus.digests import sha256_bytes
 from isthmus.oip import service_pb2
-from isthmus.v1 import access_pb2, fleet_pb2, registry_pb2
+from isthmus.v1 import access_pb2, audit_pb2, fleet_pb2, registry_pb2, sealing_pb2, traffic_pb2, usage_pb2
 from security.tenants import add_tenant
 from security.tls import channel_credentials
 from tests.cloud.conftest import eventually
@@ -26,7 +26,9 @@ from tests.cloud.workspaces import Workspace, make_bundle, make_workspace, servi
 
 MODELS: Final = {"default": "kiosk", "acme": "acme.triage", "beta": "beta.secret"}
 DEVICES: Final = {"default": "cam", "acme": "acme.cam", "beta": "beta.cam"}
-FILES: Final = (service_pb2, fleet_pb2, registry_pb2, access_pb2)
+FILES: Final = (
+    service_pb2, fleet_pb2, registry_pb2, access_pb2, traffic_pb2, usage_pb2, audit_pb2, sealing_pb2,
+)  # fmt: skip
 METHODS: Final[dict[str, Any]] = {
     f"/{service.full_name}/{method.name}": method
     for file in FILES

@@ -120,7 +120,7 @@ class Site:
     record: Path
     before: tuple[int, int] = (0, 0)  # Triton's counts of the publish itself
 
-    def bearer(self, subject: str, role: str = "client", tenant: str = "acme") -> str:
+    def bearer(self, subject: str, role: str = "client", tenant: str = "default") -> str:
         issuer = TokenIssuer.load(self.workspace.home)
         return issuer.mint(subject, role, models=("*",), ttl=timedelta(hours=1), tenant=tenant)[0]
 
@@ -264,7 +264,7 @@ async def _plain_clients(stage: Site) -> dict[str, Counter[str]]:
     file.write_text(stage.bearer("boss", "admin"))
     with CloudClient(Address(stage.cloud.address, stage.workspace.trust, file), timeout_s=20.0) as client:
         quota = usage_pb2.Quota(
-            scope=usage_pb2.QuotaScope(tenant="acme", device="greedy"),
+            scope=usage_pb2.QuotaScope(tenant="default", device="greedy"),
             limits=usage_pb2.QuotaLimits(rate="0/s", burst=25),
         )
         await asyncio.to_thread(client.set_quota, quota)

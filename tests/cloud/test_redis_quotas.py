@@ -91,6 +91,24 @@ def test_leases_of_a_gateway_that_died_end_by_themselves(redis_address: str) -> 
     asyncio.run(story())
 
 
+def test_leases_of_a_gateway_that_died_end_beside_those_of_one_that_lives(redis_address: str) -> None:
+    async def story() -> None:
+        quota = rule(concurrency=2)
+        async with gateway(redis_address, lease_s=0.3) as (dead, _):
+            living = RedisQuotas(connect(redis_address, timeout_s=60))
+            assert await take(living, quota)
+            assert await take(dead, quota)
+
+            async def has_room() -> bool:
+                return await take(living, quota)
+
+            await eventually(has_room, "the lease of the dead one has ended")
+            assert not await take(living, quota)  # and its own have not
+            await living.close()
+
+    asyncio.run(story())
+
+
 def test_leases_of_requests_that_run_are_renewed(redis_address: str) -> None:
     async def story() -> None:
         quota = rule(concurrency=1)

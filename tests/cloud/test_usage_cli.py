@@ -32,9 +32,9 @@ def test_an_admin_sets_shows_and_clears_quotas(
         async with serving(workspace) as cloud:
             flags = ("--cloud", cloud.address, "--trust", workspace.trust, "--token-file", token)
 
-            def as_role(role: str) -> None:
+            def as_role(role: str, tenant: str = "default") -> None:
                 issuer = TokenIssuer.load(workspace.home)
-                token.write_text(issuer.mint("me", role, models=("*",), ttl=timedelta(hours=1), tenant="acme")[0])
+                token.write_text(issuer.mint("me", role, models=("*",), ttl=timedelta(hours=1), tenant=tenant)[0])
 
             def ask(*arguments: object) -> Any:
                 done = command(*arguments, *flags)
@@ -42,7 +42,7 @@ def test_an_admin_sets_shows_and_clears_quotas(
                 return done
 
             def all_of_it() -> None:
-                as_role("admin")
+                as_role("admin", "default")
                 limits = ("--rate", "100/s", "--burst", 200, "--concurrency", 16, "--bytes-rate", "10MB/s")
                 ask("quota", "set", "--tenant", "acme", *limits, "--bytes-burst", "50MiB")
                 ask("quota", "set", "--tenant", "other", "--device", "*", "--model", "triage", "--rate", "5/min")
@@ -63,6 +63,12 @@ def test_an_admin_sets_shows_and_clears_quotas(
                     },
                 ]  # fmt: skip
                 assert "5/min" in ask("quota", "show", "--tenant", "other").stdout
+                acting = {"ISTHMUS_TENANT": "acme"}
+                shown = command("quota", "show", "--json", *flags, **acting)
+                assert {row["tenant"] for row in json.loads(shown.stdout)} == {"acme"}
+                assert "5/min" in command("quota", "show", "--tenant", "other", *flags, **acting).stdout
+                again = command("quota", "set", "--tenant", "acme", *limits, "--bytes-burst", "50MiB", *flags, **acting)
+                assert again.returncode == 0, again.stderr
                 typo = refused("quota", "set", "--tenant", "acme", "--rate", "fast", *flags)
                 assert (typo.code, "100/s" in typo.error) == (2, True)
                 unknown = refused("quota", "clear", "--tenant", "acme", "--model", "triage", *flags)
@@ -70,13 +76,18 @@ def test_an_admin_sets_shows_and_clears_quotas(
                 assert "isthmus quota show" in unknown.hint
                 ask("quota", "clear", "--tenant", "acme", "--device", "free")
                 assert json.loads(ask("usage", "--triton", "--json").stdout) == []
-                as_role("operator")
+                trail = ask("audit", "search", "--action", "ClearQuota", "--device", "free", "--json").stdout
+                assert "allowed" in {record["decision"] for record in json.loads(trail)}
+                as_role("admin", "acme")
+                lifted = refused("quota", "set", "--tenant", "acme", "--rate", "100000/s", *flags)
+                assert (lifted.code, "default tenant" in lifted.error) == (4, True)
+                as_role("operator", "acme")
                 assert [row["tenant"] for row in json.loads(ask("quota", "show", "--json").stdout)] == ["acme"]
                 for forbidden in (("quota", "clear", "--tenant", "acme"), ("usage", "--triton")):
                     denied = refused(*forbidden, *flags)
                     assert (denied.code, "access:admin" in denied.error) == (4, True)
                 other = refused("usage", "--tenant", "other", *flags)
-                assert (other.code, "administrators" in other.error) == (4, True)
+                assert (other.code, "admins of the cloud" in other.error) == (4, True)
 
             await asyncio.to_thread(all_of_it)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
+from edge.access import AccessToken
+from edge.identity import DeviceHome
 from examples.quickstart.programs import wait_until
 from examples.quickstart.site import DEVICE, VARIANT, Site
 from isthmus.bundle import open_bundle
@@ -137,3 +140,44 @@ def serving_version(site: Site) -> str:
         tensor = triton.InferInput("point", [1, 16], "FP32")
         tensor.set_data_from_numpy(np.zeros((1, 16), np.float32))
         return str(client.infer("tiny", [tensor]).get_response().model_version)
+
+
+def test_a_devices_token_is_nothing_without_its_certificate(site: Site) -> None:
+    home, ca = DeviceHome(site.device), site.folder / "site" / "trust" / "ca.pem"
+
+    async def token_of_the_device() -> str:
+        async with home.connect() as channel:
+            token = AccessToken(home, home.enrolment(), channel)
+            keeping = asyncio.create_task(token.keep())
+            try:
+                return await asyncio.wait_for(token.wait(), 30)
+            finally:
+                keeping.cancel()
+
+    error = infer(site.cloud_address, ca, asyncio.run(token_of_the_device()))
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert dict(error.trailing_metadata())["isthmus-reason"] == "certificate-required"
+
+
+def test_a_revoked_device_gets_nothing_from_the_cloud_within_seconds_and_serves_on(site: Site) -> None:
+    assert route(site, asked="cloud") == "cloud"
+    admin = site.folder / "admin.token"
+    site.shell.run(
+        *("token", "mint", "--home", site.folder / "site" / "cloud", "--role", "admin"),
+        *("--subject", "root", "--output", admin),
+    )
+    where = ("--cloud", site.cloud_address, "--token-file", admin, "--trust", site.folder / "site" / "trust")
+    site.shell.run("device", "revoke", DEVICE, "--reason", "stolen", *where)
+    with pytest.raises(triton.InferenceServerException, match="UNAVAILABLE"):
+        route(site, asked="cloud")
+    assert route(site, asked="edge") == "edge"
+    assert site.shell.run_json("device", "show", DEVICE, *where)["revoked_reason"] == "stolen"
+
+
+def route(site: Site, *, asked: str) -> str:
+    """Return which way a request went."""
+    with triton.InferenceServerClient(site.agent_address) as client:
+        tensor = triton.InferInput("point", [1, 16], "FP32")
+        tensor.set_data_from_numpy(np.zeros((1, 16), np.float32))
+        answer = client.infer("tiny", [tensor], parameters={"isthmus.route": asked}).get_response()
+        return str(answer.parameters["isthmus.route"].string_param)

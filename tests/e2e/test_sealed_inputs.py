@@ -120,15 +120,7 @@ def agent(site: Site, device: Path, name: str) -> Iterator[tuple[Server, str]]:
 
 def for_devices(site: Site) -> str:
     """Return where the cloud takes calls of devices."""
-    state = site.running_cloud().state()
-    return str(state.get("device_address", state["address"]))
-
-
-def point_at(device: Path, address: str) -> None:
-    """Have the device find the cloud at another address."""
-    file = device / "enrolment.json"
-    told = json.loads(file.read_text())
-    file.write_text(json.dumps(told | {name: address for name in ("cloud", "device_address") if told.get(name)}))
+    return str(site.running_cloud().state()["device_address"])
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +134,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         patch.setenv("ISTHMUS_LOG_LEVEL", "debug")
         stack.callback(wires.close)
         stack.callback(site.stop)
+        tap = TcpTap()
+        wires.do(tap.start())
+        stack.callback(lambda: wires.do(tap.cut()))
+        patch.setenv("ISTHMUS_CLOUD_DEVICE_ADDRESS", tap.address)  # devices are told to call there
         site.init_keys()
         site.start_cloud()
+        tap.target = for_devices(site)
         bundle = folder / "bundle"
         bundles.build_bundle(bundle)
         site.publish(servable(bundle, HEAVY))
-        tap = TcpTap(for_devices(site))
-        wires.do(tap.start())
-        stack.callback(lambda: wires.do(tap.cut()))
         device = folder / "device"
         site.enrol("press-1", device, "onnxruntime-fp32")
         settings = 'seal_inputs = "*"\ncapture = true\ncapture_flush_s = 0.2\nguard_s = 0.01\n'
@@ -165,7 +159,6 @@ def through_the_tap(story: Story, wires: Wires) -> None:
     """Escalate, lose the cloud, defer, crash, come back, and be answered."""
     site, device = story.site, story.device
     home = DeviceHome(device)
-    point_at(device, story.tap.address)
     with agent(site, device, "agent-sealed") as (server, address):
         wait_until(home.sealing.exists, "the sealing keys", 60)
         wait_until(lambda: escalates(story, address), "an escalation", 60)
@@ -204,14 +197,13 @@ def through_the_middlebox(story: Story, wires: Wires) -> None:
     stack = middlebox(
         for_devices(site), home.ca, (cloud / "server.key", cloud / "server.pem"), (home.key, home.certificate)
     )
-    box, address = wires.do(stack.__aenter__())
+    box, story.tap.target = wires.do(stack.__aenter__())
     plain = story.device.parent.parent / "unsealed"  # not part of what is searched
     try:
         for name, device, rows in (("sealed", story.device, ROWS[14:18]), ("plain", plain, ROWS[18:22])):
             if device is plain:
                 shutil.copytree(story.device, plain)
                 (plain / "edge.toml").write_text('variant = "onnxruntime-fp32"\n')
-            point_at(device, address)
             with agent(site, device, f"agent-{name}") as (_, listening):
                 wait_until(lambda at=listening: escalates(story, at), "an escalation", 60)  # type: ignore[misc]
                 box.seen.clear()

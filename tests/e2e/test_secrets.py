@@ -1,9 +1,9 @@
 """No secret reaches a log: a whole installation runs at level debug, is used and misused, and everything that it wrote
 is searched for every secret that it used.
 
-The secrets: private keys of the workspace and the device in several forms, the operator's token, the enrolment code,
-and every assertion and access token, which are read where they pass (tests/e2e/wiretap.py). They may be in their own
-files and in the output of the command that was asked for them, and nowhere else.
+The secrets: private keys of the workspace and the device in several forms, tokens of operator and admin, the enrolment
+code, API keys, and every assertion and access token, which are read where they pass (tests/e2e/wiretap.py). They may be
+in their own files and in the output of the command that was asked for them, and nowhere else.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from isthmus.tensors import encode_request
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.tls import channel_credentials
 from tests.e2e.devices import servable
-from tests.e2e.test_sealed_inputs import Wires, agent, for_devices, point_at
-from tests.e2e.wiretap import middlebox
+from tests.e2e.test_sealed_inputs import Wires, agent, for_devices
+from tests.e2e.wiretap import TcpTap, middlebox
 from tests.edge import bundles
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -81,13 +81,19 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
             *("token", "mint", "--home", workspace / "cloud", "--role", "operator", "--subject", "olga"),
             *("--output", site.token),
         )
+        tap = TcpTap()
+        wires.do(tap.start())
+        stack.callback(lambda: wires.do(tap.cut()))
+        patch.setenv("ISTHMUS_CLOUD_DEVICE_ADDRESS", tap.address)
         site.start_cloud()
+        tap.target = for_devices(site)
         bundle = folder / "bundle"
         bundles.build_bundle(bundle)
         servable(bundle)
         told.run("model", "publish", bundle, *told.operator(), "--operator", workspace / "operator", "--json")
         code = enrol(told)
-        use(told, wires)
+        use(told, wires, tap)
+        give_a_client_a_key(told)
         misuse(told, code)
         for words in (("keys", "show", workspace), ("keys", "sealing", "show", workspace), ("device", "list")):
             told.run(*words, *(told.operator() if words[0] == "device" else ()))
@@ -113,15 +119,14 @@ def enrol(told: Installation) -> str:
     return code
 
 
-def use(told: Installation, wires: Wires) -> None:
+def use(told: Installation, wires: Wires, tap: TcpTap) -> None:
     """Run the agent through somebody who reads tokens and assertions as they pass."""
     cloud, home = told.site.folder / "site" / "cloud", DeviceHome(told.device)
     stack = middlebox(
         for_devices(told.site), home.ca, (cloud / "server.key", cloud / "server.pem"), (home.key, home.certificate)
     )
-    box, address = wires.do(stack.__aenter__())
+    box, tap.target = wires.do(stack.__aenter__())
     try:
-        point_at(told.device, address)
         with agent(told.site, told.device, "agent") as (_, listening):
             with grpc.insecure_channel(listening) as channel:
                 stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -140,6 +145,31 @@ def use(told: Installation, wires: Wires) -> None:
             told.secrets[f"{'assertion' if is_request else 'access token'} {number // 2}"] = secret.encode()
     finally:
         wires.do(stack.__aexit__(None, None, None))
+
+
+def give_a_client_a_key(told: Installation) -> None:
+    """Let a plain client in by API keys, the second of which came by a rotation."""
+    workspace, admin = told.site.folder / "site", told.site.folder / "site" / "operator" / "admin.token"
+    told.run(
+        *("token", "mint", "--home", workspace / "cloud", "--role", "admin", "--subject", "ada", "--output", admin)
+    )
+    told.secrets["admin's token"] = admin.read_bytes().strip()
+    where = ("--cloud", told.site.cloud_address, "--trust", workspace / "trust", "--token-file", admin)
+    told.run("apikey", "create", "shop", "--output", workspace / "operator" / "shop.key.txt", *where)
+    rotated = told.run("apikey", "rotate", "shop", "--overlap", "1h", "--json", *where, asked_for=True)
+    told.secrets["API key 0"] = (workspace / "operator" / "shop.key.txt").read_bytes().strip()
+    told.secrets["API key 1"] = json.loads(rotated.stdout)["key"].encode()
+    credentials = channel_credentials(workspace / "trust" / "ca.pem")
+    with grpc.secure_channel(told.site.cloud_address, credentials) as channel:
+        stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for number in range(2):
+            bearer = told.secrets[f"API key {number}"].decode()
+            metadata = (("authorization", f"Bearer {bearer}"),)
+            stub.ModelInfer(encode_request("triage", {"x": X}), metadata=metadata, timeout=30)
+            with pytest.raises(grpc.RpcError):
+                stub.ModelInfer(encode_request(bearer, {"x": X}, request_id=bearer), metadata=metadata, timeout=30)
+    told.run("apikey", "list", *where)
+    told.run("apikey", "revoke", "shop", *where)
 
 
 def misuse(told: Installation, code: str) -> None:
@@ -187,13 +217,14 @@ def test_every_kind_of_secret_was_used(used: Installation) -> None:
     kinds = {name.split(" ")[0] for name in used.secrets}
     assert kinds >= {
         "enrolment", "operator's", "assertion", "access", "ca.key", "server.key", "issuing-ca.key", "targets.key",
-        "root.key", "snapshot.key", "timestamp.key", "audit.key", "device.key", "deferred.key",
+        "root.key", "snapshot.key", "timestamp.key", "audit.key", "device.key", "deferred.key", "admin's", "API",
     }  # fmt: skip
     assert all(len(secret) >= 32 for secret in used.secrets.values())
 
 
 def test_no_secret_is_in_what_was_written(used: Installation) -> None:
-    own = {used.site.token, *used.site.folder.rglob("*.key")}
+    operator = used.site.token.parent
+    own = {used.site.token, operator / "admin.token", operator / "shop.key.txt", *used.site.folder.rglob("*.key")}
     files = [path for path in used.site.folder.rglob("*") if path.is_file() and path not in own]
     names = {path.name for path in files}
     assert names >= {"cloud.log", "agent.log", "triton.log", "isthmus.db"}

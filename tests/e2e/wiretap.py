@@ -14,11 +14,10 @@ from security.tls import server_credentials
 
 
 class TcpTap:
-    """Forwards connections to `target` and keeps every byte that passes, in either direction."""
+    """Forwards connections to `target`, which may change, and keeps every byte that passes, in either direction."""
 
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._host, self._port = host, int(port)
+    def __init__(self) -> None:
+        self.target = ""
         self.seen = bytearray()
         self.address = ""
         self._server: asyncio.Server | None = None
@@ -42,8 +41,9 @@ class TcpTap:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            up_reader, up_writer = await asyncio.open_connection(self._host, self._port)
-        except OSError:
+            host, _, port = self.target.rpartition(":")
+            up_reader, up_writer = await asyncio.open_connection(host, int(port))
+        except (OSError, ValueError):
             writer.close()
             return
         self._writers |= {writer, up_writer}

@@ -16,7 +16,8 @@ from isthmus.status import StatusInterceptor
 from isthmus.v1 import fleet_pb2
 from security.guard import CallGuard
 from security.interceptors import AuthInterceptor
-from security.listener import Listener, ListenerLimits
+from security.limits import ListenerLimits
+from security.listener import Listener
 from security.scopes import AUTHENTICATED, PUBLIC
 from security.tls import channel_credentials, server_credentials
 from security.tokens import TokenIssuer

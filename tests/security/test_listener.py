@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from security.listener import ListenerLimits
+from security.limits import ListenerLimits
 from tests.attacks import wire
 from tests.attacks.wire import Frame, Wire
 from tests.security.listeners import BIG, ECHO, HOLD, Place, with_listener
@@ -283,7 +283,7 @@ def test_connections_never_take_all_files(workspace: Path) -> None:
         "import resource, sys\n"
         "from isthmus import tls13; tls13.enforce()\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (200, int(sys.argv[1])))\n"
-        "from security.listener import allowed_connections\n"
+        "from security.limits import allowed_connections\n"
         "print(allowed_connections(1000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
     )
 

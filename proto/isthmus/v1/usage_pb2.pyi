@@ -360,19 +360,30 @@ Global___Quota: _TypeAlias = Quota  # noqa: Y015
 
 @_typing.final
 class SetQuotaRequest(_message.Message):
+    """The scope's fields stand here by themselves, as the audit log takes names from the top of a request."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    QUOTA_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    device: _builtins.str
+    model: _builtins.str
     @_builtins.property
-    def quota(self) -> Global___Quota: ...
+    def limits(self) -> Global___QuotaLimits: ...
     def __init__(
         self,
         *,
-        quota: Global___Quota | None = ...,
+        tenant: _builtins.str = ...,
+        device: _builtins.str = ...,
+        model: _builtins.str = ...,
+        limits: Global___QuotaLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["quota", b"quota"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["quota", b"quota"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "limits", b"limits", "model", b"model", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -439,17 +450,22 @@ Global___ListQuotasResponse: _TypeAlias = ListQuotasResponse  # noqa: Y015
 class ClearQuotaRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SCOPE_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def scope(self) -> Global___QuotaScope: ...
+    TENANT_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    device: _builtins.str
+    model: _builtins.str
     def __init__(
         self,
         *,
-        scope: Global___QuotaScope | None = ...,
+        tenant: _builtins.str = ...,
+        device: _builtins.str = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "model", b"model", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

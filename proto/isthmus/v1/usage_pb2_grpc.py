@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class UsageServiceStub(object):
-    """Usage and quotas. Callers without access:admin see those of their own tenant.
+    """Usage and quotas. Who is no admin of the cloud sees those of the own tenant, and changes none.
     """
 
     def __init__(self, channel):
@@ -63,7 +63,7 @@ class UsageServiceStub(object):
 
 
 class UsageServiceServicer(object):
-    """Usage and quotas. Callers without access:admin see those of their own tenant.
+    """Usage and quotas. Who is no admin of the cloud sees those of the own tenant, and changes none.
     """
 
     def GetUsage(self, request, context):
@@ -138,7 +138,7 @@ def add_UsageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class UsageService(object):
-    """Usage and quotas. Callers without access:admin see those of their own tenant.
+    """Usage and quotas. Who is no admin of the cloud sees those of the own tenant, and changes none.
     """
 
     @staticmethod

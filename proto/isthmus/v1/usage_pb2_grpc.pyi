@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class UsageServiceStub:
-    """Usage and quotas. Callers without access:admin see those of their own tenant."""
+    """Usage and quotas. Who is no admin of the cloud sees those of the own tenant, and changes none."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -46,7 +46,7 @@ class UsageServiceStub:
 
 @_typing.type_check_only
 class UsageServiceAsyncStub(UsageServiceStub):
-    """Usage and quotas. Callers without access:admin see those of their own tenant."""
+    """Usage and quotas. Who is no admin of the cloud sees those of the own tenant, and changes none."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetUsage: _aio.UnaryStreamMultiCallable[_usage_pb2.GetUsageRequest, _usage_pb2.GetUsageResponse]  # type: ignore[assignment]
@@ -61,7 +61,7 @@ class UsageServiceAsyncStub(UsageServiceStub):
     """Removes a quota: a less specific one, or the default, counts then. Scope: access:admin."""
 
 class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Usage and quotas. Callers without access:admin see those of their own tenant."""
+    """Usage and quotas. Who is no admin of the cloud sees those of the own tenant, and changes none."""
 
     @_abc_1.abstractmethod
     def GetUsage(

@@ -1,0 +1,1 @@
+"""Fuzzers of what strangers send: `python -m tests.fuzz TARGET --seconds N`."""
