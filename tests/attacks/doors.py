@@ -36,7 +36,7 @@ from security.custom import Terms
 from security.enrolment import IssuingCa
 from security.guard import CallGuard
 from security.interceptors import AuthInterceptor
-from security.listener import ListenerLimits
+from security.limits import ListenerLimits
 from security.tls import channel_credentials, server_credentials
 from security.tokens import TokenIssuer, make_assertion
 
