@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import grpc
 import pytest
 
 from isthmus.errors import IdentityError
-from isthmus.status import REASON_KEY
+from isthmus.status import REASON_KEY, StatusInterceptor
+from security.audit.budget import Budget
+from security.audit.interceptors import ActionAudit, RefusalAudit
+from security.audit.writer import NoTrail
+from security.guard import CallGuard
 from security.interceptors import AuthInterceptor, current_claims
+from security.limits import ListenerLimits
 from security.tokens import TokenIssuer
 from tests.security.echo import KINDS, METHOD_SCOPES, SERVICE, call, refused_status, with_server
 
@@ -176,3 +182,36 @@ def test_a_token_of_grants_opens_nothing_where_there_are_none(workspace: Path, i
 def test_outside_a_call_there_are_no_claims() -> None:
     with pytest.raises(IdentityError):
         current_claims()
+
+
+class _Details(grpc.HandlerCallDetails):
+    def __init__(self, method: str, metadata: Any) -> None:
+        self.method, self.invocation_metadata = method, metadata
+
+
+def test_callers_of_a_method_share_the_handlers_that_interceptors_make(issuer: TokenIssuer) -> None:
+    async def behaviour(request: bytes, context: Any) -> bytes:
+        return request
+
+    handler: Any = grpc.unary_unary_rpc_method_handler(behaviour)
+    interceptors = (
+        StatusInterceptor(),
+        RefusalAudit(NoTrail(), Budget()),
+        AuthInterceptor(issuer.verifier(), METHOD_SCOPES),
+        CallGuard(ListenerLimits(), METHOD_SCOPES),
+        ActionAudit(NoTrail()),
+    )
+
+    async def intercepted(number: int, details: grpc.HandlerCallDetails) -> Any:
+        if number == len(interceptors):
+            return handler
+        return await interceptors[number].intercept_service(partial(intercepted, number + 1), details)
+
+    def made_for(token: str) -> Any:
+        metadata = (("authorization", f"Bearer {token}"),)
+        return asyncio.run(intercepted(0, _Details(f"/{SERVICE}/unary_unary", metadata)))
+
+    first = made_for(_token(issuer, subject="ann"))
+    assert made_for(_token(issuer, subject="bob")) is first
+    assert made_for("abc.def") is not first
+    assert made_for(_token(issuer, subject="ann")) is not handler
