@@ -89,6 +89,7 @@ class Stage:
     workspace: Workspace
     cloud: Target
     agent: Target
+    devices: str  # where the cloud asks for device certificates
 
 
 @dataclass
@@ -206,7 +207,7 @@ def running_stage(root: Path) -> Iterator[Stage]:
                 workspace.token("operator"), agent_log, MODEL_INFER, request, str(told["metrics"]),
             )  # fmt: skip
             wait_until(lambda: is_served(agent), "the agent serves the model")
-            yield Stage(root, workspace, cloud, agent)
+            yield Stage(root, workspace, cloud, agent, str(ready["device_address"]))
 
 
 def is_served(target: Target) -> bool:
