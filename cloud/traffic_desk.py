@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import structlog
 from sqlalchemy import select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
@@ -273,7 +273,7 @@ class TrafficDesk:
             try:
                 if await asyncio.to_thread(self._database.revision) != self._seen:
                     await self._take_over()
-            except DBAPIError as error:
+            except SQLAlchemyError as error:
                 log.exception("the database does not answer", kind=type(error).__name__)
 
     async def _take_over(self) -> None:
