@@ -87,7 +87,8 @@ from security.tenants import TenantRepositories
 from security.tls import server_credentials
 from security.tokens import TokenIssuer, TokenVerifier
 
-_WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", "tuf/1.root.json")
+_ROOT: Final = "tuf/1.root.json"  # the same in all clouds that serve one fleet, and in no others
+_WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", _ROOT)
 _HEALTH_S: Final = 0.5
 _REFRESH_AGAIN_S: Final = 60.0
 _REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
@@ -343,7 +344,7 @@ def _cache(settings: CloudSettings, stack: AsyncExitStack) -> ResponseCache:
     client = connect(address, ca=ca, plaintext=plaintext, timeout_s=settings.redis_timeout_s)
     from cloud.redis_cache import RedisCache
 
-    cache = RedisCache(client)
+    cache = RedisCache(client, of=(settings.home / _ROOT).read_bytes())
     stack.push_async_callback(cache.close)
     return cache
 
