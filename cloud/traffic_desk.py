@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import structlog
 from sqlalchemy import select
@@ -68,9 +68,6 @@ class _Row:
     message: Any  # TrafficPolicy
     revision: int  # of the database's row
     policy: Policy
-
-
-_NOT_WRITTEN: Final = 2**62  # the revision of a row that the database is still to hear of
 
 
 class TrafficDesk:
@@ -174,7 +171,7 @@ class TrafficDesk:
         row = self._rows.get(model)
         if row is not None:  # at once, whatever the database does
             message = rolled_back(row.message)
-            self._rows[model] = _Row(message, _NOT_WRITTEN, policy_from(message))
+            self._rows[model] = _Row(message, row.revision, policy_from(message))
         return await self._write(model, by, rolled_back)
 
     def _check(self, model: str, policy: Policy) -> None:
