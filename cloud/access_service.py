@@ -15,9 +15,9 @@ import structlog
 from cloud.access_store import AccessStore, Keep
 from cloud.access_tables import ApiKeyRow, RoleGrant
 from cloud.fleet import timestamp
-from isthmus.errors import InputError, PermissionDeniedError
+from isthmus.errors import InputError
 from isthmus.v1 import access_pb2, access_pb2_grpc
-from security.interceptors import current_claims
+from security.interceptors import check_all_models
 from security.roles import check_principal
 from security.tokens import ALL_MODELS, check_role
 
@@ -128,9 +128,7 @@ def _keep() -> Keep:
     Raises:
         PermissionDeniedError: The caller may use some models only: it could give itself, or others, the rest.
     """
-    claims = current_claims()
-    if ALL_MODELS not in claims.models:
-        raise PermissionDeniedError("only an admin of all models says who may do what", reason="not-all-models")
+    claims = check_all_models("saying who may do what")
     return Keep(claims.tenant, claims.subject)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cloud.operator_cli import ConfigOption, TrustOption, connect
+from cloud.operator_cli import ConfigOption, TenantOption, TrustOption, connect
 from isthmus.errors import InputError, TrustError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 
@@ -111,10 +111,11 @@ def search_records(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show matching records, oldest first: of --home or --folder, or else asked of the cloud, of your own tenant."""
+    """Show matching records, oldest first: of --home or --folder, or else asked of the cloud, of one tenant."""
     from security.audit.reading import Query
     from security.audit.reading import search as look
 
@@ -125,7 +126,10 @@ def search_records(
     if home is not None or folder is not None:
         records = list(deque(look(_local(home, folder), query), maxlen=limit))
     else:
-        with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (
+            client,
+            _,
+        ):
             records = list(_asked(client, query, limit))
     if as_json:
         show_table("records", records, as_json=True)
@@ -143,6 +147,7 @@ def export(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -158,7 +163,10 @@ def export(
                 file.write(canonical(record) + b"\n")
                 count += 1
         else:
-            with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+            with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (
+                client,
+                _,
+            ):
                 for lines in client.export_records(_times(query)):
                     file.write(lines)
                     count += lines.count(b"\n")
@@ -184,7 +192,7 @@ def show_heads(
     if home is not None or folder is not None:
         heads = [path.read_bytes() for path in sorted(_local(home, folder).glob("*.head"))]
     else:
-        with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
             heads = client.audit_heads()
     parsed = [parse_head(data) for data in heads]
     if output is not None:

@@ -170,4 +170,5 @@ def _acting_in(claims: Claims, tenant: str) -> Claims:
         raise PermissionDeniedError(
             "only an admin of the default tenant may act in another tenant", reason="wrong-tenant"
         )
-    return replace(claims, tenant=tenant)
+    # Somebody of the tenant may have the same name: whatever is counted or recorded there must not be theirs.
+    return replace(claims, tenant=tenant, subject=f"cloud:{claims.subject}")

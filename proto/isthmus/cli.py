@@ -43,7 +43,7 @@ GROUPS: Final = {
     "model": Group("cloud.operator_cli:model_app", "Publish, release and list model versions."),
     "traffic": Group("cloud.traffic_cli:app", "Spread requests over versions; drain and resume Tritons."),
     "rollout": Group("cloud.rollout_cli:app", "Roll a version out in stages, watch, pause, resume and abort."),
-    "device": Group("cloud.operator_cli:device_app", "Invite, list, label, pin and retry devices."),
+    "device": Group("cloud.operator_cli:device_app", "Invite, list, label, pin, retry and revoke devices."),
     "quota": Group("cloud.usage_cli:quota_app", "Set, show and clear what tenants, devices and models may ask."),
     "usage": Group("cloud.usage_cli:usage_app", "Show what was asked of the cloud, as a table, CSV or JSON."),
     "audit": Group("cloud.audit_cli:app", "Verify, search and export the audit log.", "cloud"),
