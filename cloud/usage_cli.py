@@ -16,7 +16,7 @@ from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_table
 
 quota_app = typer.Typer(no_args_is_help=True, help="Set, show and clear what tenants, devices and models may ask.")
-usage_app = typer.Typer(help="Show what was asked of the cloud.")
+usage_app = typer.Typer(add_completion=False, help="Show what was asked of the cloud.")
 
 _HOUR: Final = 3600
 _COUNTS: Final = ("answered", "cached", "limited", "refused", "failed", "cancelled", "bytes_in", "bytes_out", "calls")
