@@ -136,6 +136,8 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         async with _in_thread(self._blobs.upload(first.sha256, first.length)) as upload:
             await asyncio.to_thread(upload.write, first.data)
             async for message in request_iterator:
+                if not message.data:  # or an upload could be kept open for ever, without a byte
+                    raise InputError("expected data in every message after the first, got none")
                 await asyncio.to_thread(upload.write, message.data)
         await asyncio.to_thread(self._owners.note_upload, current_claims().tenant, first.sha256)
         return registry_pb2.UploadBlobResponse()

@@ -1,8 +1,8 @@
 """Who is at the other end of a connection, and whether the caller's token may be used there.
 
 A device's token is bound to the device's certificate (RFC 8705 section 3): whoever copies the token has nothing. The
-peer's certificate is known to the running call only, so the rules are applied there, after a unary request has arrived
-and before it is parsed, and before the first message of a stream is read:
+peer's certificate is known to the running call only, so the rules are applied there: before the request is read, where
+requests are read by `security.guard`; else a unary request has arrived, and is not parsed.
 
 1. A bound token is good on a connection with exactly the certificate that it names.
 2. A revoked device, and a revoked key whatever certificate it comes with, is refused, at once; calls of theirs that

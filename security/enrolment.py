@@ -41,6 +41,10 @@ log = structlog.get_logger(__name__)
 DEVICE_LIFETIME: Final = timedelta(days=90)
 MAX_REQUEST_BYTES: Final = 16 * 1024
 _DEVICE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# What the library raises for a certificate or request that it cannot read; most of them are of no common class.
+_NOT_READ: Final = (
+    ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType,
+)  # fmt: skip
 
 
 def check_device_id(device_id: str) -> str:
@@ -107,7 +111,7 @@ def public_key_of(pem: bytes) -> bytes:
             key = x509.load_pem_x509_csr(pem).public_key()
         else:
             key = x509.load_pem_x509_certificate(pem).public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except _NOT_READ as error:
         raise InputError("expected a PEM certificate or signing request") from error
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
@@ -199,7 +203,7 @@ def _parse_request(csr_pem: bytes) -> x509.CertificateSigningRequest:
         request = x509.load_pem_x509_csr(csr_pem)
         signed = request.is_signature_valid
         list(request.extensions)  # parsed only when asked for
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except _NOT_READ as error:
         raise InputError("expected a PEM signing request (PKCS#10)") from error
     if not signed:
         raise InputError("the signing request is not signed with its own key")

@@ -80,7 +80,7 @@ def _ordered(data: bytes, dtype: str) -> Array:
     width = _WIDTHS[dtype]
     bits = np.frombuffer(data, f"<u{width // 8}").astype(np.int64)
     top = 1 << (width - 1)
-    return np.where(bits < top, bits, top - bits)
+    return np.where(bits < top, bits, top - 1 - bits)  # -0 lies below 0
 
 
 def _stored(ordered: Array, dtype: str) -> bytes:
@@ -89,7 +89,7 @@ def _stored(ordered: Array, dtype: str) -> bytes:
         return ordered.astype(np.int64).view(np.uint64).astype(f"<u{width // 8}").tobytes()
     width = _WIDTHS[dtype]
     top = 1 << (width - 1)
-    return np.where(ordered >= 0, ordered, top - ordered).astype(f"<u{width // 8}").tobytes()
+    return np.where(ordered >= 0, ordered, top - 1 - ordered).astype(f"<u{width // 8}").tobytes()
 
 
 def _difference(old: Array, new: Array, width: int) -> Array:

@@ -34,7 +34,9 @@ from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.binding import Guard
 from security.custom import Terms
 from security.enrolment import IssuingCa
+from security.guard import CallGuard
 from security.interceptors import AuthInterceptor
+from security.limits import ListenerLimits
 from security.tls import channel_credentials, server_credentials
 from security.tokens import TokenIssuer, make_assertion
 
@@ -147,7 +149,9 @@ async def open_door(
     conductor = Conductor(database, Roster(database, lambda *_: (), clock), _no_releases(), clock=clock, poll_s=0.1)
     await conductor.refresh()
     access = AuthInterceptor(issuer.verifier(), guard=guard)
-    server = grpc.aio.server(interceptors=(StatusInterceptor(), access), options=(("grpc.so_reuseport", 0),))
+    server = grpc.aio.server(
+        interceptors=(StatusInterceptor(), access, CallGuard(ListenerLimits())), options=(("grpc.so_reuseport", 0),)
+    )
     pair = (home / "server.key", home / "server.pem")
     port = server.add_secure_port("127.0.0.1:0", server_credentials(*pair))
     device_port = server.add_secure_port("127.0.0.1:0", server_credentials(*pair, home / "issuing-ca.pem"))

@@ -111,7 +111,6 @@ WHOLE_CLOUD: dict[str, dict[str, Any]] = {
     f"{USAGE}GetCompute": {},
     f"{USAGE}SetQuota": {},
     f"{USAGE}ClearQuota": {},
-    f"{AUDIT}GetHeads": {},
 }
 NOTHING_TO_ASK = {
     f"{INFERENCE}ServerLive": "says that the process runs",
@@ -123,6 +122,7 @@ NOTHING_TO_ASK = {
     f"{REGISTRY}FetchMetadata": "asked below, file by file",
     f"{AUDIT}SearchRecords": "asked below: a tenant's records hold what its own callers have tried",
     f"{AUDIT}ExportRecords": "asked below",
+    f"{AUDIT}GetHeads": "digests, and how many records there are, as the numbers of one's own tell, too",
     f"{REGISTRY}UploadBlob": "stores what comes, the same whether it is there or not",
     f"{REGISTRY}SubmitMetadata": "checked against the caller's own metadata",
     f"{ACCESS}GrantRole": "is about the caller's tenant, whatever is asked",

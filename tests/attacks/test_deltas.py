@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import resource
 import struct
 from pathlib import Path
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 
 from isthmus.delta import apply_apart, apply_delta, make_delta
 from isthmus.delta.container import HEADER_BYTES, Header, Method
-from isthmus.delta.segments import GROUP_HEADER, MAX_MAP
+from isthmus.delta.elements import Kind
+from isthmus.delta.fields import pack_numbers, pack_signed
+from isthmus.delta.segments import GROUP_HEADER, MAX_MAP, Piece, read_group
 from isthmus.digests import sha256_bytes, sha256_file
 from isthmus.errors import DeltaError, DigestMismatchError
 
@@ -98,28 +101,91 @@ def crafted(old: bytes, new_length: int, group: bytes) -> bytes:
     return Header(Method.SEGMENTS, sha256_bytes(old), "0" * 64, new_length, len(old)).pack() + group
 
 
-def grouped(raw: bytes, *, length: int, lanes: int = 0, words: int = 0, said: int | None = None) -> bytes:
+def grouped(
+    raw: bytes, *, length: int, lanes: int = 0, words: int = 0, said: int | None = None, payload: bytes = b""
+) -> bytes:
     packed = zstandard.compress(raw)
     size = len(raw) if said is None else said
-    return GROUP_HEADER.pack(length, len(packed), size, 0, words, lanes) + packed
+    return GROUP_HEADER.pack(length, len(packed), size, 0, words, lanes) + packed + payload
 
 
-COPY = struct.Struct("<HHIBQQ")  # no sections, no models, one segment
+def mapped(*fields: bytes, segments: int = 1, halvings: int = 0) -> bytes:
+    """Return a map without sections and models."""
+    return struct.pack("<HHIB", 0, 0, segments, halvings) + b"".join(fields)
+
+
+NO_FACTORS = pack_numbers([0])  # the model of the factors
+
+
+def copied(length: int, offset: int) -> bytes:
+    return mapped(NO_FACTORS, bytes([Piece.COPY]), pack_numbers([length]), pack_signed([offset]))
+
+
+def with_model(*fields: bytes, segments: int = 1, factor_model: int = 1) -> bytes:
+    """Return a map with two models, of INT8 and INT16, with one table each; the second one is the factors'."""
+    models = [
+        struct.pack("<BBBB", kind, 1, 1, 0) + bytes(512) + bytes(1024) + struct.pack("<H", 4096)
+        for kind in (Kind.INT8, Kind.INT16)
+    ]
+    return struct.pack("<HHIB", 0, 2, segments, 0) + pack_numbers([factor_model]) + b"".join((*models, *fields))
+
+
+def tensor(*, model: int = 0, row: int = 10, base: int = 0, flags: int = 0, rank: int = 0, shift: int = 0) -> bytes:
+    """Return the fields of a segment that is a tensor of 100 bytes at the begin of the base."""
+    fields = bytes([Piece.TENSOR]), pack_numbers([100]), pack_signed([0]), pack_numbers([model]), pack_numbers([row])
+    return b"".join(fields) + pack_signed([base]) + bytes([flags, rank]) + (pack_signed([shift]) if rank else b"")
+
+
+STILL_ROWS = bytes([128] * 15)
 HOSTILE = {
-    "a copy from outside of the base": grouped(COPY.pack(0, 0, 1, 0, 100, 950), length=100),
-    "an offset that wraps": grouped(COPY.pack(0, 0, 1, 0, 100, 2**64 - 50), length=100),
-    "a segment longer than its group": grouped(COPY.pack(0, 0, 1, 0, 2**63, 0), length=100),
-    "a group longer than the target": grouped(COPY.pack(0, 0, 1, 0, 200, 0), length=200),
-    "a group that makes nothing": grouped(struct.pack("<HHI", 0, 0, 0), length=0),
-    "many segments that are not there": grouped(struct.pack("<HHI", 0, 0, 2**32 - 1), length=100),
-    "an unknown kind of segment": grouped(COPY.pack(0, 0, 1, 9, 100, 0), length=100),
-    "a literal without a section": grouped(struct.pack("<HHIBQ", 0, 0, 1, 1, 100), length=100),
-    "a tensor without a model": grouped(
-        struct.pack("<HHIBQQHIhBBh", 0, 0, 1, 2, 100, 0, 7, 10, 0, 0, 0, 0), length=100, lanes=1
+    "a copy from outside of the base": grouped(copied(100, 950), length=100),
+    "a copy from before the base": grouped(copied(100, -5), length=100),
+    "an offset that has no end": grouped(
+        mapped(NO_FACTORS, bytes([Piece.COPY]), pack_numbers([100]), bytes([255] * 12)), length=100
     ),
-    "too many lanes": grouped(COPY.pack(0, 0, 1, 0, 100, 0), length=100, lanes=2**31),
-    "a map that says too little": grouped(COPY.pack(0, 0, 1, 0, 100, 0), length=100, said=10),
-    "a map that says too much": grouped(COPY.pack(0, 0, 1, 0, 100, 0), length=100, said=MAX_MAP + 1),
+    "a segment longer than its group": grouped(copied(2**62, 0), length=100),
+    "a segment of no bytes": grouped(
+        mapped(NO_FACTORS, bytes([0, 0]), pack_numbers([100, 0]), pack_signed([0, 0]), segments=2), length=100
+    ),
+    "a group longer than the target": grouped(copied(200, 0), length=200),
+    "a group that makes nothing": grouped(mapped(NO_FACTORS, segments=0), length=0),
+    "many segments that are not there": grouped(mapped(segments=2**32 - 1), length=100),
+    "an unknown kind of segment": grouped(
+        mapped(NO_FACTORS, bytes([9]), pack_numbers([100]), pack_signed([0])), length=100
+    ),
+    "a literal without a section": grouped(mapped(NO_FACTORS, bytes([Piece.LITERAL]), pack_numbers([100])), length=100),
+    "a tensor without a model": grouped(mapped(NO_FACTORS, tensor(model=7)), length=100, lanes=1),
+    "a tensor without lanes": grouped(with_model(tensor()), length=100),
+    "rows of no elements": grouped(with_model(tensor(row=0)), length=100, lanes=1),
+    "a number out of all bounds": grouped(with_model(tensor(base=2**40)), length=100, lanes=1),
+    "a shift out of scale": grouped(with_model(tensor(rank=1, shift=2**30), bytes(2)), length=100, lanes=1),
+    "numbers out of scale": grouped(with_model(tensor(rank=1), bytes([128, 0])), length=100, lanes=1),
+    "too many factors": grouped(with_model(tensor(rank=65), bytes(130)), length=100, lanes=1),
+    "factors without a model": grouped(with_model(tensor(rank=1), bytes(2), factor_model=2), length=100, lanes=1),
+    "factors with a model of weights": grouped(
+        with_model(tensor(rank=1), bytes(2), factor_model=0), length=100, lanes=1
+    ),
+    "unknown flags": grouped(with_model(tensor(flags=4)), length=100, lanes=1),
+    "still rows that are not whole": grouped(with_model(tensor(row=7, flags=1), STILL_ROWS), length=100, lanes=1),
+    "too many lanes": grouped(copied(100, 0), length=100, lanes=2**31),
+    "more halvings than lanes": grouped(
+        mapped(pack_numbers([0, 0, 0, 0]), bytes([0]), pack_numbers([100]), pack_signed([0]), halvings=3),
+        length=100,
+        lanes=2,
+    ),
+    "halvings out of order": grouped(
+        mapped(pack_numbers([9, 1, 0]), bytes([0]), pack_numbers([100]), pack_signed([0]), halvings=2),
+        length=100,
+        lanes=8,
+    ),
+    "a halving that gives no words": grouped(
+        mapped(pack_numbers([0, 0]), bytes([0]), pack_numbers([100]), pack_signed([0]), halvings=1),
+        length=100,
+        lanes=2,
+        payload=bytes(8),
+    ),
+    "a map that says too little": grouped(copied(100, 0), length=100, said=10),
+    "a map that says too much": grouped(copied(100, 0), length=100, said=MAX_MAP + 1),
     "a map that is a bomb": grouped(bytes(1 << 24) + b"x", length=100, said=1 << 24),
 }
 
@@ -133,6 +199,14 @@ def test_a_crafted_group_is_refused(tmp_path: Path, group: bytes) -> None:
         apply_delta(tmp_path / "old", tmp_path / "delta", tmp_path / "out", sha256="0" * 64, length=100)
     assert caught.value.reason == "bad-delta"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "old"]
+
+
+def test_factors_that_would_not_fit_into_memory_are_refused() -> None:
+    size = 1 << 27
+    fields = bytes([Piece.TENSOR]), pack_numbers([size]), pack_signed([0]), pack_numbers([0, 1]), pack_signed([0])
+    group = grouped(with_model(*fields, bytes([0, 1]), pack_signed([0]), bytes(2)), length=size, lanes=1)
+    with pytest.raises(DeltaError, match="numbers in the factors"):
+        read_group(io.BytesIO(group), left=size, old_length=size)
 
 
 def test_a_frame_that_goes_on_for_ever_stops_at_the_announced_length(tmp_path: Path) -> None:

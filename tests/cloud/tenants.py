@@ -104,10 +104,13 @@ class Site:
         return GetMessageClass(METHODS[method].input_type)(**values)
 
     def state_files(self) -> set[str]:
-        """Return what is on the disk beside the database, logs and what a test itself writes."""
-        found = (path.relative_to(self.workspace.root).as_posix() for path in self.workspace.root.rglob("*"))
+        """Return what is on the disk beside what a running cloud writes for itself: its database, logs and journals."""
+        found = {path.relative_to(self.workspace.root).as_posix() for path in self.workspace.root.rglob("*")}
+        own = tuple(f"cloud/state/{name}/" for name in ("blobs", "deltas", "triton"))
         return {
-            name for name in found if not name.endswith((".log", "-wal", "-shm", ".db")) and "/incoming/" not in name
+            name
+            for name in found
+            if (not name.startswith("cloud/state/") or name.startswith(own)) and "/incoming/" not in name
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -305,6 +306,17 @@ def test_the_flush_of_an_upload_does_not_hold_up_the_event_loop(stage: Stage, mo
     stage.ask(upload)
     assert threads
     assert threading.main_thread() not in threads  # where the event loop of the cloud runs
+
+
+@pytest.mark.parametrize(("data", "kind"), [(b"more", TrustError), (b"", InputError)])
+def test_an_upload_without_end_is_ended(stage: Stage, data: bytes, kind: type[Exception]) -> None:
+    def upload(client: CloudClient) -> None:
+        first = registry_pb2.UploadBlobRequest(sha256=sha256_bytes(b"right"), length=5)
+        messages = itertools.chain([first], itertools.repeat(registry_pb2.UploadBlobRequest(data=data)))
+        client._call("upload", client._registry.UploadBlob, messages)
+
+    with pytest.raises(kind):
+        stage.ask(upload)
 
 
 def test_an_upload_of_other_bytes_is_refused(stage: Stage) -> None:

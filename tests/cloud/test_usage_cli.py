@@ -42,7 +42,7 @@ def test_an_admin_sets_shows_and_clears_quotas(
                 return done
 
             def all_of_it() -> None:
-                as_role("admin", "default")
+                as_role("admin")
                 limits = ("--rate", "100/s", "--burst", 200, "--concurrency", 16, "--bytes-rate", "10MB/s")
                 ask("quota", "set", "--tenant", "acme", *limits, "--bytes-burst", "50MiB")
                 ask("quota", "set", "--tenant", "other", "--device", "*", "--model", "triage", "--rate", "5/min")

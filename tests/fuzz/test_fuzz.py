@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,11 @@ def test_whatever_comes_is_accepted_or_refused(name: str) -> None:
     assert any(target.check(seed) for seed in seeds)  # a fuzzer that is always refused finds nothing
     for data in itertools.islice(mutations(seeds, random.Random(1)), RUNS.get(name, 3_000)):
         target.check(data)
+
+
+@pytest.mark.parametrize("path", sorted((CORPUS / "csr").iterdir()), ids=lambda path: path.name)
+def test_signing_requests_that_once_broke_the_cloud_are_refused(path: Path) -> None:
+    assert not TARGETS["csr"].check(path.read_bytes())
 
 
 def test_the_corpus_is_what_clients_send() -> None:

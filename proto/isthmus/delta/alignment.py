@@ -138,10 +138,10 @@ def sampled_cost(pair: Pair, base: memoryview, target: memoryview) -> float:
     if pair.kind in FLOATS:
         groups = elements.features(old, pair.kind).astype(np.int64) >> (2 if pair.kind is Kind.FLOAT16 else 0)
     width = elements.symbol_count(pair.kind)
-    counts = np.bincount(groups * width + symbols, minlength=256 * width).reshape(-1, width).astype(np.float64)
-    totals = counts.sum(axis=1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        coded = -np.nansum(counts * np.log2(counts / totals))
+    counts = np.bincount(groups * width + symbols, minlength=256 * width).reshape(-1, width)
+    row, symbol = np.nonzero(counts)
+    used = counts[row, symbol].astype(np.float64)
+    coded = -(used * np.log2(used / counts.sum(axis=1)[row])).sum()
     raw = float((counts.sum(axis=0) * elements.bit_counts(pair.kind)).sum())
-    table = 6.0 * np.count_nonzero(counts)  # what the sample has learnt by heart
+    table = 6.0 * used.size  # what the sample has learnt by heart
     return float(coded + raw + table) / 8 / size

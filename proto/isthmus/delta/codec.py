@@ -1,7 +1,8 @@
 """Making and applying deltas of single files.
 
-Making: every method that fits is estimated with a fast compressor, the most promising one is compressed hard. So a
-delta is never much larger than the compressed file, and large files whose bytes hardly moved cost little time.
+Making: the tensors are coded, general methods that a fast compressor finds promising are compressed hard, the smallest
+result is taken. The file alone is always compressed hard, until it is larger than the best so far: so a delta is never
+larger than the compressed file, and that costs little time where the delta is small.
 Applying: streams; refuses a wrong base before reading the frame, stops at the announced length, and leaves nothing
 behind but a file with the digest that the caller trusts.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -27,12 +28,11 @@ from isthmus.digests import CHUNK, check_file, sha256_file
 from isthmus.errors import DeltaError, DigestMismatchError
 
 ESTIMATE_LEVEL: Final = 3
-MIDDLE_LEVEL: Final = 12
 LEVEL: Final = 19
 MAX_PATCH: Final = 1 << 24  # bytes of a base that is a dictionary as a whole: the decoder holds it twice
 MAX_WINDOW: Final = 25  # bits: what decoding holds of the target
-HARD_BYTES: Final = 1 << 23  # of larger files the hardest level takes too long
-_HARDER: Final = 0.7  # the hardest level makes of general data hardly less than this share of the quickest
+_HARDER: Final = 0.65  # the hardest level makes of general data hardly less than this share of the quickest
+_HARDER_OF_WEIGHTS: Final = 0.85  # and of files that are mostly weights
 _NO_BASE: Final = "0" * 64
 
 
@@ -69,13 +69,24 @@ def make_delta(
     based = Header(Method.PATCH, sha256_file(old), full.target_sha256, len(target), len(base))
     tensors = find_tensors(base, old_layout or _beside(old)), find_tensors(target, new_layout or _beside(new))
     pairs = pair_tensors(*tensors, base, target)
-    best = _Candidate(full, b"")
     if pairs or len(base) > MAX_PATCH or len(target) > MAX_PATCH:
-        groups = b"".join(write_groups(pairs, base, target))
-        best = _Candidate(replace(based, method=Method.SEGMENTS), groups)
-    for candidate in _general(full, based, base, target, best):
-        if not best.body or len(candidate.body) < len(best.body):
-            best = candidate
+        best = _Candidate(replace(based, method=Method.SEGMENTS), b"".join(write_groups(pairs, base, target)))
+    else:
+        best = _Candidate(full, _compress(target, Method.FULL, base, LEVEL))
+    others = {}
+    if best.header is not full:
+        others[Method.FULL] = (full, target)
+    if len(base) <= MAX_PATCH and len(target) <= MAX_PATCH:
+        others[Method.PATCH] = (based, target)
+        if len(base) == len(target):
+            moved = (_octets(target) - _octets(base)).data
+            others[Method.DIFFERENCE] = (replace(based, method=Method.DIFFERENCE), moved)
+    weights = 2 * sum(pair.length for pair in pairs) > len(target)
+    least = len(best.body) / (_HARDER_OF_WEIGHTS if weights else _HARDER)
+    for method in _promising({method: data for method, (_, data) in others.items()}, base, least):
+        header, data = others[method]
+        body = _compress_below(data, method, base, len(best.body))
+        best = best if body is None else _Candidate(header, body)
     return _write(out, best.header, [best.body])
 
 
@@ -85,26 +96,15 @@ class _Candidate:
     body: bytes
 
 
-def _general(
-    full: Header, based: Header, base: memoryview, target: memoryview, best: _Candidate
-) -> Iterator[_Candidate]:
-    """Yield what general compression makes, hard only where it has a chance against `best`."""
-    frames = {Method.FULL: (full, target)}
-    if len(base) <= MAX_PATCH and len(target) <= MAX_PATCH:
-        frames[Method.PATCH] = (based, target)
-        if len(base) == len(target):
-            moved = (_octets(target) - _octets(base)).data
-            frames[Method.DIFFERENCE] = (replace(based, method=Method.DIFFERENCE), moved)
-    bound = len(best.body) if best.body else None
-    quick = {method: _estimate(data, method, base) for method, (_, data) in frames.items()}
-    method = min(quick, key=lambda m: quick[m])
-    if bound is None or quick[method] * _HARDER < bound:
-        header, data = frames[method]
-        yield _Candidate(header, _compress(data, method, base, LEVEL if len(target) <= HARD_BYTES else MIDDLE_LEVEL))
-
-
-def _estimate(data: memoryview, method: Method, base: memoryview) -> int:
-    return len(_compress(data, method, base, ESTIMATE_LEVEL))
+def _promising(frames: Mapping[Method, memoryview], base: memoryview, least: float) -> list[Method]:
+    """Return the methods to be tried hard: those quickly made smaller than `least`, and FULL at last."""
+    quick = {
+        method: len(_compress(data, method, base, ESTIMATE_LEVEL))
+        for method, data in frames.items()
+        if method is not Method.FULL
+    }
+    chosen = sorted((method for method in quick if quick[method] < least), key=lambda method: quick[method])
+    return [*chosen, *({Method.FULL} & set(frames))]
 
 
 def _beside(path: Path) -> Path | None:
@@ -133,13 +133,30 @@ def _octets(data: memoryview | bytes) -> np.ndarray[tuple[int], np.dtype[np.uint
 
 
 def _compress(data: memoryview, method: Method, base: memoryview, level: int) -> bytes:
+    return _compressor(data, method, base, level).compress(data)
+
+
+def _compress_below(data: memoryview, method: Method, base: memoryview, limit: int) -> bytes | None:
+    """Compress hard; stop and return None as soon as the result would not be below the limit."""
+    compressing = _compressor(data, method, base, LEVEL).compressobj(size=len(data))
+    parts, size = [], 0
+    for at in range(0, len(data), CHUNK):
+        parts.append(compressing.compress(data[at : at + CHUNK]))
+        size += len(parts[-1])
+        if size >= limit:
+            return None
+    parts.append(compressing.flush())
+    return b"".join(parts) if size + len(parts[-1]) < limit else None
+
+
+def _compressor(data: memoryview, method: Method, base: memoryview, level: int) -> zstandard.ZstdCompressor:
     patch = method is Method.PATCH
     window = max(10, min(MAX_WINDOW, (len(data) + (len(base) if patch else 0)).bit_length()))
     parameters = zstandard.ZstdCompressionParameters.from_level(
         level, source_size=len(data), window_log=window, enable_ldm=patch, write_content_size=True
     )
     dictionary = zstandard.ZstdCompressionDict(bytes(base), dict_type=zstandard.DICT_TYPE_RAWCONTENT) if patch else None
-    return zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters).compress(data)
+    return zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters)
 
 
 def apply_delta(old: Path | None, delta: Path, out: Path, *, sha256: str, length: int) -> None:

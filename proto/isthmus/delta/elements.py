@@ -8,6 +8,7 @@ bit) + (d < 0); the max(0, e - m) bits below those follow raw. No difference is 
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from isthmus.delta.rans import U8, U32
 
 Ints = NDArray[np.unsignedinteger[Any]]
-Differences = NDArray[np.int64]
+Differences = NDArray[np.signedinteger[Any]]
 
 
 class Kind(IntEnum):
@@ -61,6 +62,7 @@ _FEATURE_SHIFT: Final = {
 FLOATS: Final = frozenset({Kind.FLOAT16, Kind.BFLOAT16, Kind.FLOAT32})
 
 
+@cache
 def width(kind: Kind) -> int:
     """Return the bytes that one stored element has (for INT4 the byte of two)."""
     return int(_DTYPES[kind].itemsize)
@@ -71,6 +73,7 @@ def count(kind: Kind, length: int) -> int:
     return length * 2 if kind is Kind.INT4 else length // width(kind)
 
 
+@cache
 def bits(kind: Kind) -> int:
     """Return the bits of one element."""
     return 4 if kind is Kind.INT4 else 8 * width(kind)
@@ -85,9 +88,10 @@ def to_ints(data: bytes | memoryview | NDArray[np.uint8], kind: Kind) -> Ints:
         nibbles[1::2] = raw >> 4
         return nibbles
     if kind in FLOATS:
-        top = raw.dtype.type(1 << (bits(kind) - 1))
-        ordered: Ints = np.where(raw & top, ~raw, raw | top)
-        return ordered
+        turn = _signs(raw)
+        turn |= _top(raw)
+        turn ^= raw
+        return turn
     return raw
 
 
@@ -95,22 +99,48 @@ def to_bytes(values: Ints, kind: Kind) -> bytes:
     """Undo `to_ints`."""
     if kind is Kind.INT4:
         return ((values[0::2] & 15) | (values[1::2] << 4 & 0xF0)).astype(np.uint8).tobytes()
-    if kind in FLOATS:
-        top = values.dtype.type(1 << (bits(kind) - 1))
-        values = np.where(values & top, values ^ top, ~values)
-    return values.tobytes()
+    return (_stored(values) if kind in FLOATS else values).tobytes()
+
+
+def _stored(values: Ints) -> Ints:
+    turn = ~_signs(values)
+    turn |= _top(values)
+    turn ^= values
+    return turn
+
+
+def _signs(values: Ints) -> Ints:
+    """Return all ones where the highest bit is set."""
+    signed = values.view(f"<i{values.itemsize}")
+    return (signed >> (8 * values.itemsize - 1)).view(values.dtype)
+
+
+def _top(values: Ints) -> Any:
+    return values.dtype.type(1 << (8 * values.itemsize - 1))
+
+
+def keys(values: Ints, kind: Kind) -> Ints:
+    """Return for each old element the bits that decide on its feature."""
+    shift = _FEATURE_SHIFT[kind]
+    if not shift:
+        return values
+    shifted: Ints = values >> values.dtype.type(shift)
+    return shifted.astype(np.uint8 if bits(kind) - shift == 8 else np.uint16)
+
+
+@cache
+def key_features(kind: Kind) -> U8:
+    """Return the feature of each key: what helps to predict how an old element moves, its value or its exponent."""
+    count = 1 << (bits(kind) - _FEATURE_SHIFT[kind])
+    key = np.arange(count)
+    if kind in FLOATS:  # keys below the middle are those of negative numbers, the other way round
+        key = np.where(key < count // 2, count // 2 - 1 - key, key - count // 2)
+    return key.astype(np.uint8)
 
 
 def features(values: Ints, kind: Kind) -> U8:
-    """Return the byte of each old element that helps to predict how it moves: its value, or its exponent."""
-    if kind in FLOATS:
-        top = values.dtype.type(1 << (bits(kind) - 1))
-        magnitude = np.where(values & top, values ^ top, ~values)
-        magnitude &= top - values.dtype.type(1)
-        return (magnitude >> values.dtype.type(_FEATURE_SHIFT[kind])).astype(np.uint8)
-    if _FEATURE_SHIFT[kind]:
-        return (values >> values.dtype.type(_FEATURE_SHIFT[kind])).astype(np.uint8)
-    return values
+    """Return the feature of each old element."""
+    return key_features(kind).take(keys(values, kind)) if _FEATURE_SHIFT[kind] else values
 
 
 def exponents(kind: Kind) -> NDArray[np.float64]:
@@ -122,15 +152,15 @@ def exponents(kind: Kind) -> NDArray[np.float64]:
 
 def to_values(ints: Ints, kind: Kind) -> NDArray[np.float64]:
     """Return the numbers that integers of `to_ints` stand for."""
-    data = to_bytes(ints, kind)
+    if kind not in FLOATS:
+        return ints.astype(np.float64)
+    stored = _stored(ints)
     with np.errstate(invalid="ignore"):
         if kind is Kind.FLOAT16:
-            return np.frombuffer(data, "<f2").astype(np.float64)
+            return stored.view("<f2").astype(np.float64)
         if kind is Kind.BFLOAT16:
-            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        if kind is Kind.FLOAT32:
-            return np.frombuffer(data, "<f4").astype(np.float64)
-    return ints.astype(np.float64)
+            return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return stored.view("<f4").astype(np.float64)
 
 
 def from_values(values: NDArray[np.float64], kind: Kind) -> Ints:
@@ -146,11 +176,13 @@ def from_values(values: NDArray[np.float64], kind: Kind) -> Ints:
     return to_ints(single.view(np.uint8), kind)
 
 
+@cache
 def symbol_count(kind: Kind) -> int:
     """Return how many symbols the kind has."""
     return 3 + 2 * ((bits(kind) - 1) << _MANTISSA[kind])
 
 
+@cache
 def bit_counts(kind: Kind) -> U8:
     """Return for each symbol how many raw bits follow it."""
     exponent = (np.maximum(np.arange(symbol_count(kind)), 1) - 1) // 2 >> _MANTISSA[kind]
@@ -159,6 +191,8 @@ def bit_counts(kind: Kind) -> U8:
 
 def differences(old: Ints, new: Ints, kind: Kind) -> Differences:
     """Return the signed modular differences."""
+    if bits(kind) == 8:
+        return (new - old).view(np.int8)
     half = 1 << (bits(kind) - 1)
     mask = 2 * half - 1
     return ((new.astype(np.int64) - old.astype(np.int64) + half) & mask) - half
@@ -166,6 +200,19 @@ def differences(old: Ints, new: Ints, kind: Kind) -> Differences:
 
 def to_symbols(difference: Differences, kind: Kind) -> tuple[U8, U32]:
     """Return the symbol and the raw bits of each difference."""
+    if bits(kind) == 8:
+        symbols, raw = _octet_symbols(kind)
+        octets = difference.astype(np.int8).view(np.uint8)
+        return symbols.take(octets), raw.take(octets)
+    return _to_symbols(difference, kind)
+
+
+@cache
+def _octet_symbols(kind: Kind) -> tuple[U8, U32]:
+    return _to_symbols(np.arange(256).astype(np.uint8).view(np.int8).astype(np.int64), kind)
+
+
+def _to_symbols(difference: Differences, kind: Kind) -> tuple[U8, U32]:
     mantissa = _MANTISSA[kind]
     size = np.abs(difference)
     pattern = size.astype(np.float64).view(np.int64) >> (52 - mantissa)
@@ -174,7 +221,9 @@ def to_symbols(difference: Differences, kind: Kind) -> tuple[U8, U32]:
     return symbols, (size & ((1 << bit_counts(kind)[symbols].astype(np.int64)) - 1)).astype(np.uint32)
 
 
-def _bases(kind: Kind) -> Differences:
+@cache
+def _bases(kind: Kind) -> Ints:
+    """Return for each symbol its difference without raw bits, modulo 2^width."""
     mantissa = _MANTISSA[kind]
     symbols = np.arange(symbol_count(kind))
     cls = (np.maximum(symbols, 1) - 1) // 2
@@ -182,7 +231,17 @@ def _bases(kind: Kind) -> Differences:
     shifts = exponent - mantissa
     leading = top | 1 << mantissa
     base = np.where(shifts >= 0, leading << np.maximum(shifts, 0), leading >> np.maximum(-shifts, 0))
-    return np.where(symbols == 0, 0, np.where((symbols - 1) & 1, -base, base))
+    signed = np.where(symbols == 0, 0, np.where((symbols - 1) & 1, -base, base))
+    found: Ints = (signed & ((1 << bits(kind)) - 1)).astype(_DTYPES[kind])
+    return found
+
+
+@cache
+def _downwards(kind: Kind) -> Ints:
+    """Return for each symbol all ones where its difference is negative."""
+    symbols = np.arange(symbol_count(kind))
+    found: Ints = np.where((symbols > 0) & (symbols % 2 == 0), -1, 0).astype(_DTYPES[kind])
+    return found
 
 
 def move(
@@ -190,19 +249,22 @@ def move(
     symbols: U8,
     raw: U32 | None,
     kind: Kind,
-    moves: Differences | None = None,
+    moves: NDArray[np.integer[Any]] | None = None,
     flips: NDArray[np.bool_] | None = None,
 ) -> Ints:
     """Return the new elements: `old` moved as predicted and by what the symbols and raw bits say, modulo 2^width."""
     dtype = old.dtype
-    base = (_bases(kind) & ((1 << bits(kind)) - 1)).astype(dtype).take(symbols)
+    base = _bases(kind).take(symbols)
     if raw is not None:
         extra = raw.astype(dtype)
-        negative = symbols.astype(bool) & ~(symbols & 1).astype(bool)
-        np.negative(extra, out=extra, where=negative)
+        turn = _downwards(kind).take(symbols)
+        extra ^= turn
+        extra -= turn
         base += extra
     if flips is not None:
-        np.negative(base, out=base, where=flips)
+        turn = np.negative(flips.view(np.uint8)).astype(dtype) if dtype.itemsize == 1 else -flips.astype(dtype)
+        base ^= turn  # all ones where the sign turns
+        base -= turn
     if moves is not None:
         base += moves.astype(dtype)
     base += old

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +14,7 @@ import numpy as np
 from isthmus.delta import elements, model
 from isthmus.delta.container import Header, Method
 from isthmus.delta.elements import Kind
+from isthmus.delta.factors import Factors, read
 from isthmus.delta.rans import U16, Decoder
 from isthmus.delta.segments import Group, Piece, Section, Segment, decompress, read_group, read_states
 from isthmus.digests import CHUNK
@@ -81,7 +82,8 @@ def _rebuild_group(file: BinaryIO, base: BinaryIO, group: Group) -> Iterator[byt
     file.seek(coded)
     states = _read(file, 4 * group.lanes)
     words = _Words(file, coded + 4 * group.lanes, group.words)
-    decoder = Decoder(read_states(states), words.take)
+    decoder = Decoder(read_states(states), words.take, group.halvings)
+    made = _factors(group, decoder)
     for segment in group.segments:
         if segment.piece is Piece.LITERAL:
             yield from literals.take(segment.length)
@@ -90,9 +92,21 @@ def _rebuild_group(file: BinaryIO, base: BinaryIO, group: Group) -> Iterator[byt
             for at in range(0, segment.length, CHUNK):
                 yield _read(base, min(CHUNK, segment.length - at))
         else:
-            yield from _tensor(base, segment, group.models[segment.model], decoder)
+            numbers = replace(segment.numbers, factors=made.popleft()) if segment.factors else segment.numbers
+            yield from _tensor(base, replace(segment, numbers=numbers), group.models[segment.model], decoder)
     decoder.finish()
     file.seek(begin + group.payload)
+
+
+def _factors(group: Group, decoder: Decoder) -> deque[Factors]:
+    """Return the factors of the tensors that have some, in their order."""
+    outlines = [segment.factors for segment in group.segments if segment.factors]
+    if not outlines:
+        return deque()
+    mine = group.models[group.factor_model]
+    return deque(
+        read(outlines, lambda part: decoder.decode(mine.slots.take(part, mode="clip"), mine.table, mine.bit_counts))
+    )
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
@@ -161,13 +175,31 @@ def blocks(kind: Kind, segment: Segment) -> Iterator[tuple[int, int, int]]:
 
 
 def _tensor(base: BinaryIO, segment: Segment, mine: model.Model, decoder: Decoder) -> Iterator[bytes]:
+    lines = segment.numbers.rows
+    moved = 0  # rows before this block that are not still
     for first_row, at, size in blocks(mine.kind, segment):
         base.seek(segment.old_offset + at)
         old = elements.to_ints(_read(base, size), mine.kind)
-        features = elements.features(old, mine.kind)
-        numbers = segment.numbers
-        expected = model.predict(mine.kind, old, numbers.factors, segment.row, first_row)
-        contexts = model.contexts(features, numbers, mine.feature_numbers, expected.buckets, segment.row, first_row)
-        symbols, raw = decoder.decode(mine.groups.take(contexts), mine.table, mine.bit_counts)
-        new = elements.move(old, symbols, raw, mine.kind, expected.moves, expected.flips)
+        rows = -(-old.size // segment.row)
+        moving = np.flatnonzero(lines[first_row : first_row + rows] != model.STILL)
+        if moving.size == rows or not lines.size:
+            new = _moved(old, segment, mine, decoder, slice(first_row, first_row + rows), moved)
+            moved += rows
+        else:
+            new = old.copy()
+            square = new.reshape(rows, segment.row)
+            part = square[moving]
+            square[moving] = _moved(part.ravel(), segment, mine, decoder, moving + first_row, moved).reshape(part.shape)
+            moved += moving.size
         yield elements.to_bytes(new, mine.kind)
+
+
+def _moved(
+    old: elements.Ints, segment: Segment, mine: model.Model, decoder: Decoder, lines: model.Lines, first: int
+) -> elements.Ints:
+    """Return the new elements of the rows `lines`, which begin with the row `first` of those that are not still."""
+    numbers = segment.numbers
+    expected = model.predict(mine.kind, old, numbers.factors, slice(first, first + -(-old.size // segment.row)))
+    contexts = model.contexts(old, mine.kind, mine.feature_numbers, numbers, expected.buckets, segment.row, lines)
+    symbols, raw = decoder.decode(mine.slots.take(contexts, mode="clip"), mine.table, mine.bit_counts)
+    return elements.move(old, symbols, raw, mine.kind, expected.moves, expected.flips)

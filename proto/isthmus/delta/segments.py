@@ -7,18 +7,19 @@ compared with its bound before it is used.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import BinaryIO, Final
 
 import numpy as np
 import zstandard
-from numpy.typing import DTypeLike, NDArray
 
 from isthmus.delta import elements
 from isthmus.delta.elements import Kind
-from isthmus.delta.model import CONTEXTS, I16, MAX_RANK, MAX_ROW, Factors, Model, Numbers
+from isthmus.delta.factors import KIND, MAX_NUMBERS, MAX_RANK, MAX_SCALE, Outline
+from isthmus.delta.fields import Reader, pack_numbers, pack_signed
+from isthmus.delta.model import CONTEXTS, MAX_ROW, Model, Numbers
 from isthmus.delta.rans import MAX_LANES, U8, U32
 from isthmus.errors import DeltaError
 
@@ -28,6 +29,8 @@ MAX_GROUP: Final = 1 << 28  # bytes of target that a group makes
 MAX_SECTION: Final = 1 << 23  # bytes of literals in one zstd frame
 MAX_DICTIONARY: Final = 1 << 23  # bytes of the old file that a section may refer to
 _MAX_TABLES: Final = 1 << 10  # tables of all models of a group
+_ROWS, _COLUMNS = 1, 2  # flags of a tensor
+_MAX_NUMBER: Final = 1 << 12
 
 
 class Piece(IntEnum):
@@ -48,6 +51,7 @@ class Segment:
     model: int = 0  # number in the group's models
     row: int = 1  # elements
     numbers: Numbers = field(default_factory=Numbers)
+    factors: Outline | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class Group:
     segments: Sequence[Segment]
     lanes: int
     words: int
+    halvings: Sequence[int]  # coded elements before each halving of the lanes
+    factor_model: int  # the model of the factors' numbers
 
     @property
     def payload(self) -> int:
@@ -76,9 +82,16 @@ class Group:
         return sum(section.packed for section in self.sections) + 4 * self.lanes + 2 * self.words
 
 
-def pack_map(sections: Sequence[Section], models: Sequence[Model], segments: Sequence[Segment]) -> bytes:
+def pack_map(
+    sections: Sequence[Section],
+    models: Sequence[Model],
+    segments: Sequence[Segment],
+    halvings: Sequence[int],
+    factor_model: int,
+) -> bytes:
     """Return the map's bytes."""
-    out = bytearray(struct.pack("<HHI", len(sections), len(models), len(segments)))
+    out = bytearray(struct.pack("<HHIB", len(sections), len(models), len(segments), len(halvings)))
+    out += pack_numbers((*halvings, factor_model))
     for section in sections:
         out += struct.pack("<IIH", section.length, section.packed, len(section.dictionary))
         for offset, length in section.dictionary:
@@ -88,56 +101,34 @@ def pack_map(sections: Sequence[Section], models: Sequence[Model], segments: Seq
         out += struct.pack("<BBBB", model.kind, rows, symbols, model.raw)
         out += model.feature_numbers.astype("<i2").tobytes() + model.groups.tobytes()
         out += model.frequencies.astype("<u2").tobytes()
-    numbers = bytearray()
+    out += bytes(segment.piece for segment in segments)
+    out += pack_numbers(segment.length for segment in segments)
+    out += pack_signed(_distances(segments))
+    tensors = [segment for segment in segments if segment.piece is Piece.TENSOR]
+    outlines = [segment.factors for segment in tensors]
+    out += pack_numbers(segment.model for segment in tensors)
+    out += pack_numbers(segment.row for segment in tensors)
+    out += pack_signed(segment.numbers.base for segment in tensors)
+    out += bytes(_flags(segment.numbers) for segment in tensors)
+    out += bytes(outline.rank if outline else 0 for outline in outlines)
+    out += pack_signed(outline.shift for outline in outlines if outline)
+    out += b"".join(outline.scales.tobytes() for outline in outlines if outline)
+    out += b"".join(segment.numbers.rows.tobytes() for segment in tensors)
+    out += b"".join(segment.numbers.columns.tobytes() for segment in tensors)
+    return bytes(out)
+
+
+def _distances(segments: Sequence[Segment]) -> Iterator[int]:
+    """Yield how far from the end of the last one each run of the base begins."""
+    end = 0
     for segment in segments:
-        out += struct.pack("<BQ", segment.piece, segment.length)
         if segment.piece is not Piece.LITERAL:
-            out += struct.pack("<Q", segment.old_offset)
-        if segment.piece is Piece.TENSOR:
-            mine = segment.numbers
-            flags = bool(mine.rows.size) | bool(mine.columns.size) << 1
-            rank = mine.factors.left.shape[1] if mine.factors else 0
-            shift = mine.factors.shift if mine.factors else 0
-            out += struct.pack("<HIhBBh", segment.model, segment.row, mine.base, flags, rank, shift)
-            numbers += mine.rows.tobytes() + mine.columns.tobytes()
-            if mine.factors:
-                numbers += pack_factors(mine.factors)
-    return bytes(out + numbers)
+            yield segment.old_offset - end
+            end = segment.old_offset + segment.length
 
 
-def pack_factors(factors: Factors) -> bytes:
-    """Return the factors' bytes: for each factor all low bytes, then all high ones, one rank after the other."""
-    planes = [
-        np.ascontiguousarray(part.T, "<i2").view(np.uint8).reshape(-1, 2).T.tobytes()
-        for part in (factors.left, factors.right)
-    ]
-    return b"".join(planes)
-
-
-class _Reader:
-    """Reads fields from the map's bytes."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    def fields(self, layout: str) -> tuple[int, ...]:
-        size = struct.calcsize(layout)
-        return struct.unpack(layout, self._take(size))
-
-    def array(self, dtype: DTypeLike, count: int) -> NDArray[np.generic]:
-        return np.frombuffer(self._take(np.dtype(dtype).itemsize * count), dtype)
-
-    def end(self) -> None:
-        if self._at != len(self._data):
-            raise DeltaError("the map of a group goes on after its last field")
-
-    def _take(self, size: int) -> bytes:
-        taken = self._data[self._at : self._at + size]
-        if len(taken) != size:
-            raise DeltaError("the map of a group ends too early")
-        self._at += size
-        return taken
+def _flags(numbers: Numbers) -> int:
+    return bool(numbers.rows.size) | bool(numbers.columns.size) << 1
 
 
 def read_group(file: BinaryIO, *, left: int, old_length: int) -> Group:
@@ -159,18 +150,22 @@ def read_group(file: BinaryIO, *, left: int, old_length: int) -> Group:
         raise DeltaError(f"expected a group of 1 to {min(left, MAX_GROUP)} bytes with a map up to {MAX_MAP}")
     if not 0 <= lanes <= MAX_LANES or words > 4 * MAX_GROUP:
         raise DeltaError(f"expected up to {MAX_LANES} lanes, got {lanes}")
-    reader = _Reader(_unpack(file.read(packed), packed, raw))
-    section_count, model_count, segment_count = reader.fields("<HHI")
+    reader = Reader(_unpack(file.read(packed), packed, raw))
+    section_count, model_count, segment_count, halving_count = reader.fields("<HHIB")
+    *halvings, factor_model = reader.numbers(halving_count + 1)
     sections = [_section(reader, old_length) for _ in range(section_count)]
     models = _models(reader, model_count)
     segments = _segments(reader, segment_count, models, old_length, length)
     reader.end()
+    _check_factors(segments, models, factor_model)
     literal = sum(segment.length for segment in segments if segment.piece is Piece.LITERAL)
     if literal != sum(section.length for section in sections):
         raise DeltaError("the literal sections are not as long as the segments that need them")
+    if halving_count > lanes.bit_length() or halvings != sorted(halvings):
+        raise DeltaError("the lanes are halved too often, or out of order")
     if lanes == 0 and any(segment.piece is Piece.TENSOR for segment in segments):
         raise DeltaError("expected lanes for the tensors, got none")
-    return Group(length, sections, models, segments, lanes, words)
+    return Group(length, sections, models, segments, lanes, words, halvings, factor_model)
 
 
 def _unpack(data: bytes, packed: int, raw: int) -> bytes:
@@ -198,7 +193,7 @@ def decompress(frame: bytes, length: int, dictionary: bytes = b"") -> bytes:
     return data
 
 
-def _section(reader: _Reader, old_length: int) -> Section:
+def _section(reader: Reader, old_length: int) -> Section:
     length, packed, runs = reader.fields("<IIH")
     dictionary = []
     for _ in range(runs):
@@ -212,7 +207,7 @@ def _section(reader: _Reader, old_length: int) -> Section:
     return Section(length, packed, tuple(dictionary))
 
 
-def _models(reader: _Reader, count: int) -> list[Model]:
+def _models(reader: Reader, count: int) -> list[Model]:
     models: list[Model] = []
     for _ in range(count):
         kind, rows, symbols, raw = reader.fields("<BBBB")
@@ -231,55 +226,86 @@ def _models(reader: _Reader, count: int) -> list[Model]:
     return models
 
 
-def _segments(reader: _Reader, count: int, models: Sequence[Model], old_length: int, length: int) -> list[Segment]:
-    plain: list[tuple[Segment, int, int, int, int]] = []
-    made = 0
-    for _ in range(count):
-        piece, size = reader.fields("<BQ")
-        if piece not in set(Piece) or not 0 < size <= length - made:
-            raise DeltaError("a segment is of no known kind, or longer than its group")
-        made += size
-        old_offset = 0
-        if piece != Piece.LITERAL:
-            (old_offset,) = reader.fields("<Q")
-            if old_offset + size > old_length:
+def _segments(reader: Reader, count: int, models: Sequence[Model], old_length: int, length: int) -> list[Segment]:
+    pieces = [_piece(number) for number in reader.array(np.uint8, count).tolist()]
+    lengths = reader.numbers(count)
+    if 0 in lengths or sum(lengths) != length:
+        raise DeltaError(f"expected segments of {length} bytes, got {sum(lengths)}")
+    distances = iter(reader.signed(count - pieces.count(Piece.LITERAL)))
+    end, plain = 0, []
+    for piece, size in zip(pieces, lengths, strict=True):
+        begin = 0
+        if piece is not Piece.LITERAL:
+            begin = end + next(distances)
+            end = begin + size
+            if not 0 <= begin <= end <= old_length:
                 raise DeltaError("a segment refers to bytes outside of the base")
-        segment = Segment(Piece(piece), size, old_offset)
-        plain.append(_tensor(reader, segment, models) if piece == Piece.TENSOR else (segment, 0, 0, 0, 0))
-    if made != length:
-        raise DeltaError(f"expected segments of {length} bytes, got {made}")
-    return [_with_numbers(reader, *entry) for entry in plain]
+        plain.append(Segment(piece, size, begin))
+    tensors = iter(_tensors(reader, [segment for segment in plain if segment.piece is Piece.TENSOR], models))
+    return [next(tensors) if segment.piece is Piece.TENSOR else segment for segment in plain]
 
 
-def _tensor(reader: _Reader, segment: Segment, models: Sequence[Model]) -> tuple[Segment, int, int, int, int]:
-    model, row, base, flags, rank, shift = reader.fields("<HIhBBh")
-    if model >= len(models) or not 0 < row <= MAX_ROW or flags > 3 or rank > MAX_RANK:
+def _check_factors(segments: Sequence[Segment], models: Sequence[Model], model: int) -> None:
+    outlines = [segment.factors for segment in segments if segment.factors]
+    if outlines and (model >= len(models) or models[model].kind is not KIND):
+        raise DeltaError("the factors have no model")
+    if sum(outline.numbers for outline in outlines) > MAX_NUMBERS:
+        raise DeltaError(f"expected up to {MAX_NUMBERS} numbers in the factors of a group")
+
+
+def _piece(number: int) -> Piece:
+    if number not in set(Piece):
+        raise DeltaError("a segment is of no known kind")
+    return Piece(number)
+
+
+def _tensors(reader: Reader, plain: Sequence[Segment], models: Sequence[Model]) -> list[Segment]:
+    count = len(plain)
+    chosen, widths, bases = reader.numbers(count), reader.numbers(count), reader.signed(count)
+    sizes = [
+        _elements(segment.length, model, row, base, models)
+        for segment, model, row, base in zip(plain, chosen, widths, bases, strict=True)
+    ]
+    rows = [-(-size // row) for size, row in zip(sizes, widths, strict=True)]
+    flags = reader.array(np.uint8, count).tolist()
+    ranks = reader.array(np.uint8, count).tolist()
+    if max(flags, default=0) > _ROWS | _COLUMNS or max(ranks, default=0) > MAX_RANK:
+        raise DeltaError("a tensor has unknown numbers, or too many factors")
+    shifts = reader.signed(count - ranks.count(0))
+    if max(map(abs, shifts), default=0) > _MAX_NUMBER:
+        raise DeltaError("the factors of a tensor are out of scale")
+    ahead = iter(shifts)
+    scales = [reader.array(np.uint8, 2 * rank).astype(np.uint8) for rank in ranks]
+    if max((int(scale.max(initial=0)) for scale in scales), default=0) > MAX_SCALE:
+        raise DeltaError("the numbers of a factor are out of scale")
+    lines = [
+        reader.array(np.int8, size if flag & _ROWS else 0).astype(np.int8)
+        for size, flag in zip(rows, flags, strict=True)
+    ]
+    columns = [
+        reader.array(np.int8, row if flag & _COLUMNS else 0).astype(np.int8)
+        for row, flag in zip(widths, flags, strict=True)
+    ]
+    made = []
+    for number, segment in enumerate(plain):
+        numbers = Numbers(bases[number], lines[number], columns[number])
+        scale, still = scales[number], numbers.still_rows
+        if (scale.size or still) and rows[number] * widths[number] != sizes[number]:
+            raise DeltaError("a tensor with factors or still rows is not made of whole rows")
+        outline = Outline(next(ahead), scale, rows[number] - still, widths[number]) if scale.size else None
+        place = Piece.TENSOR, segment.length, segment.old_offset
+        made.append(Segment(*place, chosen[number], widths[number], numbers, outline))
+    return made
+
+
+def _elements(length: int, model: int, row: int, base: int, models: Sequence[Model]) -> int:
+    """Return how many elements a tensor has."""
+    if model >= len(models) or not 0 < row <= MAX_ROW or abs(base) > _MAX_NUMBER:
         raise DeltaError("a tensor has no model, or rows that are too long")
     kind = models[model].kind
-    if segment.length % elements.width(kind):
+    if length % elements.width(kind):
         raise DeltaError("a tensor is not made of whole elements")
-    rows = -(-elements.count(kind, segment.length) // row)
-    if rank and rows * row != elements.count(kind, segment.length):
-        raise DeltaError("a tensor with factors is not made of whole rows")
-    made = Segment(segment.piece, segment.length, segment.old_offset, model, row, Numbers(base))
-    return made, rows if flags & 1 or rank else 0, flags, rank, shift
-
-
-def _with_numbers(reader: _Reader, segment: Segment, rows: int, flags: int, rank: int, shift: int) -> Segment:
-    if segment.piece is not Piece.TENSOR:
-        return segment
-    lines = reader.array(np.int8, rows if flags & 1 else 0).astype(np.int8)
-    columns = reader.array(np.int8, segment.row if flags & 2 else 0).astype(np.int8)
-    factors = None
-    if rank:
-        factors = Factors(_factor(reader, rows, rank), _factor(reader, segment.row, rank), shift)
-    return replace(segment, numbers=Numbers(segment.numbers.base, lines, columns, factors))
-
-
-def _factor(reader: _Reader, size: int, rank: int) -> I16:
-    planes = reader.array(np.uint8, 2 * size * rank).reshape(2, -1)
-    values: I16 = planes.T.copy().view("<i2").astype(np.int16).reshape(rank, size).T
-    return values
+    return elements.count(kind, length)
 
 
 def read_states(data: bytes) -> U32:

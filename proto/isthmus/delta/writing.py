@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
-import zstandard
 
-from isthmus.delta import elements, model
+from isthmus.delta import elements, factors, fitting, model
 from isthmus.delta.alignment import Pair, sampled_cost
 from isthmus.delta.elements import FLOATS, Kind
-from isthmus.delta.model import Factors, Model
-from isthmus.delta.rans import U8, U16, U32, Coded, encode
+from isthmus.delta.factors import MAX_NUMBERS, Factors
+from isthmus.delta.literals import Run, compress, pack_literals
+from isthmus.delta.model import Model
+from isthmus.delta.rans import U8, U16, U32, Coded, Stream, encode
 from isthmus.delta.rebuild import blocks
 from isthmus.delta.segments import (
     GROUP_HEADER,
-    MAX_DICTIONARY,
     MAX_GROUP,
-    MAX_SECTION,
     Piece,
-    Section,
     Segment,
-    pack_factors,
     pack_map,
 )
 
 _PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
-_HARD: Final = 1 << 22  # bytes of literals that are compressed hard; more must not take minutes
-_LANE_SHARE: Final = 0.015  # of the coded bytes may go into the lanes' states
+_LANE_SHARE: Final = 0.008  # of what is coded may go into the lanes
+_LITTLE_LANE_SHARE: Final = 0.002  # does not matter
+_LANES_PER_SYMBOL: Final = 9000.0  # and byte of the target: more hardly make it faster
+_LANE_BITS: Final = 8.8  # that a lane costs
+_MOST_LANES: Final = 14  # as a power of two
+_STILL: Final = 0.1  # of the rows: so many that are still are left out
 _UNALIKE: Final = 0.97  # a pair that costs this share of its size is no pair
-
-_Run = tuple[int, int]
 
 
 @dataclass(slots=True)
 class _Draft:
     segment: Segment
     kind: Kind
-    contexts: U16
+    contexts: U16  # of the elements in rows that are not still
     symbols: U8
     raw: U32
+
+    @property
+    def group(self) -> tuple[Kind, bool]:
+        """What tensors must have in common to share a model: their kind, and whether raw bits follow their symbols."""
+        return self.kind, bool(self.symbols.size) and bool(elements.bit_counts(self.kind)[self.symbols.max()])
 
 
 def write_groups(pairs: Sequence[Pair], base: memoryview, target: memoryview) -> Iterator[bytes]:
@@ -52,7 +55,7 @@ def write_groups(pairs: Sequence[Pair], base: memoryview, target: memoryview) ->
         yield _write_group(group, base, target, free)
 
 
-def _runs(pairs: Sequence[Pair], size: int) -> Iterator[Pair | _Run]:
+def _runs(pairs: Sequence[Pair], size: int) -> Iterator[Pair | Run]:
     """Yield pairs and the gaps between them, none longer than `_PART`, in the order of the new file."""
     at = 0
     for pair in pairs:
@@ -62,7 +65,7 @@ def _runs(pairs: Sequence[Pair], size: int) -> Iterator[Pair | _Run]:
     yield from _cut_gap(at, size)
 
 
-def _cut_gap(begin: int, end: int) -> Iterator[_Run]:
+def _cut_gap(begin: int, end: int) -> Iterator[Run]:
     for at in range(begin, end, _PART):
         yield at, min(_PART, end - at)
 
@@ -75,8 +78,8 @@ def _cut_pair(pair: Pair) -> Iterator[Pair]:
         yield replace(pair, offset=pair.offset + at, old_offset=pair.old_offset + at, length=length)
 
 
-def _grouped(runs: Iterator[Pair | _Run]) -> Iterator[list[Pair | _Run]]:
-    group: list[Pair | _Run] = []
+def _grouped(runs: Iterator[Pair | Run]) -> Iterator[list[Pair | Run]]:
+    group: list[Pair | Run] = []
     filled = 0
     for run in runs:
         size = run.length if isinstance(run, Pair) else run[1]
@@ -89,7 +92,7 @@ def _grouped(runs: Iterator[Pair | _Run]) -> Iterator[list[Pair | _Run]]:
         yield group
 
 
-def _complement(runs: Sequence[_Run], size: int) -> list[_Run]:
+def _complement(runs: Sequence[Run], size: int) -> list[Run]:
     """Return the runs of a file that none of `runs` covers."""
     left, at = [], 0
     for offset, length in sorted(runs):
@@ -101,13 +104,15 @@ def _complement(runs: Sequence[_Run], size: int) -> list[_Run]:
     return left
 
 
-def _write_group(runs: Sequence[Pair | _Run], base: memoryview, target: memoryview, free: Sequence[_Run]) -> bytes:
+def _write_group(runs: Sequence[Pair | Run], base: memoryview, target: memoryview, free: Sequence[Run]) -> bytes:
     drafts: dict[int, _Draft] = {}
     segments: list[Segment] = []
-    literals: list[_Run] = []
+    literals: list[Run] = []
+    room = MAX_NUMBERS
     for run in runs:
-        made = _draft(run, base, target) if isinstance(run, Pair) else run
+        made = _draft(run, base, target, room) if isinstance(run, Pair) else run
         if isinstance(made, _Draft):
+            room -= made.segment.factors.numbers if made.segment.factors else 0
             drafts[len(segments)] = made
             segments.append(made.segment)
         elif isinstance(made, Segment):
@@ -116,17 +121,18 @@ def _write_group(runs: Sequence[Pair | _Run], base: memoryview, target: memoryvi
             literals.append(made)
             segments.append(Segment(Piece.LITERAL, made[1]))
     models, arrays = _fit(drafts, segments)
-    lanes, states, words = _code(arrays)
-    sections, frames = _pack_literals(literals, base, target, free)
+    stream = _code(arrays, sum(segment.length for segment in segments))
+    sections, frames = pack_literals(literals, base, target, free)
     segments = _merged(segments)
-    raw = pack_map(sections, models, segments)
-    packed = _compress(raw, 19)
+    raw = pack_map(sections, models, segments, stream.halvings, max(0, len(models) - 1))
+    packed = compress(raw, 19)
     length = sum(segment.length for segment in segments)
+    lanes, words = stream.states.size, stream.words
     header = GROUP_HEADER.pack(length, len(packed), len(raw), sum(map(len, frames)), words.size, lanes)
-    return b"".join((header, packed, *frames, states.astype("<u4").tobytes(), words.astype("<u2").tobytes()))
+    return b"".join((header, packed, *frames, stream.states.astype("<u4").tobytes(), words.astype("<u2").tobytes()))
 
 
-def _draft(pair: Pair, base: memoryview, target: memoryview) -> _Draft | Segment | _Run:
+def _draft(pair: Pair, base: memoryview, target: memoryview, room: int) -> _Draft | Segment | Run:
     old_bytes = base[pair.old_offset : pair.old_offset + pair.length]
     new_bytes = target[pair.offset : pair.offset + pair.length]
     if old_bytes == new_bytes:
@@ -134,29 +140,54 @@ def _draft(pair: Pair, base: memoryview, target: memoryview) -> _Draft | Segment
     if sampled_cost(pair, base, target) > _UNALIKE:
         return pair.offset, pair.length
     old, new = elements.to_ints(old_bytes, pair.kind), elements.to_ints(new_bytes, pair.kind)
+    lines = _lines(old, new, pair.row)
+    if isinstance(lines, np.ndarray):
+        old, new = (values.reshape(-1, pair.row)[lines].ravel() for values in (old, new))
     difference = elements.differences(old, new, pair.kind)
-    factors = model.fit_factors(old, new, pair.kind, pair.row)
-    draft = _modelled(pair, old, difference, None)
-    if factors is None:
-        return draft
-    better = _modelled(pair, old, difference, factors)
-    size = _compress(pack_factors(factors), 3)
-    return better if _entropy(better) + 8 * len(size) < _entropy(draft) else draft
+    best = _modelled(pair, old, difference, lines, None)
+    least = _entropy(best)
+    for found in fitting.fit_factors(old, new, pair.kind, pair.row):
+        if found.left.size + found.right.size <= room:
+            draft = _modelled(pair, old, difference, lines, found)
+            bits = _entropy(draft) + factors.bits(found)
+            best, least = (draft, bits) if bits < least else (best, least)
+    return best
 
 
-def _modelled(pair: Pair, old: elements.Ints, difference: elements.Differences, factors: Factors | None) -> _Draft:
-    features = elements.features(old, pair.kind)
-    expected = model.predict(pair.kind, old, factors, pair.row, 0)
-    left = model.residual(difference, expected, pair.kind)
-    numbers = replace(model.fit_numbers(old, left, pair.kind, pair.row), factors=factors)
-    segment = Segment(Piece.TENSOR, pair.length, pair.old_offset, 0, pair.row, numbers)
-    contexts = model.contexts(features, numbers, first_features(pair.kind), expected.buckets, pair.row, 0)
+def _lines(old: elements.Ints, new: elements.Ints, row: int) -> model.Lines:
+    """Return the rows that are not still; all rows where few are."""
+    rows = old.size // row
+    if rows * row == old.size:
+        moving = np.flatnonzero((old.reshape(rows, row) != new.reshape(rows, row)).any(axis=1))
+        if rows - moving.size > _STILL * rows:
+            return moving
+    return slice(0, -(-old.size // row))
+
+
+def _modelled(
+    pair: Pair, old: elements.Ints, difference: elements.Differences, lines: model.Lines, found: Factors | None
+) -> _Draft:
+    expected = model.predict(pair.kind, old, found, slice(None))
+    left = fitting.residual(difference, expected, pair.kind)
+    numbers = replace(fitting.fit_numbers(old, left, pair.kind, pair.row), factors=found)
+    if isinstance(lines, np.ndarray):
+        rows = np.full(elements.count(pair.kind, pair.length) // pair.row, model.STILL, np.int8)
+        rows[lines] = numbers.rows if numbers.rows.size else 0
+        numbers = replace(numbers, rows=rows)
+    outlined = factors.outline(found) if found else None
+    segment = Segment(Piece.TENSOR, pair.length, pair.old_offset, 0, pair.row, numbers, outlined)
+    features = first_features(pair.kind)
+    contexts = model.contexts(old, pair.kind, features, numbers, expected.buckets, pair.row, lines)
     return _Draft(segment, pair.kind, contexts, *elements.to_symbols(left, pair.kind))
 
 
-def _counts(draft: _Draft) -> model.Counts:
-    width = elements.symbol_count(draft.kind)
-    index = draft.contexts.astype(np.int32) * width + draft.symbols
+def _counts(draft: _Draft) -> fitting.Counts:
+    return _counted(draft.kind, draft.contexts, draft.symbols)
+
+
+def _counted(kind: Kind, contexts: U16, symbols: U8) -> fitting.Counts:
+    width = elements.symbol_count(kind)
+    index = contexts.astype(np.int32) * width + symbols
     return np.bincount(index, minlength=model.CONTEXTS * width).reshape(model.CONTEXTS, width)
 
 
@@ -170,40 +201,64 @@ def _entropy(draft: _Draft) -> float:
     return float(coded + (counts.sum(axis=0) * elements.bit_counts(draft.kind)).sum())
 
 
-def first_features(kind: Kind) -> model.I16:
+def first_features(kind: Kind) -> factors.I16:
     """Return the features' numbers that a kind begins with."""
     if kind not in FLOATS:
         return np.zeros(256, np.int16)
-    numbers: model.I16 = np.round(-elements.exponents(kind) * model.FLOAT_STEPS).astype(np.int16)
+    numbers: factors.I16 = np.round(-elements.exponents(kind) * fitting.FLOAT_STEPS).astype(np.int16)
     return numbers
 
 
 def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model], list[Coded]]:
-    counts: dict[Kind, model.Counts] = {}
+    """Fit models for the tensors of each kind, those with raw bits apart: to look for such bits takes time."""
+    counts: dict[tuple[Kind, bool], fitting.Counts] = {}
     for draft in drafts.values():
         mine = _counts(draft)
-        counts[draft.kind] = counts[draft.kind] + mine if draft.kind in counts else mine
-    kinds = sorted(counts)
-    models = [model.fit_model(kind, counts[kind], first_features(kind)) for kind in kinds]
+        counts[draft.group] = counts[draft.group] + mine if draft.group in counts else mine
+    groups = sorted(counts)
+    models = [fitting.fit_model(group[0], counts[group], first_features(group[0])) for group in groups]
     arrays: list[Coded] = []
+    made = [draft.segment.numbers.factors for draft in drafts.values() if draft.segment.numbers.factors]
+    if made:
+        models.append(_fit_factors(made, arrays))
     for place, draft in drafts.items():
-        number = kinds.index(draft.kind)
+        number = groups.index(draft.group)
         segments[place] = replace(segments[place], model=number)
         arrays += _arrays(draft, models[number])
     return models, arrays
 
 
+def _fit_factors(made: Sequence[Factors], arrays: list[Coded]) -> Model:
+    """Fit the model of the factors' numbers, and append those to the arrays."""
+    parts = list(factors.code(made))
+    counts = _counted(factors.KIND, *parts[0][:2])
+    for contexts, symbols, _ in parts[1:]:
+        counts += _counted(factors.KIND, contexts, symbols)
+    mine = fitting.fit_model(factors.KIND, counts, first_features(factors.KIND))
+    for contexts, symbols, raw in parts:
+        arrays.append(Coded(symbols, mine.groups.take(contexts), mine.frequencies, mine.bit_counts, raw))
+    return mine
+
+
 def _arrays(draft: _Draft, mine: Model) -> Iterator[Coded]:
-    scale = elements.count(draft.kind, draft.segment.length) / draft.segment.length
-    for _, at, size in blocks(draft.kind, draft.segment):
-        part = slice(round(at * scale), round((at + size) * scale))
+    segment = draft.segment
+    scale = elements.count(draft.kind, segment.length) / segment.length
+    lines, begin = segment.numbers.rows, 0
+    for first_row, at, size in blocks(draft.kind, segment):
+        count = round((at + size) * scale) - round(at * scale)
+        if segment.numbers.still_rows:
+            mine_here = lines[first_row : first_row + count // segment.row]
+            count = int(np.count_nonzero(mine_here != model.STILL)) * segment.row
+        part = slice(begin, begin + count)
+        begin += count
         groups = mine.groups.take(draft.contexts[part])
         yield Coded(draft.symbols[part], groups, mine.frequencies, mine.bit_counts, draft.raw[part])
 
 
-def _code(arrays: Sequence[Coded]) -> tuple[int, U32, U16]:
+def _code(arrays: Sequence[Coded], length: int) -> Stream:
+    """Code arrays of a group of `length` bytes, with lanes that make decoding fast and cost little."""
     if not arrays:
-        return 0, np.zeros(0, np.uint32), np.zeros(0, np.uint16)
+        return Stream(np.zeros(0, np.uint32), np.zeros(0, np.uint16), [])
     bits = 0.0
     for coded in arrays:
         index = coded.contexts.astype(np.int32) * coded.frequencies.shape[1] + coded.symbols
@@ -211,73 +266,11 @@ def _code(arrays: Sequence[Coded]) -> tuple[int, U32, U16]:
         bits += float(costs[index].sum())
         if coded.bit_counts is not None:
             bits += float(coded.bit_counts[coded.symbols].sum())
-    wanted = _LANE_SHARE * bits / 16
-    lanes = 1 << int(np.clip(np.log2(max(wanted, 1.0)), 0, 13))
-    states, words = encode(arrays, lanes)
-    return lanes, states, words
-
-
-def _pack_literals(
-    literals: Sequence[_Run], base: memoryview, target: memoryview, free: Sequence[_Run]
-) -> tuple[list[Section], list[bytes]]:
-    sections, frames = [], []
-    total = sum(length for _, length in literals)
-    level = 19 if total <= _HARD else 9
-    for runs in _sections(literals):
-        data = b"".join(target[offset : offset + length] for offset, length in runs)
-        middle = runs[len(runs) // 2][0] * len(base) // max(1, len(target))
-        known = _nearest(free, middle)
-        dictionary = b"".join(base[offset : offset + length] for offset, length in known)
-        frame = _compress(data, level, dictionary)
-        sections.append(Section(len(data), len(frame), known))
-        frames.append(frame)
-    return sections, frames
-
-
-def _sections(literals: Sequence[_Run]) -> Iterator[list[_Run]]:
-    runs: list[_Run] = []
-    room = MAX_SECTION
-    for offset, length in literals:
-        while length:
-            taken = min(length, room)
-            runs.append((offset, taken))
-            offset, length, room = offset + taken, length - taken, room - taken
-            if not room:
-                yield runs
-                runs, room = [], MAX_SECTION
-    if runs:
-        yield runs
-
-
-def _nearest(free: Sequence[_Run], middle: int) -> tuple[_Run, ...]:
-    """Return the runs around a place of the old file, as many as a dictionary may hold."""
-    chosen: list[_Run] = []
-    room = MAX_DICTIONARY
-    right = bisect_left(free, (middle, 0))
-    left = right - 1
-    while room and len(chosen) < 4000 and (left >= 0 or right < len(free)):
-        ahead = free[right][0] - middle if right < len(free) else 1 << 62
-        behind = middle - sum(free[left]) if left >= 0 else 1 << 62
-        if ahead < behind:
-            offset, length = free[right]
-            chosen.append((offset, min(length, room)))
-            right += 1
-        else:
-            offset, length = free[left]
-            begin = min(max(offset, middle - room // 2), offset + length - min(length, room))
-            chosen.append((begin, min(length, room)))
-            left -= 1
-        room -= chosen[-1][1]
-    return tuple(sorted(chosen))
-
-
-def _compress(data: bytes, level: int, dictionary: bytes = b"") -> bytes:
-    window = max(10, min(26, (len(data) + len(dictionary)).bit_length()))
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        level, source_size=len(data), window_log=window, write_content_size=True, enable_ldm=bool(dictionary)
-    )
-    known = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT) if dictionary else None
-    return zstandard.ZstdCompressor(dict_data=known, compression_params=parameters).compress(data)
+    count = sum(coded.symbols.size for coded in arrays)
+    fast = max(_LANES_PER_SYMBOL * count / length, _LITTLE_LANE_SHARE * bits / _LANE_BITS)
+    wanted = min(_LANE_SHARE * bits / _LANE_BITS, fast)
+    lanes = 1 << int(np.clip(round(np.log2(max(wanted, 1.0))), 0, _MOST_LANES))
+    return encode(arrays, lanes)
 
 
 def _merged(segments: Sequence[Segment]) -> list[Segment]:

@@ -13,6 +13,7 @@ from isthmus.delta import Method, apply_delta, make_delta, read_header
 from isthmus.delta.container import HEADER_BYTES
 from isthmus.digests import sha256_file
 from isthmus.errors import DeltaError, DigestMismatchError, IsthmusError
+from tests.isthmus.delta.files import safetensors
 
 blobs = st.binary(max_size=5000)
 
@@ -79,6 +80,18 @@ def test_unrelated_files_cost_no_more_than_the_compressed_file(tmp_path: Path) -
     _, new, delta = write(tmp_path, rng.bytes(50_000), rng.bytes(50_000))
     make_delta(None, new, tmp_path / "full")
     assert delta.stat().st_size <= (tmp_path / "full").stat().st_size + 1024
+
+
+def test_the_file_alone_is_compressed_hard_before_a_larger_delta_is_taken(tmp_path: Path) -> None:
+    rng = np.random.default_rng(12)
+    words = rng.integers(0, 256, (64, 4)).astype(np.uint8)  # repeats that a quick level does not see
+    new = words[rng.integers(0, 64, 100_000)].ravel()
+    old = new + rng.normal(0, 42, new.size).astype(np.int8).view(np.uint8)  # a tensor that is hardly like the new one
+    files = [safetensors({"w": octets.reshape(1000, 400)}) for octets in (old, new)]
+    base, target, delta = write(tmp_path, *files)
+    alone = make_delta(None, target, tmp_path / "alone")
+    assert delta.stat().st_size <= alone.length + 1024
+    assert rebuild(base, target, delta) == files[1]
 
 
 @pytest.fixture
