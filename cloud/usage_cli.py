@@ -93,10 +93,12 @@ def clear_quota(
     config: ConfigOption = None,
 ) -> None:
     """Remove a quota: a less specific one counts then, or the cloud's configuration."""
+    from cloud.quotas import Scope
     from isthmus.v1 import usage_pb2
 
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
         client.clear_quota(usage_pb2.QuotaScope(tenant=tenant, device=device, model=model))
+    note(f"{Scope(tenant, device, model)}: cleared")
 
 
 @usage_app.command()
