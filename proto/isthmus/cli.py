@@ -7,6 +7,7 @@ quick, and the contract package imports no program.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -150,6 +151,9 @@ def root(
 def main() -> None:
     """Run the command line; errors of ours become one line and a hint, with the error's own exit code."""
     tls13.enforce()
+    # No program of ours calls gRPC in a child that it forked; gRPC's handlers for those would write lines between the
+    # log's, which are no JSON, whenever a program is started.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         app()
     except IsthmusError as error:
