@@ -7,29 +7,21 @@ Stop: say NOT_SERVING, let running requests end, then stop Triton. Nothing liste
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import importlib.util
-import json
-import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-from prometheus_client.registry import Collector
 
 from cloud.access_service import AccessService
 from cloud.access_store import AccessStore
 from cloud.audit_service import AuditService
+from cloud.background import background, follow_keys, keep_fresh, sum_up
 from cloud.blobs import Blobs, Deltas
 from cloud.catalog import Catalog
 from cloud.conductor import Conductor, Releases
@@ -39,9 +31,11 @@ from cloud.database import Database, open_database
 from cloud.fleet import FleetService
 from cloud.gateway import Gateway, Inference
 from cloud.limits import Limits, open_limits
-from cloud.metrics import GatewayCollector, cloud_registry
+from cloud.listening import listen, listen_for_metrics, open_server, report_health
+from cloud.metrics import GatewayCollector
 from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
+from cloud.ready_file import ReadyFile
 from cloud.recorder import Recorder
 from cloud.redis_quotas import connect
 from cloud.registry import RegistryService
@@ -56,12 +50,8 @@ from cloud.traffic_desk import Serving, TrafficDesk
 from cloud.traffic_service import TrafficService
 from cloud.tritons import open_replicas, start_replicas
 from cloud.unsealer import SealingService, Unsealer
-from isthmus.address import check_free
-from isthmus.errors import ConfigError, ConflictError, IsthmusError
+from isthmus.errors import ConfigError, ConflictError
 from isthmus.memory import limit_heaps
-from isthmus.metrics_server import MetricsServer
-from isthmus.oip import SERVICE
-from isthmus.status import StatusInterceptor
 from isthmus.v1 import (
     access_pb2_grpc,
     audit_pb2_grpc,
@@ -71,7 +61,7 @@ from isthmus.v1 import (
     traffic_pb2_grpc,
     usage_pb2_grpc,
 )
-from security.audit.budget import SUMMARY_S, Budget
+from security.audit.budget import Budget
 from security.audit.interceptors import ActionAudit, RefusalAudit
 from security.audit.keys import PUBLIC, load_audit_key, load_public_keys
 from security.audit.writer import AuditLog, Terms
@@ -80,30 +70,12 @@ from security.binding import Guard
 from security.enrolment import IssuingCa
 from security.guard import CallGuard
 from security.interceptors import AuthInterceptor
-from security.listener import Listener
 from security.oidc import OidcIssuers
 from security.roles import AccessBook
 from security.tenants import TenantRepositories
-from security.tls import server_credentials
-from security.tokens import TokenIssuer, TokenVerifier
+from security.tokens import TokenIssuer
 
 _WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", "tuf/1.root.json")
-_HEALTH_S: Final = 0.5
-_REFRESH_AGAIN_S: Final = 60.0
-_REFRESH_S: Final = 3600.0  # how often signed metadata is looked at for renewal; it lives for a day at least
-_FOLLOW_S: Final = 1.0  # how often the files of keys are looked at
-_SERVICES: Final = (
-    SERVICE,
-    "isthmus.v1.FleetService",
-    "isthmus.v1.RegistryService",
-    "isthmus.v1.RolloutService",
-    "isthmus.v1.AccessService",
-    "isthmus.v1.TrafficService",
-    "isthmus.v1.UsageService",
-    "isthmus.v1.AuditService",
-    "isthmus.v1.SealingService",
-)
-
 log = structlog.get_logger(__name__)
 
 
@@ -173,9 +145,9 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await revocations.refresh()
         limits = await open_limits(settings, database, state, replicas.statistics_by_source, stack)
         for name, work in limits.works.items():
-            await stack.enter_async_context(_background(work(), name=name))
+            await stack.enter_async_context(background(work(), name=name))
         authenticator = Authenticator(verifier, book=book, issuers=issuers, tenants=repositories.names)
-        server, address, device_address = _server(
+        server, address, device_address = open_server(
             settings,
             RefusalAudit(trail, refusals),
             AuthInterceptor(authenticator, guard=guard),
@@ -212,7 +184,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         fleet_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutService(conductor), server)
         usage_pb2_grpc.add_UsageServiceServicer_to_server(limits.service, server)
 
-        ready_file = _ReadyFile(settings.ready_file, address, device_address, replicas)
+        ready_file = ReadyFile(settings.ready_file, address, device_address, replicas)
         ready_file.check()
         stack.callback(ready_file.remove)
         await start_replicas(replicas, ready_file.rewrite)
@@ -220,22 +192,22 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         await conductor.refresh()
         await access.refresh()
         stack.push_async_callback(access.keep_used)
-        await stack.enter_async_context(_background(access.run(), name="access"))
+        await stack.enter_async_context(background(access.run(), name="access"))
         for external in issuers.all:
-            await stack.enter_async_context(_background(external.keys.run(), name=f"oidc-{external.config.name}"))
-        await stack.enter_async_context(_background(conductor.run(), name="rollouts"))
-        await stack.enter_async_context(_background(revocations.run(), name="revocations"))
-        await stack.enter_async_context(_background(_follow_keys(issuer, verifier, authority), name="keys"))
-        await stack.enter_async_context(_background(replicas.watch(), name="replicas"))
-        await stack.enter_async_context(_background(desk.follow(), name="traffic"))
-        await stack.enter_async_context(_background(_keep_fresh(repositories), name="metadata-refresh"))
-        await stack.enter_async_context(_background(_sum_up(trail, refusals), name="audit-summaries"))
-        metrics = await _listen_for_metrics(
+            await stack.enter_async_context(background(external.keys.run(), name=f"oidc-{external.config.name}"))
+        await stack.enter_async_context(background(conductor.run(), name="rollouts"))
+        await stack.enter_async_context(background(revocations.run(), name="revocations"))
+        await stack.enter_async_context(background(follow_keys(issuer, verifier, authority), name="keys"))
+        await stack.enter_async_context(background(replicas.watch(), name="replicas"))
+        await stack.enter_async_context(background(desk.follow(), name="traffic"))
+        await stack.enter_async_context(background(keep_fresh(repositories), name="metadata-refresh"))
+        await stack.enter_async_context(background(sum_up(trail, refusals), name="audit-summaries"))
+        metrics = await listen_for_metrics(
             settings, [GatewayCollector(counters, replicas, cache), limits.collector()], stack
         )
         ready_file.metrics = metrics
-        servicer = await _listen(server, settings.drain_s, stack)
-        await stack.enter_async_context(_background(_report_health(servicer, replicas), name="health"))
+        servicer = await listen(server, settings.drain_s, stack)
+        await stack.enter_async_context(background(report_health(servicer, replicas), name="health"))
         stack.callback(conductor.close)
         ready_file.write()
         log.info("cloud serves", address=address, device_address=device_address, metrics=metrics, models=catalog.models)
@@ -281,59 +253,6 @@ def _audit_log(settings: CloudSettings, state: Path) -> AuditLog:
     )
 
 
-async def _sum_up(trail: AuditLog, refusals: Budget) -> None:
-    """Record the counts of refusals that were not recorded one by one."""
-    try:
-        while True:
-            await asyncio.sleep(SUMMARY_S)
-            for event in refusals.summary():
-                trail.note(event)
-    finally:
-        for event in refusals.summary(at_once=True):
-            trail.note(event)
-
-
-def _server(settings: CloudSettings, *interceptors: grpc.aio.ServerInterceptor) -> tuple[grpc.aio.Server, str, str]:
-    """Return a server that is bound to its two addresses, and these: for everybody, and for devices."""
-    server = Listener(
-        settings.listener,
-        message_bytes=settings.max_message_bytes,
-        calls=settings.concurrent_calls,
-        interceptors=(StatusInterceptor(), *interceptors),
-    )
-    key, chain = settings.home / "server.key", settings.home / "server.pem"
-    address = _bind(server, "listen", settings.listen, server_credentials(key, chain))
-    asking = server_credentials(key, chain, settings.home / "issuing-ca.pem")
-    return server, address, _bind(server, "device_listen", settings.device_listener, asking)
-
-
-def _bind(server: grpc.aio.Server, setting: str, address: str, credentials: grpc.ServerCredentials) -> str:
-    check_free(address, setting)
-    try:
-        port = server.add_secure_port(address, credentials)
-    except RuntimeError:
-        port = 0
-    if port == 0:
-        raise ConfigError(
-            f"{setting}: cannot listen on {address}",
-            hint=f"another program may have it, or it is not this machine's; {setting} takes another address",
-            reason="address-in-use",
-        )
-    return f"{address.rpartition(':')[0]}:{port}"
-
-
-async def _listen(server: grpc.aio.Server, drain_s: float, stack: AsyncExitStack) -> health.aio.HealthServicer:
-    servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), server)
-    for service in ("", *_SERVICES):
-        await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
-    await server.start()
-    stack.push_async_callback(server.stop, drain_s)
-    stack.push_async_callback(servicer.enter_graceful_shutdown)
-    return servicer
-
-
 def _cache(settings: CloudSettings, stack: AsyncExitStack) -> ResponseCache:
     """Return where answers are kept: in the Redis that clouds share, where there is one."""
     address = settings.redis.get_secret_value()
@@ -346,117 +265,6 @@ def _cache(settings: CloudSettings, stack: AsyncExitStack) -> ResponseCache:
     cache = RedisCache(client)
     stack.push_async_callback(cache.close)
     return cache
-
-
-async def _listen_for_metrics(
-    settings: CloudSettings, collectors: Sequence[Collector], stack: AsyncExitStack
-) -> str | None:
-    if settings.metrics_listen is None:
-        return None
-    server = MetricsServer(settings.metrics_listen, cloud_registry(*collectors), public=settings.metrics_public)
-    address = await server.start()
-    stack.push_async_callback(server.stop)
-    return address
-
-
-async def _report_health(servicer: health.aio.HealthServicer, replicas: Replicas) -> None:
-    """Say NOT_SERVING of inference, and of inference only, while Triton is away: devices still get tokens and updates.
-
-    The process as a whole ("") stays SERVING: restarting or bypassing it would not bring Triton back any sooner.
-    """
-    status = health_pb2.HealthCheckResponse
-    while True:
-        await servicer.set(SERVICE, status.SERVING if replicas.is_up else status.NOT_SERVING)
-        await asyncio.sleep(_HEALTH_S)
-
-
-@contextlib.asynccontextmanager
-async def _background(work: Any, *, name: str) -> AsyncIterator[None]:
-    task = asyncio.create_task(work, name=name)
-    task.add_done_callback(_complain)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-def _complain(task: asyncio.Task[Any]) -> None:
-    """Say so when work that never ends has ended."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("background work died; restart the cloud", work=task.get_name(), exc_info=error)
-
-
-async def _keep_fresh(repositories: TenantRepositories) -> None:
-    """Re-sign the metadata that is about to expire, now and every hour."""
-    while True:
-        try:
-            await asyncio.to_thread(repositories.refresh_if_due, datetime.now(UTC))
-        except (IsthmusError, OSError) as error:  # a disk may be full for a while
-            log.exception("signed metadata not renewed", reason=getattr(error, "reason", "disk"))
-            await asyncio.sleep(_REFRESH_AGAIN_S)
-        else:
-            await asyncio.sleep(_REFRESH_S)
-
-
-async def _follow_keys(issuer: TokenIssuer, verifier: TokenVerifier, authority: IssuingCa) -> None:
-    """Take up token keys and an issuing authority that were rotated, and let go keys whose time is over."""
-    published = issuer.jwks
-    while True:
-        await asyncio.sleep(_FOLLOW_S)
-        authority.refresh()
-        issuer.refresh()
-        if (jwks := issuer.jwks) != published:  # in one step with the line above: nothing is signed that is not known
-            verifier.use_keys(jwks)
-            published = jwks
-
-
-class _ReadyFile:
-    """Tells scripts where the cloud listens; exists while it serves."""
-
-    def __init__(self, path: Path | None, address: str, device_address: str, replicas: Replicas) -> None:
-        self._path, self._address, self._device_address, self._replicas = path, address, device_address, replicas
-        self._written = False
-        self.metrics: str | None = None
-
-    def check(self) -> None:
-        """Check that the file can be written, before anything is started.
-
-        Raises:
-            ConfigError: It cannot.
-        """
-        if self._path is not None and (self._path.is_dir() or not os.access(self._path.parent, os.W_OK | os.X_OK)):
-            raise ConfigError(
-                f"cannot write the ready file {self._path}", hint="--ready-file needs a file in a folder that exists"
-            )
-
-    def write(self) -> None:
-        """Write the file, whole or not at all."""
-        if self._path is None:
-            return
-        pids = [replica.server.pid for replica in self._replicas if replica.server is not None]
-        record = {
-            "address": self._address,
-            "device_address": self._device_address,
-            "pid": os.getpid(),
-            "triton_pid": pids[0] if pids else 0,
-            "triton_pids": pids,
-        }
-        record |= {} if self.metrics is None else {"metrics": self.metrics}
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(record) + "\n")
-        temporary.replace(self._path)
-        self._written = True
-
-    def rewrite(self) -> None:
-        """Write the file again when it was written: Triton has another process id."""
-        if self._written:
-            self.write()
-
-    def remove(self) -> None:
-        """Remove the file."""
-        if self._written and self._path is not None:
-            self._path.unlink(missing_ok=True)
 
 
 def open_runner() -> asyncio.Runner:

@@ -24,7 +24,7 @@ import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cloud import bootstrap, triton
+from cloud import background, triton
 from cloud.bootstrap import start_cloud
 from cloud.config import CloudSettings
 from isthmus.cli import main
@@ -322,7 +322,7 @@ def test_health_answers_without_a_token_and_follows_triton(
 
 
 def test_a_full_disk_does_not_end_the_renewal_of_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "_REFRESH_AGAIN_S", 0.0)
+    monkeypatch.setattr(background, "_REFRESH_AGAIN_S", 0.0)
     renewed = asyncio.Event()
     loop = asyncio.new_event_loop()
 
@@ -339,7 +339,7 @@ def test_a_full_disk_does_not_end_the_renewal_of_metadata(monkeypatch: pytest.Mo
             return True
 
     async def story() -> None:
-        async with bootstrap._background(bootstrap._keep_fresh(cast("Any", Repository())), name="refresh"):
+        async with background.background(background.keep_fresh(cast("Any", Repository())), name="refresh"):
             await asyncio.wait_for(renewed.wait(), 10)
 
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
