@@ -122,6 +122,14 @@ def test_every_quota_is_in_the_usage_page() -> None:
     assert [name for kind in kinds for name in kind.model_fields if f"`{name}`" not in text] == []
 
 
+def test_it_has_every_reason_that_the_programs_give() -> None:
+    root, given = DOCS.parent, set[str]()
+    for folder in ("proto/isthmus", "security", "compiler", "edge", "cloud"):
+        for file in (root / folder).rglob("*.py"):
+            given |= set(re.findall(r"\breason=\"([a-z-]+)\"", file.read_text()))
+    assert sorted(reason for reason in given if f"`{reason}`" not in REFERENCE) == []
+
+
 def test_it_has_the_scopes_of_every_role() -> None:
     shown = dict(re.findall(r"^\| `([a-z]+)` \| ((?:`[a-z:]+` ?)+|all[^|]*)\|", REFERENCE, re.M))
     for role, scopes in SCOPES_OF_ROLE.items():
