@@ -148,7 +148,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         limits = await open_limits(settings, database, state, replicas.statistics_by_source, stack)
         for name, work in limits.works.items():
             await stack.enter_async_context(background(work(), name=name))
-        authenticator = Authenticator(verifier, book=book, issuers=issuers)
+        authenticator = Authenticator(verifier, book=book, issuers=issuers, tenants=repositories.names)
         server, address, device_address = open_server(
             settings,
             RefusalAudit(trail, refusals),

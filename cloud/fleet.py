@@ -36,6 +36,7 @@ from isthmus.errors import IdentityError, InputError
 from isthmus.status import ADDRESS_KEY, TIME_KEY
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.binding import Guard, peer_of
+from security.durations import format_duration
 from security.enrolment import IssuingCa, check_device_id
 from security.interceptors import check_all_models, current_claims
 from security.tenancy import DEFAULT_TENANT, check_new_name
@@ -108,7 +109,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         await self._check_name(device_id, claims.tenant)
         ttl_s = request.ttl_s or DEFAULT_INVITE_S
         if ttl_s > MAX_INVITE_S:
-            raise InputError(f"ttl_s: expected at most {MAX_INVITE_S} seconds, got {ttl_s}")
+            most, asked = (format_duration(timedelta(seconds=seconds)) for seconds in (MAX_INVITE_S, ttl_s))
+            raise InputError(f"expected a time to live of at most {most}, got {asked}")
         code, expires_at = secrets.token_urlsafe(24), self._clock() + ttl_s
         await asyncio.to_thread(self._identities.invite, code, device_id, claims.tenant, expires_at)
         log.info("device invited", device=device_id, tenant=claims.tenant, by=claims.subject)
@@ -366,7 +368,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             ],
             facts=device.facts,
             labels=device.labels,
-            online=roster.is_online(device),
+            online=revoked is None and roster.is_online(device),
             desired=[
                 fleet_pb2.Desired(
                     model=model, version=told.version, why=told.why, rollout=told.rollout, attempt=told.attempt

@@ -132,10 +132,11 @@ def test_devices_with_certificates_are_kept_out_by_no_strangers_and_by_no_neighb
             strangers = [hold(b"x", timeout=60) for _ in range(10)]
             assert [await first(call) for call in strangers].count(b"held") == 3
             async with contextlib.AsyncExitStack() as stack:
-                calls = []
+                calls: list[Any] = []
                 for device in devices:
                     channel = await stack.enter_async_context(place.device_channel(*device))
-                    calls.append(channel.unary_stream(HOLD)(b"x", timeout=60))
+                    hold_here: Any = channel.unary_stream(HOLD)
+                    calls.append(hold_here(b"x", timeout=60))
                 return [await first(call) for call in calls]
 
     assert with_listener(workspace, story, peer_calls=4, stranger_calls=3) == [b"held"] * 6
@@ -146,7 +147,8 @@ def test_a_device_holds_no_more_calls_than_an_address(workspace: Path, tmp_path:
 
     async def story(place: Place) -> int:
         async with place.device_channel(*device) as one, place.device_channel(*device) as other:
-            calls = [channel.unary_stream(HOLD)(b"x", timeout=60) for channel in (one, other) for _ in range(4)]
+            methods: list[Any] = [channel.unary_stream(HOLD) for channel in (one, other)]
+            calls = [method(b"x", timeout=60) for method in methods for _ in range(4)]
             return [await first(call) for call in calls].count(b"held")
 
     assert with_listener(workspace, story, peer_calls=3) == 3
