@@ -166,7 +166,8 @@ class Gateway:
         """Return what was answered before, or what a Triton answers; the names and versions are the caller's."""
         counters, policy, tenant = self._counters.of(head.model_name), route.policy, call.claims.tenant
         suffix = _suffix(head.model_name, route.version, route.assignment)
-        sealed = SEALED in head.parameters()
+        parameters = head.parameters()
+        sealed = SEALED in parameters
         key = cache_key(tenant, route.heavy, head) if policy.cache_s and not sealed else None
         if key is not None:
             kept = await self._cache.get(tenant, key)
@@ -176,7 +177,7 @@ class Gateway:
                 call.cached(len(whole))
                 return whole
             counters.cache_misses += 1
-        timeout_s = self._time_left(head, context)
+        timeout_s = self._time_left(parameters.get(_TIMEOUT), context)
         # Opened here and nowhere before: what is cached, logged or kept on the way is the envelope.
         plain = self._opened(raw, call.claims) if sealed else raw
         call.sent()
@@ -207,11 +208,10 @@ class Gateway:
         self._catalog.check_may_see(claims, model)
         return self._catalog.resolve(model, version)
 
-    def _time_left(self, head: RequestHead, context: _Context) -> float:
+    def _time_left(self, asked: str | bool | float | None, context: _Context) -> float:
         """Return the least of the call's deadline and the request parameter `timeout`, which is in microseconds."""
         left = context.time_remaining()
         left_s = self._default_deadline_s if left is None else min(float(left), _LONGEST_S)
-        asked = head.parameters().get(_TIMEOUT)
         return left_s if isinstance(asked, str) or not asked or asked < 0 else min(left_s, asked / 1e6)
 
     async def server_live(self, _request: Any, _context: _Context) -> Any:

@@ -18,7 +18,7 @@ import base64
 import hashlib
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, cast
@@ -37,6 +37,8 @@ from security.tokens import Claims
 DEVICE_URI: Final = "isthmus://device/"
 _GRACE_S: Final = 2.0
 _REMEMBERED: Final = 4096  # certificates, of devices that are connected
+
+_NOT_WATCHED: Final = nullcontext()
 
 log = structlog.get_logger(__name__)
 
@@ -152,17 +154,23 @@ class Guard:
         if _concerns(claims):
             self.check_device(claims.subject, "")
 
-    def wrap(self, handler: grpc.RpcMethodHandler[Any, Any], claims: Claims) -> grpc.RpcMethodHandler[Any, Any]:
-        """Return a method's handler that follows the rules; the handler itself for callers without a certificate."""
-        if not _concerns(claims):
-            return handler
+    def wrap(
+        self, handler: grpc.RpcMethodHandler[Any, Any], claims_of_call: Callable[[], Claims]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Return a method's handler that follows the rules, which concern callers with a certificate only.
+
+        Args:
+            handler: The method's.
+            claims_of_call: Returns the claims of the caller of the running call.
+        """
         parts: Any = handler
         late = not parts.request_streaming
         parse = parts.request_deserializer if late else None
 
         def unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                with self._watched(claims, context):
+                claims = claims_of_call()
+                with self._watched(claims, context) if _concerns(claims) else _NOT_WATCHED:
                     result = behaviour(_parsed(request, parse), context)
                     return await result if inspect.isawaitable(result) else result
 
@@ -170,7 +178,8 @@ class Guard:
 
         def stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-                with self._watched(claims, context) as running:
+                claims = claims_of_call()
+                with self._watched(claims, context) if _concerns(claims) else nullcontext(_Call("", "")) as running:
                     result = behaviour(_parsed(request, parse), context)
                     if inspect.isawaitable(result):  # a method that calls context.write itself
                         await result

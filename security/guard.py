@@ -19,7 +19,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from isthmus.errors import IdentityError, InputError, OverloadedError, UnavailableError
-from isthmus.status import TOO_LATE, fail, refuse
+from isthmus.status import TOO_LATE, WrappedHandlers, fail, refuse
 from security.binding import peer_of
 from security.interceptors import current_claims
 from security.limits import ListenerLimits
@@ -41,7 +41,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
     def __init__(self, limits: ListenerLimits, method_scopes: Mapping[str, str] = METHOD_SCOPES) -> None:
         self._limits = limits
         self._method_scopes = method_scopes
-        self._handlers: dict[str, tuple[Any, Any]] = {}  # by method: the handler, and what was made of it
+        self._handlers = WrappedHandlers()
         self._calls: dict[str, int] = {}  # in progress, by caller
         self._strangers = 0
 
@@ -57,12 +57,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
         method = str(handler_call_details.method)
         if (size := _size(handler_call_details.invocation_metadata or ())) > self._limits.metadata_bytes:
             return _too_large(size, self._limits.metadata_bytes)
-        known, guarded = self._handlers.get(method, (None, None))
-        if known is not handler:
-            guarded = self._guarded(method, handler)
-            self._handlers[method] = handler, guarded
-        made: grpc.RpcMethodHandler[Any, Any] = guarded
-        return made
+        return self._handlers.of(method, handler, partial(self._guarded, method))
 
     def _guarded(self, method: str, handler: Any) -> Any:
         """Return a handler that reads requests itself; to gRPC, each is a stream of bytes."""

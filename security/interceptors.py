@@ -2,13 +2,12 @@
 
 - `METHOD_SCOPES` says what each method asks for; a method that is not in the table is refused.
 - A refused call is answered before its request is read, so that a stranger cannot make the server parse megabytes.
-- The claims of the caller are set in the task that runs the method: a context variable that is set in
-  `intercept_service` itself does not reach it in every version of grpc.aio.
+- The claims of the caller are a context variable, set before the method runs in the task that runs it. So one handler
+  serves all callers of a method (isthmus.status.WrappedHandlers).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
@@ -17,7 +16,7 @@ import grpc
 import structlog
 
 from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
-from isthmus.status import fail, wrap_handler
+from isthmus.status import WrappedHandlers, fail
 from security.authenticator import Authenticator
 from security.binding import Guard
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
@@ -84,13 +83,14 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         self._authenticator = verifier if isinstance(verifier, Authenticator) else Authenticator(verifier)
         self._method_scopes, self._tenant = method_scopes, tenant
         self._guard = guard or Guard()
+        self._handlers = WrappedHandlers()
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Return the method's handler with the caller's claims set, or one that refuses."""
+        """Return the method's handler, the caller's claims set for this call, or one that refuses."""
         handler = await continuation(handler_call_details)
         if handler is None:  # no such method here: grpc answers UNIMPLEMENTED
             return handler
@@ -99,8 +99,11 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             claims = self._admit(method, handler_call_details.invocation_metadata or ())
         except IsthmusError as error:
             log.info("call refused", method=method, reason=error.reason)
-            return _refusal(error, _claims.get(None))
-        return handler if claims is None else _with_claims(self._guard.wrap(handler, claims), claims)
+            return _refusal(error)
+        return handler if claims is None else self._handlers.of(method, handler, self._guarded)
+
+    def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        return self._guard.wrap(handler, current_claims)
 
     def _admit(self, method: str, metadata: Any) -> Claims | None:
         needed = self._method_scopes.get(method)
@@ -119,7 +122,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
                 reason="missing-scope",
                 hint="use a token of a role that has it: isthmus token mint --role ROLE",
             )
-        return claims if needed == AUTHENTICATED else claims.narrowed_to(needed)
+        if needed != AUTHENTICATED and claims.models_by_scope is not None:
+            claims = claims.narrowed_to(needed)
+            _claims.set(claims)
+        return claims
 
 
 def _bearer_token(metadata: Any) -> str:
@@ -139,11 +145,9 @@ def _tenant(metadata: Any) -> str:
     return check_tenant(values[0]) if values else ""
 
 
-def _refusal(error: IsthmusError, claims: Claims | None) -> grpc.RpcMethodHandler[Any, Any]:
+def _refusal(error: IsthmusError) -> grpc.RpcMethodHandler[Any, Any]:
     async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
         del requests
-        if claims is not None:
-            _claims.set(claims)
         fail(context, error)
         return
         yield b""  # never reached: it makes this function a stream, which ends with a status and no answer
@@ -151,27 +155,3 @@ def _refusal(error: IsthmusError, claims: Claims | None) -> grpc.RpcMethodHandle
     # Whatever the method's kind, a stream of requests can be refused before the first one is read.
     handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)
     return handler
-
-
-def _with_claims(handler: grpc.RpcMethodHandler[Any, Any], claims: Claims) -> grpc.RpcMethodHandler[Any, Any]:
-    def unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            _claims.set(claims)  # each call has a task, and so a context, of its own
-            result = behaviour(request, context)
-            return await result if inspect.isawaitable(result) else result
-
-        return call
-
-    def stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            _claims.set(claims)
-            result = behaviour(request, context)
-            if inspect.isawaitable(result):  # a method that calls context.write itself
-                await result
-                return
-            async for response in result:
-                yield response
-
-        return call
-
-    return wrap_handler(handler, unary, stream)

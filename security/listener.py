@@ -72,6 +72,7 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
         if full:
             await refuse(context, OverloadedError("too many calls are in progress", reason="too-many-calls"))
         handler = await self._intercepted(0, _Details(name, context.invocation_metadata()))
+        del context  # streams live for hours, and grpc makes one of its own
         serve = _SERVE[handler.request_streaming, handler.response_streaming]
         await serve(handler, state, self.event_loop)
 

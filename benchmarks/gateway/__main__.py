@@ -10,7 +10,7 @@ import tempfile
 import time
 import timeit
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any, Final
@@ -70,7 +70,8 @@ def main(
         )
         callers = stack.enter_context(_process("callers"))
         jobs = _jobs(workspace, cloud, triton, _answer(echo)["address"])
-        rows = [_latency(callers, jobs, count, rounds, slice_s) for count in CONCURRENCY]
+        pids = {"gateway": cloud.pid, "hop": echo.pid}
+        rows = [_latency(callers, jobs, pids, count, rounds, slice_s) for count in CONCURRENCY]
         verify_us = _verify_us(workspace)
         kib = asyncio.run(_kib_per_device(workspace, cloud, folder, QUICK_DEVICES if quick else DEVICES))
     goals = [
@@ -96,17 +97,29 @@ def _jobs(workspace: Workspace, cloud: CloudProcess, triton: str, echo: str) -> 
 
 
 def _latency(
-    callers: subprocess.Popen[str], jobs: dict[str, dict[str, Any]], count: int, rounds: int, slice_s: float
+    callers: subprocess.Popen[str],
+    jobs: dict[str, dict[str, Any]],
+    pids: dict[str, int],
+    count: int,
+    rounds: int,
+    slice_s: float,
 ) -> dict[str, Any]:
-    """Return the medians of the three, and what the gateway adds; the first round warms up."""
+    """Return the medians of the three, and what the gateway adds; the first round warms up.
+
+    `pids` are the processes whose time is taken, by the names of the jobs that they do.
+    """
     found: dict[str, list[float]] = {name: [] for name in jobs}
     p99: dict[str, list[float]] = {name: [] for name in jobs}
+    cpu_us: dict[str, list[float]] = {name: [] for name in pids}
     quiet = 0
     for place in range(rounds + 1):
         quiet += _wait_for_quiet() if place else 0
         for name, job in jobs.items():
+            before_s = _cpu_s(pids[name]) if name in pids else 0.0
             ms = _ask(callers, job | {"callers": count, "seconds": slice_s})
             if place:
+                if name in pids:
+                    cpu_us[name].append((_cpu_s(pids[name]) - before_s) / len(ms) * 1e6)
                 found[name].append(median(ms))
                 p99[name].append(quantiles(ms, n=100)[98])
     added = [gateway - direct for gateway, direct in zip(found["gateway"], found["direct"], strict=True)]
@@ -119,7 +132,19 @@ def _latency(
         "hop p50 ms": round(median(found["hop"]), 3),
         "added p50 ms": round(median(added), 3),
         "added / hop": round(median(a / hop for a, hop in zip(added, found["hop"], strict=True)), 3),
+        "gateway CPU us": round(median(cpu_us["gateway"])),
+        "hop CPU us": round(median(cpu_us["hop"])),
+        "CPU / hop": round(median(a / hop for a, hop in zip(cpu_us["gateway"], cpu_us["hop"], strict=True)), 3),
     }
+
+
+def _cpu_s(pid: int) -> float:
+    """Return the processor seconds of a process's threads so far, to the nanosecond: /proc/PID/stat counts in ticks."""
+    spent = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it has just ended
+            spent += int((thread / "schedstat").read_text().split()[0])
+    return spent / 1e9
 
 
 def _wait_for_quiet() -> bool:

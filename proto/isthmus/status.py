@@ -123,14 +123,10 @@ def trailing_metadata(error: errors.IsthmusError) -> tuple[tuple[str, str], ...]
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata.
-
-    What it makes of a method's handler it keeps for later calls. So it belongs last, next to the methods: what another
-    interceptor makes anew for each call would be translated anew for each call.
-    """
+    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata."""
 
     def __init__(self) -> None:
-        self._made: dict[str, tuple[Any, Any]] = {}  # by method: the handler, and what was made of it
+        self._handlers = WrappedHandlers()
 
     async def intercept_service(
         self,
@@ -141,10 +137,31 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        method = str(handler_call_details.method)
+        return self._handlers.of(str(handler_call_details.method), handler, translate_errors)
+
+
+class WrappedHandlers:
+    """What an interceptor has made of the handlers of methods, for later calls.
+
+    Interceptors stand in a row, and each sees what the one behind it returns: only where all of them return the same
+    handler again for each call of a method is a call free of making handlers. So what a call alone knows does not go
+    into a handler; the call finds it in its context (`contextvars`). A handler that is another one each time, as those
+    that refuse are, is wrapped each time.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Any, Any]] = {}  # by method: the handler, and what was made of it
+
+    def of(
+        self,
+        method: str,
+        handler: grpc.RpcMethodHandler[Any, Any],
+        wrap: Callable[[grpc.RpcMethodHandler[Any, Any]], grpc.RpcMethodHandler[Any, Any]],
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Return what `wrap` makes, or has made, of a method's handler."""
         known = self._made.get(method)
         if known is None or known[0] is not handler:
-            known = self._made[method] = (handler, translate_errors(handler))
+            known = self._made[method] = (handler, wrap(handler))
         made: grpc.RpcMethodHandler[Any, Any] = known[1]
         return made
 

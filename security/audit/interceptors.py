@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import grpc
 
 from isthmus.errors import IdentityError, IsthmusError, NotFoundError, PermissionDeniedError
-from isthmus.status import REASON_KEY, wrap_handler
+from isthmus.status import REASON_KEY, WrappedHandlers, wrap_handler
 from security.audit.budget import Budget
 from security.audit.coverage import Coverage, coverage_of
 from security.audit.records import Event, Value, Who
@@ -48,6 +49,7 @@ class RefusalAudit(grpc.aio.ServerInterceptor):
 
     def __init__(self, trail: Trail, budget: Budget) -> None:
         self._trail, self._budget = trail, budget
+        self._handlers = WrappedHandlers()
 
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -57,6 +59,9 @@ class RefusalAudit(grpc.aio.ServerInterceptor):
         if handler is None:
             return handler
         method = str(handler_call_details.method)
+        return self._handlers.of(method, handler, partial(self._watched, method))
+
+    def _watched(self, method: str, handler: _Handler) -> _Handler:
 
         def unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: Any) -> Any:
@@ -107,15 +112,21 @@ class ActionAudit(grpc.aio.ServerInterceptor):
 
     def __init__(self, trail: Trail) -> None:
         self._trail = trail
+        self._handlers = WrappedHandlers()
 
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> _Handler:
         """Record the call, if it is one of those."""
         handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
         method = str(handler_call_details.method)
+        return self._handlers.of(method, handler, partial(self._recorded, method))
+
+    def _recorded(self, method: str, handler: _Handler) -> _Handler:
         coverage = coverage_of(method)
-        if handler is None or coverage in (Coverage.SAMPLE, Coverage.REFUSALS):
+        if coverage in (Coverage.SAMPLE, Coverage.REFUSALS):
             return handler
 
         def unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
