@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -121,3 +122,10 @@ def test_a_shell_completes_groups_commands_and_flags(line: str, offered: set[str
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False, env=ENV | asked
     )
     assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_a_table_of_settings_is_shown_as_one() -> None:
+    (limits,) = (
+        row for row in json.loads(run("config", "show", "edge", "--json").stdout) if row["setting"] == "listener"
+    )
+    assert json.loads(limits["value"])["connections"] == 256
