@@ -168,7 +168,7 @@ def list_keys(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the API keys by prefix: who has them, until when, and when they were last used."""
+    """List the API keys by prefix: who has them, until when, last used. Their roles: isthmus role list."""
     from cloud.access_client import AccessClient
 
     flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}

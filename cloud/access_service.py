@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import timedelta
 from typing import Any, Final
 
 import structlog
@@ -15,9 +16,10 @@ import structlog
 from cloud.access_store import AccessStore, Keep
 from cloud.access_tables import ApiKeyRow, RoleGrant
 from cloud.fleet import timestamp
-from isthmus.errors import InputError, PermissionDeniedError
+from isthmus.errors import InputError
 from isthmus.v1 import access_pb2, access_pb2_grpc
-from security.interceptors import current_claims
+from security.durations import format_duration
+from security.interceptors import check_all_models
 from security.roles import check_principal
 from security.tokens import ALL_MODELS, check_role
 
@@ -95,7 +97,7 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
         """
         del context
         if request.overlap_s > MAX_OVERLAP_S:
-            raise InputError(f"overlap_s: expected at most {MAX_OVERLAP_S} seconds, got {request.overlap_s}")
+            raise InputError(f"expected an overlap of at most {_time(MAX_OVERLAP_S)}, got {_time(request.overlap_s)}")
         keep = _keep()
         key, row, old = await self._store.rotate_key(
             keep, _key_name(request.name), _ttl(request.ttl_s), request.overlap_s
@@ -128,9 +130,7 @@ def _keep() -> Keep:
     Raises:
         PermissionDeniedError: The caller may use some models only: it could give itself, or others, the rest.
     """
-    claims = current_claims()
-    if ALL_MODELS not in claims.models:
-        raise PermissionDeniedError("only an admin of all models says who may do what", reason="not-all-models")
+    claims = check_all_models("saying who may do what")
     return Keep(claims.tenant, claims.subject)
 
 
@@ -151,8 +151,12 @@ def _key_name(name: str) -> str:
 
 def _ttl(seconds: int) -> int:
     if seconds > MAX_KEY_S:
-        raise InputError(f"ttl_s: expected at most {MAX_KEY_S} seconds, got {seconds}")
+        raise InputError(f"expected a time to live of at most {_time(MAX_KEY_S)}, got {_time(seconds)}")
     return seconds or DEFAULT_KEY_S
+
+
+def _time(seconds: int) -> str:
+    return format_duration(timedelta(seconds=seconds))
 
 
 def _grant_message(row: RoleGrant) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 from sqlalchemy import CursorResult, delete, select, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
@@ -96,7 +96,7 @@ class AccessStore:
                 if self._clock() - kept_at >= KEEP_USED_S:
                     kept_at = self._clock()
                     await self.keep_used()
-            except DBAPIError as error:
+            except SQLAlchemyError as error:
                 log.exception("grants and keys are not followed", kind=type(error).__name__)
             await asyncio.sleep(self._poll_s)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cloud.operator_cli import ConfigOption, TrustOption, connect
+from cloud.operator_cli import ConfigOption, TenantOption, TrustOption, connect
 from isthmus.errors import InputError, TrustError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Verify, search and export the audit log.")
 
 _STATE: Final = Path("state") / "audit"
+_DECISIONS: Final = ("allowed", "done", "failed", "refused")
 _SHOWN: Final = ("at", "decision", "action", "subject", "model", "version", "device", "rollout", "reason")
 
 HomeOption = Annotated[
@@ -111,21 +112,24 @@ def search_records(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show matching records, oldest first: of --home or --folder, or else asked of the cloud, of your own tenant."""
+    """Show matching records, oldest first: of --home or --folder, or else asked of the cloud, of one tenant."""
     from security.audit.reading import Query
     from security.audit.reading import search as look
 
+    if decision and decision not in _DECISIONS:
+        raise InputError(f"--decision: expected one of {', '.join(_DECISIONS)}, got {decision[:40]!r}")
     query = Query(
         action=action, subject=subject, decision=decision, reason=reason, model=model, version=version, device=device,
-        rollout=rollout, request_id=request_id, since=_time(since), until=_time(until),
+        rollout=rollout, request_id=request_id, since=_time("--since", since), until=_time("--until", until),
     )  # fmt: skip
     if home is not None or folder is not None:
         records = list(deque(look(_local(home, folder), query), maxlen=limit))
     else:
-        with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        with connect(_address(cloud, trust, token_file, tenant), config) as (client, _):
             records = list(_asked(client, query, limit))
     if as_json:
         show_table("records", records, as_json=True)
@@ -143,6 +147,7 @@ def export(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -150,7 +155,7 @@ def export(
     from security.audit.reading import Query, search
     from security.audit.records import canonical
 
-    query, count = Query(since=_time(since), until=_time(until)), 0
+    query, count = Query(since=_time("--since", since), until=_time("--until", until)), 0
     with output.open("wb") as file:
         output.chmod(0o600)
         if home is not None or folder is not None:
@@ -158,7 +163,7 @@ def export(
                 file.write(canonical(record) + b"\n")
                 count += 1
         else:
-            with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+            with connect(_address(cloud, trust, token_file, tenant), config) as (client, _):
                 for lines in client.export_records(_times(query)):
                     file.write(lines)
                     count += lines.count(b"\n")
@@ -184,7 +189,7 @@ def show_heads(
     if home is not None or folder is not None:
         heads = [path.read_bytes() for path in sorted(_local(home, folder).glob("*.head"))]
     else:
-        with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+        with connect(_address(cloud, trust, token_file, ""), config) as (client, _):
             heads = client.audit_heads()
     parsed = [parse_head(data) for data in heads]
     if output is not None:
@@ -203,6 +208,11 @@ def rotate_key(
 
     key_id = rotate_audit_key(home)
     show_record("audit key", {"key": key_id, "public_keys": str(home / PUBLIC)}, as_json=as_json)
+    note("restart the cloud: it signs with the new key from then on. Hand audit.pub to whoever verifies")
+
+
+def _address(cloud: str | None, trust: Path | None, token_file: Path | None, tenant: str | None) -> dict[str, object]:
+    return {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
 
 
 def _local(home: Path | None, folder: Path | None) -> Path:
@@ -240,7 +250,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _time(text: str | None) -> datetime | None:
+def _time(flag: str, text: str | None) -> datetime | None:
     """Return the time that somebody wrote.
 
     Raises:
@@ -253,5 +263,11 @@ def _time(text: str | None) -> datetime | None:
     try:
         at = datetime.fromisoformat(text)
     except ValueError:
-        return datetime.now(UTC) - parse_duration(text)
+        try:
+            return datetime.now(UTC) - parse_duration(text)
+        except InputError as error:
+            raise InputError(
+                f"{flag}: expected a time such as 15m, 24h, 30d, 2026-11-30 or 2026-11-30T12:00, got {text[:40]!r}",
+                hint="times without a zone are UTC",
+            ) from error
     return at.replace(tzinfo=UTC) if at.tzinfo is None else at

@@ -10,9 +10,11 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from cloud.long_work import LongWork
 from isthmus.errors import InputError
 from isthmus.v1 import audit_pb2, audit_pb2_grpc
 from security.audit.reading import Query, search
@@ -35,7 +37,7 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self._long_work = folder, LongWork()
 
     async def SearchRecords(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Stream the newest matching records.
@@ -56,7 +58,7 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
         since, until = _times(request)
         query = Query(**texts, version=request.version, since=since, until=until)
         claims = current_claims()
-        newest = await asyncio.to_thread(lambda: deque(_visible(self._folder, query, claims), maxlen=limit))
+        newest = await self._long_work.run(lambda: deque(_visible(self._folder, query, claims), maxlen=limit))
         for record in newest:
             yield audit_pb2.SearchRecordsResponse(record_json=canonical(record))
 
@@ -65,7 +67,7 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
         del context
         since, until = _times(request)
         records = _visible(self._folder, Query(since=since, until=until), current_claims())
-        while lines := await asyncio.to_thread(_take, records):
+        while lines := await self._long_work.run(partial(_take, records)):
             yield audit_pb2.ExportRecordsResponse(lines=lines)
 
     async def GetHeads(self, request: Any, context: Any) -> Any:  # noqa: N802

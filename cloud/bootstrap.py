@@ -75,7 +75,9 @@ from security.roles import AccessBook
 from security.tenants import TenantRepositories
 from security.tokens import TokenIssuer
 
-_WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", "tuf/1.root.json")
+_ROOT: Final = "tuf/1.root.json"  # the same in all clouds that serve one fleet, and in no others
+_WORKSPACE_FILES: Final = ("server.key", "server.pem", "issuing-ca.key", "tokens/issuer.json", _ROOT)
+
 log = structlog.get_logger(__name__)
 
 
@@ -146,7 +148,7 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         limits = await open_limits(settings, database, state, replicas.statistics_by_source, stack)
         for name, work in limits.works.items():
             await stack.enter_async_context(background(work(), name=name))
-        authenticator = Authenticator(verifier, book=book, issuers=issuers)
+        authenticator = Authenticator(verifier, book=book, issuers=issuers, tenants=repositories.names)
         server, address, device_address = open_server(
             settings,
             RefusalAudit(trail, refusals),
@@ -262,7 +264,7 @@ def _cache(settings: CloudSettings, stack: AsyncExitStack) -> ResponseCache:
     client = connect(address, ca=ca, plaintext=plaintext, timeout_s=settings.redis_timeout_s)
     from cloud.redis_cache import RedisCache
 
-    cache = RedisCache(client)
+    cache = RedisCache(client, of=(settings.home / _ROOT).read_bytes())
     stack.push_async_callback(cache.close)
     return cache
 

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 from sqlalchemy import delete, select, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
@@ -160,7 +160,7 @@ class Conductor:
                 if self._clock() - cleaned_at >= HOUSEKEEPING_S:
                     cleaned_at = self._clock()
                     await self._write(self._forget_old_events)
-            except DBAPIError as error:
+            except SQLAlchemyError as error:
                 log.exception("the database does not answer", kind=type(error).__name__)
             await asyncio.sleep(self._poll_s)
 

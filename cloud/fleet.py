@@ -36,8 +36,9 @@ from isthmus.errors import IdentityError, InputError
 from isthmus.status import ADDRESS_KEY, TIME_KEY
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc
 from security.binding import Guard, peer_of
+from security.durations import format_duration
 from security.enrolment import IssuingCa, check_device_id
-from security.interceptors import current_claims
+from security.interceptors import check_all_models, current_claims
 from security.tenancy import DEFAULT_TENANT, check_new_name
 from security.tls import negotiated
 from security.tokens import TokenIssuer
@@ -101,13 +102,15 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
         Raises:
             InputError: The name or the time to live is not valid.
+            PermissionDeniedError: The caller may use some models only; the device could use all of the tenant's.
         """
         del context
-        device_id, claims = check_device_id(request.device_id), current_claims()
+        device_id, claims = check_device_id(request.device_id), check_all_models("inviting a device")
         await self._check_name(device_id, claims.tenant)
         ttl_s = request.ttl_s or DEFAULT_INVITE_S
         if ttl_s > MAX_INVITE_S:
-            raise InputError(f"ttl_s: expected at most {MAX_INVITE_S} seconds, got {ttl_s}")
+            most, asked = (format_duration(timedelta(seconds=seconds)) for seconds in (MAX_INVITE_S, ttl_s))
+            raise InputError(f"expected a time to live of at most {most}, got {asked}")
         code, expires_at = secrets.token_urlsafe(24), self._clock() + ttl_s
         await asyncio.to_thread(self._identities.invite, code, device_id, claims.tenant, expires_at)
         log.info("device invited", device=device_id, tenant=claims.tenant, by=claims.subject)
@@ -197,16 +200,18 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         Raises:
             InputError: Neither is given, or the key's digest is none.
             NotFoundError: There is no such device.
+            PermissionDeniedError: The caller may use some models only, and the device is for others, too.
         """
         del context
-        by = current_claims().subject
+        claims = check_all_models("revoking a device")
+        by = claims.subject
         done = await asyncio.to_thread(
             self._identities.revoke,
             request.device_id,
             request.key_sha256,
             _printable(request.reason),
             by,
-            current_claims().tenant,
+            claims.tenant,
         )
         await self._revocations.refresh()
         await self._conductor.refresh()
@@ -363,7 +368,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             ],
             facts=device.facts,
             labels=device.labels,
-            online=roster.is_online(device),
+            online=revoked is None and roster.is_online(device),
             desired=[
                 fleet_pb2.Desired(
                     model=model, version=told.version, why=told.why, rollout=told.rollout, attempt=told.attempt

@@ -231,13 +231,14 @@ def revoke(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Refuse DEVICE and its key within seconds, what it has open included. It comes back by a new invitation only."""
     if not device and not key:
         raise InputError("expected a device or --key", hint="isthmus device revoke camera-1 --reason stolen")
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         record = client.revoke(device, key_sha256=key, reason=reason)
     show_record("revoked", record, as_json=as_json)
 

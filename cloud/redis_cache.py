@@ -7,6 +7,7 @@ Redis that does not answer costs a request `timeout` at most, and after that not
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -29,11 +30,14 @@ class RedisCache:
 
     Args:
         client: From cloud.redis_quotas.connect.
+        of: What the clouds that share answers have in common, and no others: names of models and versions are not
+            enough where several clouds use one Redis.
         clock: Returns seconds that never go back.
     """
 
-    def __init__(self, client: Any, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, client: Any, *, of: bytes = b"", clock: Callable[[], float] = time.monotonic) -> None:
         self._client, self._clock = client, clock
+        self._prefix = _PREFIX + hashlib.sha256(of).digest()[:8] + b":"
         self._resume_at = 0.0
         self._writes: set[asyncio.Task[None]] = set()
 
@@ -43,7 +47,7 @@ class RedisCache:
         if self._clock() < self._resume_at:
             return None
         try:
-            found: bytes | None = await self._client.get(_PREFIX + key)
+            found: bytes | None = await self._client.get(self._prefix + key)
         except (RedisError, OSError) as error:
             self._pause(error)
             return None
@@ -60,7 +64,7 @@ class RedisCache:
 
     async def _write(self, key: Key, answer: bytes, age_s: int) -> None:
         try:
-            await self._client.set(_PREFIX + key, answer, ex=age_s)
+            await self._client.set(self._prefix + key, answer, ex=age_s)
         except (RedisError, OSError) as error:
             self._pause(error)
 

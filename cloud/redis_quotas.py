@@ -157,6 +157,7 @@ class RedisQuotas:
         self._local = MemoryQuotas()
         self._held: dict[str, tuple[str, ...]] = {}  # keys of the leases of requests that run
         self._slots = asyncio.Semaphore(_CONNECTIONS)
+        self._abandoned: set[asyncio.Task[None]] = set()
         self._away_until = 0.0
         self._nothing = Grant(self)
         self.failures = 0  # times that Redis did not answer
@@ -174,14 +175,36 @@ class RedisQuotas:
 
     async def take(self, rules: Sequence[Rule], size: int) -> Grant | Refusal:
         """Count one request of `size` bytes against all `rules`, or against none of them."""
-        async with self._slots:
-            if self.up:
-                try:
-                    return await self._take_shared(rules, size)
-                except self._errors as error:
-                    self._fail(error)
+        await self._slots.acquire()
+        if not self.up:
+            self._slots.release()
+            return await self._take_here(rules, size)
+        asking = asyncio.create_task(self._take_shared(rules, size), name="redis-quotas")
+        asking.add_done_callback(lambda _: self._slots.release())
+        try:
+            return await asyncio.shield(asking)
+        except self._errors as error:
+            self._fail(error)
+        except asyncio.CancelledError:  # whether Redis has counted it is known when its answer is here
+            abandoned = asyncio.create_task(self._give_back(asking), name="redis-lease")
+            self._abandoned.add(abandoned)
+            abandoned.add_done_callback(self._abandoned.discard)
+            raise
+        return await self._take_here(rules, size)
+
+    async def _take_here(self, rules: Sequence[Rule], size: int) -> Grant | Refusal:
         self.local_requests += 1
         return await self._local.take(rules, size)
+
+    async def _give_back(self, asking: asyncio.Task[Grant | Refusal]) -> None:
+        """Release what was taken for a caller that has gone away: its place is for others at once."""
+        try:
+            outcome = await asking
+        except self._errors as error:
+            self._fail(error)
+        else:
+            if isinstance(outcome, Grant):
+                await self.release(outcome)
 
     async def _take_shared(self, rules: Sequence[Rule], size: int) -> Grant | Refusal:
         keys: list[str] = []
@@ -239,7 +262,8 @@ class RedisQuotas:
                 return
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, once what goes away is not counted any more."""
+        await asyncio.gather(*self._abandoned, return_exceptions=True)
         with contextlib.suppress(*self._errors):
             await self._client.aclose()
 

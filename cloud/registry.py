@@ -17,6 +17,7 @@ from sqlalchemy import select
 from cloud import database as db
 from cloud.blobs import CHUNK, Blobs, Deltas
 from cloud.catalog import Catalog, unknown_model
+from cloud.long_work import LongWork
 from cloud.ownership import BlobOwners
 from cloud.publish import Publisher
 from cloud.recorder import Recorder
@@ -56,7 +57,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         self._recorder = recorder or Recorder()
         self._database, self._blobs, self._deltas = database, blobs, deltas
         self._repositories, self._catalog, self._publisher = repositories, catalog, publisher
-        self._owners = owners
+        self._owners, self._long_work = owners, LongWork()
         self._changed = changed
 
     async def FetchMetadata(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
@@ -114,10 +115,13 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         del context
         if len(request.sha256) > MAX_ASKED:
             raise InputError(f"sha256: expected at most {MAX_ASKED} digests, got {len(request.sha256)}")
-        owned = await asyncio.to_thread(self._owners.owned, current_claims().tenant, request.sha256)
-        missing = await asyncio.to_thread(
-            lambda: [digest for digest in request.sha256 if digest not in owned or not self._blobs.intact(digest)]
-        )
+        asked = tuple(dict.fromkeys(request.sha256))
+        owned = await asyncio.to_thread(self._owners.owned, current_claims().tenant, asked)
+        missing = [  # one by one: each is a file to read, and callers take turns
+            digest
+            for digest in asked
+            if digest not in owned or not await self._long_work.run(partial(self._blobs.intact, digest))
+        ]
         return registry_pb2.FindMissingResponse(sha256=missing)
 
     async def UploadBlob(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802

@@ -12,7 +12,7 @@ from typing import Final
 
 import structlog
 from sqlalchemy import func, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from cloud import database as db
 from cloud.identity import Revocation, read_revoked
@@ -55,5 +55,5 @@ class Revocations:
             await asyncio.sleep(self._poll_s)
             try:
                 await self.refresh()
-            except DBAPIError as error:
+            except SQLAlchemyError as error:
                 log.exception("the database does not answer", kind=type(error).__name__)

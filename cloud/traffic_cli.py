@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cloud.operator_cli import CloudOption, ConfigOption, TokenOption, TrustOption, connect
+from cloud.operator_cli import CloudOption, ConfigOption, TenantOption, TokenOption, TrustOption, connect
 from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 from security.durations import parse_duration
@@ -46,6 +46,7 @@ def set_traffic(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,7 +67,7 @@ def set_traffic(
         request.cache_s = 0 if cache == "0" else int(parse_duration(cache).total_seconds())
     if not any(request.HasField(part) for part in ("split", "shadow", "cache_s")):
         raise InputError("nothing to change", hint="name at least one of --canary, --ab, --shadow, --cache")
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         record = TrafficClient(client).set(request)
     show_record("traffic", record if as_json else _flat(record), as_json=as_json)
 
@@ -77,13 +78,14 @@ def show(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show policies, and what this cloud has counted since it started."""
     from cloud.traffic_client import TrafficClient
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         records = TrafficClient(client).reports(model)
     if as_json:
         show_table("traffic", records, as_json=True)
@@ -99,13 +101,14 @@ def rollback(
     cloud: CloudOption = None,
     trust: TrustOption = None,
     token_file: TokenOption = None,
+    tenant: TenantOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """End canary, A/B test and shadow of MODEL at once: the released version answers."""
     from cloud.traffic_client import TrafficClient
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
         record = TrafficClient(client).roll_back(model)
     if as_json:
         show_record("traffic", record, as_json=True)
@@ -124,7 +127,7 @@ def replicas(
     """Show the Tritons of the cloud."""
     from cloud.traffic_client import TrafficClient
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
         show_table("Tritons", TrafficClient(client).replicas(), as_json=as_json)
 
 
@@ -142,7 +145,7 @@ def drain(
     from cloud.traffic_client import TrafficClient
 
     wait_s = int(parse_duration(wait).total_seconds())
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
         row = TrafficClient(client).drain(replica, wait_s)
     show_table("Triton", [row], as_json=as_json)
     if row["under_way"]:
@@ -161,7 +164,7 @@ def resume(
     """Let a drained TRITON serve again."""
     from cloud.traffic_client import TrafficClient
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file}, config) as (client, _):
+    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
         show_table("Triton", [TrafficClient(client).resume(replica)], as_json=as_json)
 
 

@@ -14,11 +14,11 @@ import random
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import structlog
 from sqlalchemy import select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
@@ -68,9 +68,6 @@ class _Row:
     message: Any  # TrafficPolicy
     revision: int  # of the database's row
     policy: Policy
-
-
-_NOT_WRITTEN: Final = 2**62  # the revision of a row that the database is still to hear of
 
 
 class TrafficDesk:
@@ -174,7 +171,7 @@ class TrafficDesk:
         row = self._rows.get(model)
         if row is not None:  # at once, whatever the database does
             message = rolled_back(row.message)
-            self._rows[model] = _Row(message, _NOT_WRITTEN, policy_from(message))
+            self._rows[model] = _Row(message, row.revision, policy_from(message))
         return await self._write(model, by, rolled_back)
 
     def _check(self, model: str, policy: Policy) -> None:
@@ -273,7 +270,7 @@ class TrafficDesk:
             try:
                 if await asyncio.to_thread(self._database.revision) != self._seen:
                     await self._take_over()
-            except DBAPIError as error:
+            except SQLAlchemyError as error:
                 log.exception("the database does not answer", kind=type(error).__name__)
 
     async def _take_over(self) -> None:

@@ -10,7 +10,7 @@ from cloud.replicas import Replica, Replicas
 from cloud.traffic_desk import TrafficDesk
 from isthmus.errors import PermissionDeniedError
 from isthmus.v1 import traffic_pb2, traffic_pb2_grpc
-from security.interceptors import current_claims
+from security.interceptors import check_all_models, current_claims
 from security.tenancy import DEFAULT_TENANT
 
 _MOST_WAIT_S: Final = 600
@@ -138,9 +138,9 @@ def _check_whole_cloud() -> None:
     """Check that the caller may act on what all tenants share.
 
     Raises:
-        PermissionDeniedError: It may not.
+        PermissionDeniedError: It may not: it is of another tenant, or for some models only.
     """
-    if current_claims().tenant != DEFAULT_TENANT:
+    if check_all_models("Tritons serve all models").tenant != DEFAULT_TENANT:
         raise PermissionDeniedError(
             "Tritons serve all tenants: the default tenant looks after them", reason="wrong-tenant"
         )

@@ -16,7 +16,7 @@ from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_table
 
 quota_app = typer.Typer(no_args_is_help=True, help="Set, show and clear what tenants, devices and models may ask.")
-usage_app = typer.Typer(help="Show what was asked of the cloud.")
+usage_app = typer.Typer(add_completion=False, help="Show what was asked of the cloud.")
 
 _HOUR: Final = 3600
 _COUNTS: Final = ("answered", "cached", "limited", "refused", "failed", "cancelled", "bytes_in", "bytes_out", "calls")
@@ -93,10 +93,12 @@ def clear_quota(
     config: ConfigOption = None,
 ) -> None:
     """Remove a quota: a less specific one counts then, or the cloud's configuration."""
+    from cloud.quotas import Scope
     from isthmus.v1 import usage_pb2
 
     with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
         client.clear_quota(usage_pb2.QuotaScope(tenant=tenant, device=device, model=model))
+    note(f"{Scope(tenant, device, model)}: cleared")
 
 
 @usage_app.command()

@@ -168,6 +168,8 @@ class Agent:
                 self.fleet.report(updater.already(order))  # a rollout waits for every device's word
                 settled = order
             if order.version in (0, self.models.version(model)) or order == settled:
+                if order != settled:
+                    settled = None  # the order has changed: one that was refused may come again
                 await self.desired.change(model)
                 continue
             failed = updater.gave_up(order)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -16,6 +16,14 @@ from security.limits import ListenerLimits
 def _check_window(text: str) -> str:
     parse_window(text)
     return text
+
+
+_TRIAL: Final = Terms(soak_s=60.0, max_error_rate=0.02, max_latency_ratio=3.0)
+
+
+def _over_trial(value: object) -> object:
+    """Return a table of a trial with what it does not name as it is by default: naming one limit drops no other."""
+    return _TRIAL.model_dump() | value if isinstance(value, dict) else value
 
 
 def _one_or_more(value: object) -> object:
@@ -36,9 +44,8 @@ class UpdateSettings(BaseModel):
     fetch_outside_window: bool = Field(default=True, description="Bring files at any time, change in the window.")
     jitter_s: float = Field(default=0.0, ge=0, le=604_800, description="Longest wait of a device before a fetch.")
     crashes: int = Field(default=3, ge=1, le=100, description="Crashes in a row after which a version is given up.")
-    trial: Terms = Field(
-        default=Terms(soak_s=60.0, max_error_rate=0.02, max_latency_ratio=3.0),
-        description="How versions prove themselves, where the cloud does not say.",
+    trial: Annotated[Terms, BeforeValidator(_over_trial)] = Field(
+        default=_TRIAL, description="How versions prove themselves, where the cloud does not say."
     )
 
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from isthmus.errors import IdentityError, PermissionDeniedError
+from isthmus.errors import IdentityError, NotFoundError, PermissionDeniedError
 from security.apikeys import SCHEME, key_digest
 from security.jws import EXPIRY_LEEWAY_S
 from security.roles import AccessBook, claims_of, limited
@@ -50,6 +50,7 @@ class Authenticator:
         tokens: Verifies the tokens of this cloud.
         book: Grants and API keys; without one there are none.
         issuers: External issuers; without them there are none.
+        tenants: Returns the tenants that there are; without it an admin of the cloud may name any.
         clock: Returns Unix seconds.
     """
 
@@ -59,10 +60,11 @@ class Authenticator:
         *,
         book: AccessBook | None = None,
         issuers: OidcIssuers | None = None,
+        tenants: Callable[[], Collection[str]] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._tokens, self._book, self._issuers = tokens, book or AccessBook(), issuers
-        self._clock = clock
+        self._tenants, self._clock = tenants, clock
         self._ours: set[str] = set()
         self._known: OrderedDict[tuple[str | bytes, str], _Known] = OrderedDict()
 
@@ -76,6 +78,7 @@ class Authenticator:
         Raises:
             IdentityError: The credential is not a valid one.
             PermissionDeniedError: Nothing was granted to the caller, or it may not act in this tenant.
+            NotFoundError: An admin of the cloud named a tenant that does not exist.
         """
         if credential.startswith(SCHEME):
             return self._api_key(credential, tenant)
@@ -90,7 +93,7 @@ class Authenticator:
         if claims.scopes == _ONLY_GRANTED:
             return self._granted_token(credential, claims, tenant)
         if tenant and tenant != claims.tenant:
-            return _acting_in(claims, tenant)
+            return self._acting_in(claims, tenant)
         return claims
 
     def _api_key(self, credential: str, tenant: str) -> Claims:
@@ -106,7 +109,7 @@ class Authenticator:
         until = datetime.fromtimestamp(key.expires_at, UTC)
         claims = claims_of(grants, f"apikey:{key.name}", key.tenant, until, token_id=key.prefix)
         if tenant and tenant != key.tenant:
-            claims = _acting_in(claims, tenant)
+            claims = self._acting_in(claims, tenant)
         return self._remember((digest, tenant), claims, key.expires_at)
 
     def _note_ours(self, credential: str) -> None:
@@ -127,7 +130,7 @@ class Authenticator:
         )  # fmt: skip
         worth = limited(worth, claims.models)
         if tenant and tenant != claims.tenant:
-            worth = _acting_in(worth, tenant)
+            worth = self._acting_in(worth, tenant)
         return self._remember((credential, tenant), worth, claims.expires_at.timestamp() + EXPIRY_LEEWAY_S)
 
     def _external(self, credential: str, tenant: str, issuer: OidcIssuer) -> Claims:
@@ -145,7 +148,7 @@ class Authenticator:
         grants = self._book.grants_of(identity.principals, chosen)
         claims = claims_of(grants, identity.principals[0], chosen, until, token_id=identity.token_id)
         if tenant and tenant != chosen:
-            claims = _acting_in(claims, tenant)
+            claims = self._acting_in(claims, tenant)
         return self._remember((credential, tenant), claims, identity.expires_at + EXPIRY_LEEWAY_S)
 
     def _remembered(self, name: tuple[str | bytes, str]) -> Claims | None:
@@ -163,11 +166,22 @@ class Authenticator:
             self._known.popitem(last=False)
         return claims
 
+    def _acting_in(self, claims: Claims, tenant: str) -> Claims:
+        """Return the claims of an admin of the cloud who acts in another tenant.
 
-def _acting_in(claims: Claims, tenant: str) -> Claims:
-    """Return the claims of an admin of the cloud who acts in another tenant."""
-    if not claims.is_cloud_admin:
-        raise PermissionDeniedError(
-            "only an admin of the default tenant may act in another tenant", reason="wrong-tenant"
-        )
-    return replace(claims, tenant=tenant)
+        Raises:
+            PermissionDeniedError: The caller is no such admin; it is not told whether there is the tenant.
+            NotFoundError: There is no such tenant: what is made there would be nobody's.
+        """
+        if not claims.is_cloud_admin:
+            raise PermissionDeniedError(
+                "only an admin of the default tenant may act in another tenant", reason="wrong-tenant"
+            )
+        if self._tenants is not None and tenant not in self._tenants():
+            raise NotFoundError(
+                f"there is no tenant {tenant!r}",
+                hint="isthmus tenant list --home DIR/cloud shows them",
+                reason="unknown-tenant",
+            )
+        # Somebody of the tenant may have the same name: whatever is counted or recorded there must not be theirs.
+        return replace(claims, tenant=tenant, subject=f"cloud:{claims.subject}")

@@ -351,6 +351,8 @@ def mint(
     """Mint an access token."""
     from security.durations import parse_duration
     from security.keyfiles import PRIVATE_MODE, replace_file
+    from security.tenancy import DEFAULT_TENANT
+    from security.tenants import tenants_of
     from security.tokens import ALL_MODELS, TokenIssuer
 
     issuer = TokenIssuer.load(home)
@@ -368,6 +370,8 @@ def mint(
     if as_json:
         show_record("Token", record, as_json=True)
         return
+    if tenant not in (DEFAULT_TENANT, *tenants_of(home)):
+        note(f"there is no tenant {tenant} in {home} yet: isthmus tenant add {tenant} DIR --home {home} --trust DIR")
     where = "" if output is None else f" in {output}"
     note(f"token for {subject} ({role}){where}, valid until {expires_at.isoformat()}")
 

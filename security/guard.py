@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from isthmus.errors import IdentityError, InputError, OverloadedError, UnavailableError
 from isthmus.status import TOO_LATE, WrappedHandlers, fail, refuse
+from security.binding import peer_of
 from security.interceptors import current_claims
 from security.limits import ListenerLimits
 from security.scopes import METHOD_SCOPES, PUBLIC
@@ -101,28 +102,36 @@ class CallGuard(grpc.aio.ServerInterceptor):
 
         It counts until its answer is sent, which a caller can put off.
         """
-        caller, limit = self._caller(context)
+        caller, limit, known = self._caller(context)
+        stranger = public and not known
         count = self._calls.get(caller, 0)
         if count >= limit:
             await refuse(context, OverloadedError(f"this caller has {count} calls in progress", reason=_TOO_MANY))
-        if public and self._strangers >= self._limits.stranger_calls:
+        if stranger and self._strangers >= self._limits.stranger_calls:
             await refuse(context, OverloadedError("too many calls without a token in progress", reason=_TOO_MANY))
         self._calls[caller] = count + 1
-        self._strangers += public
+        self._strangers += stranger
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - tells mypy that this is a coroutine
-        task.add_done_callback(partial(self._leave, caller, public))
+        task.add_done_callback(partial(self._leave, caller, stranger))
 
-    def _caller(self, context: Any) -> tuple[str, int]:
-        """Return who calls, by token or else by address, and how many calls it may have in progress."""
+    def _caller(self, context: Any) -> tuple[str, int, bool]:
+        """Return who calls, how many calls it may have in progress, and whether it has shown who it is.
+
+        That is by token, by certificate or else by address: devices that ask for their tokens share neither the limit
+        of the address that they are behind nor that of strangers, who could otherwise keep all of them out.
+        """
         try:
             claims = current_claims()
         except IdentityError:
-            return f"peer {str(context.peer()).rpartition(':')[0]}", self._limits.peer_calls
-        return f"{claims.tenant} {claims.subject}", self._limits.caller_calls
+            peer = peer_of(context)
+            if peer is not None:
+                return f"key {peer.key_sha256}", self._limits.peer_calls, True
+            return f"peer {str(context.peer()).rpartition(':')[0]}", self._limits.peer_calls, False
+        return f"{claims.tenant} {claims.subject}", self._limits.caller_calls, True
 
-    def _leave(self, caller: str, public: bool, _task: asyncio.Task[Any]) -> None:
-        self._strangers -= public
+    def _leave(self, caller: str, stranger: bool, _task: asyncio.Task[Any]) -> None:
+        self._strangers -= stranger
         left = self._calls[caller] - 1
         if left:
             self._calls[caller] = left

@@ -21,7 +21,7 @@ from security.authenticator import Authenticator
 from security.binding import Guard
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
 from security.tenancy import TENANT_HEADER, check_tenant
-from security.tokens import Claims, TokenVerifier
+from security.tokens import ALL_MODELS, Claims, TokenVerifier
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +39,21 @@ def current_claims() -> Claims:
     claims = _claims.get(None)
     if claims is None:
         raise IdentityError("this call carries no token", reason="missing-token")
+    return claims
+
+
+def check_all_models(what: str) -> Claims:
+    """Return the claims of a caller who may use all models of its tenant.
+
+    Args:
+        what: Who must be: the beginning of what is said to others.
+
+    Raises:
+        PermissionDeniedError: The caller may use some models only.
+    """
+    claims = current_claims()
+    if ALL_MODELS not in claims.models:
+        raise PermissionDeniedError(f"{what}: this needs a role for all models", reason="not-all-models")
     return claims
 
 

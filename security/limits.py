@@ -49,8 +49,12 @@ class ListenerLimits(BaseModel):
         default=60.0, gt=0, le=86_400, description="Time for the next message of an upload to come, seconds."
     )
     caller_calls: int = Field(default=512, ge=1, le=1 << 16, description="Calls in progress of one token's subject.")
-    peer_calls: int = Field(default=16, ge=1, le=1 << 16, description="Calls in progress of one address, no token.")
-    stranger_calls: int = Field(default=64, ge=1, le=1 << 16, description="Calls in progress without a token, in all.")
+    peer_calls: int = Field(
+        default=16, ge=1, le=1 << 16, description="Calls in progress of one address or device key, no token."
+    )
+    stranger_calls: int = Field(
+        default=64, ge=1, le=1 << 16, description="Calls in progress without token and certificate, in all."
+    )
 
     def options(self, message_bytes: int, calls: int) -> list[tuple[str, int]]:
         """Return the server's options for gRPC.

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import ssl
 import time
@@ -61,7 +62,7 @@ class KeySource:
             return read_file(self.file)
         try:
             return self._fetch()
-        except (OSError, ssl.SSLError, ValueError, urllib.error.URLError) as error:
+        except (OSError, ssl.SSLError, ValueError, urllib.error.URLError, http.client.HTTPException) as error:
             raise UnavailableError(f"cannot fetch {self.url}: {error}", reason="issuer-unavailable") from error
 
     def _fetch(self) -> bytes:

@@ -52,7 +52,7 @@ class Schedule:
             ConfigError: It does not say what it should.
         """
         try:
-            settings = json.loads(read_file(path))
+            settings = json.loads(read_file(path, hint=_folder_hint(path.parent.parent)))
             texts = {name: settings[name] for name in ("issuer", "audience", "algorithm")}
             # Files of the release before rotation name one key.
             keys = tuple(_term(entry) for entry in settings.get("keys") or [{"kid": settings["kid"]}])
@@ -84,6 +84,13 @@ class Schedule:
     def published(self, now_s: float) -> tuple[KeyTerm, ...]:
         """Return the keys that verify at a time."""
         return tuple(term for term in self.keys if term.verifies_until is None or now_s < term.verifies_until)
+
+
+def _folder_hint(home: Path) -> str:
+    """Return what to say where a folder is no cloud folder: most often it is the workspace around one."""
+    if (home / "cloud" / "tokens").is_dir():
+        return f"did you mean {home / 'cloud'}?"
+    return "it is in the cloud folder of a workspace: `isthmus keys init DIR --host NAME` makes DIR/cloud"
 
 
 def _term(entry: Mapping[str, Any]) -> KeyTerm:

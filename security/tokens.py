@@ -31,6 +31,7 @@ import structlog
 
 from isthmus.errors import ConfigError, InputError
 from security.assertions import Assertion, make_assertion, read_assertion_subject, verify_assertion
+from security.durations import format_duration
 from security.jws import (
     EXPIRY_LEEWAY_S,
     LAST_TIME,
@@ -309,7 +310,7 @@ class TokenIssuer:
             raise InputError("expected a subject of 1 to 128 printable characters")
         if not timedelta(seconds=1) <= ttl <= MAX_TTL:
             raise InputError(
-                f"expected a time to live between 1s and {MAX_TTL.days}d, got {ttl}",
+                f"expected a time to live between 1s and {format_duration(MAX_TTL)}, got {format_duration(ttl)}",
                 hint="tokens are short-lived on purpose: mint a new one when it is needed",
             )
         if not models or not all(0 < len(name) <= 128 for name in models):

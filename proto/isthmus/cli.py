@@ -7,6 +7,7 @@ quick, and the contract package imports no program.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -34,7 +35,7 @@ GROUPS: Final = {
     "evaluate": Group("compiler.evaluate_cli:app", "Replay labelled data through policies.", "compiler"),
     "targets": Group("compiler.targets_cli:app", "Try every target on one model, side by side.", "compiler"),
     "bundle": Group("compiler.bundle_cli:app", "Inspect, verify and compare bundles."),
-    "keys": Group("security.cli:keys_app", "Create and inspect the keys and certificates of a workspace."),
+    "keys": Group("security.cli:keys_app", "Create, show, rotate and sign with the keys of a workspace."),
     "token": Group("security.cli:token_app", "Mint and inspect access tokens."),
     "role": Group("cloud.access_cli:role_app", "Grant, revoke and list roles."),
     "apikey": Group("cloud.access_cli:apikey_app", "Create, rotate, revoke and list API keys of plain clients."),
@@ -43,10 +44,10 @@ GROUPS: Final = {
     "model": Group("cloud.operator_cli:model_app", "Publish, release and list model versions."),
     "traffic": Group("cloud.traffic_cli:app", "Spread requests over versions; drain and resume Tritons."),
     "rollout": Group("cloud.rollout_cli:app", "Roll a version out in stages, watch, pause, resume and abort."),
-    "device": Group("cloud.operator_cli:device_app", "Invite, list, label, pin and retry devices."),
+    "device": Group("cloud.operator_cli:device_app", "Invite, revoke, list, label, pin and retry devices."),
     "quota": Group("cloud.usage_cli:quota_app", "Set, show and clear what tenants, devices and models may ask."),
     "usage": Group("cloud.usage_cli:usage_app", "Show what was asked of the cloud, as a table, CSV or JSON."),
-    "audit": Group("cloud.audit_cli:app", "Verify, search and export the audit log.", "cloud"),
+    "audit": Group("cloud.audit_cli:app", "Verify, search and export the audit log."),
     "edge": Group("edge.cli:app", "Enrol a device and run its agent.", "edge-openvino"),
     "delta": Group("isthmus.delta.cli:app", "Make, apply and inspect deltas of files."),
     "config": Group("isthmus.config_cli:app", "Show where each setting's value comes from."),
@@ -150,6 +151,9 @@ def root(
 def main() -> None:
     """Run the command line; errors of ours become one line and a hint, with the error's own exit code."""
     tls13.enforce()
+    # No program of ours calls gRPC in a child that it forked; gRPC's handlers for those would write lines between the
+    # log's, which are no JSON, whenever a program is started.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         app()
     except IsthmusError as error:

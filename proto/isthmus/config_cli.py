@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+from pydantic import BaseModel
 
 from isthmus.errors import ConfigError, InputError
 from isthmus.settings import Settings, load_settings
@@ -39,13 +40,18 @@ def show(
     rows = [
         {
             "setting": name,
-            "value": str(getattr(loaded.value, name)),
+            "value": _text(getattr(loaded.value, name)),
             "from": loaded.origins[name],
             "meaning": field.description or "",
         }
         for name, field in type(loaded.value).model_fields.items()
     ]
     show_table(f"{program} settings", rows, as_json=as_json)
+
+
+def _text(value: object) -> str:
+    """Return a setting's value as text; a table as JSON, without what is not set."""
+    return value.model_dump_json(exclude_none=True) if isinstance(value, BaseModel) else str(value)
 
 
 def _settings_class(program: str) -> type[Settings]:

@@ -40,7 +40,7 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=title, title_justify="left", title_style="bold", min_width=len(title))
     for place, name in enumerate(rows[0] if rows else ("nothing yet",)):
         numeric = bool(rows) and all(isinstance(row[name], int | float | None) for row in rows)
         made.add_column(
@@ -81,6 +81,8 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
+        if not value:
+            return "-"
         return ", ".join(_cell(item) for item in value)
     return str(value)
 

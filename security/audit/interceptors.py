@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -15,8 +14,6 @@ from functools import partial
 from typing import Any, Final
 
 import grpc
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import load_pem_x509_certificate
 
 from isthmus.errors import IdentityError, IsthmusError, NotFoundError, PermissionDeniedError
 from isthmus.status import REASON_KEY, WrappedHandlers, wrap_handler
@@ -24,6 +21,7 @@ from security.audit.budget import Budget
 from security.audit.coverage import Coverage, coverage_of
 from security.audit.records import Event, Value, Who
 from security.audit.writer import Trail
+from security.binding import peer_of
 from security.interceptors import known_claims
 
 _REFUSED: Final = (IdentityError, PermissionDeniedError)
@@ -220,7 +218,8 @@ def who_calls(context: Any) -> Who:
     """Return what is known of the caller of the running method."""
     claims = known_claims()
     peer = str(context.peer() or "")
-    thumbprint = _thumbprint(context)
+    certificate = peer_of(context)
+    thumbprint = "" if certificate is None else certificate.thumbprint
     if claims is None:
         return Who(thumbprint=thumbprint, peer=peer)
     return Who(claims.subject, claims.tenant, claims.token_id, claims.thumbprint or thumbprint, peer)
@@ -286,12 +285,3 @@ def _reason_of_refusal(method: str, error: Exception | None, context: Any) -> st
         trailing = dict(context.trailing_metadata() or ())
         return str(trailing.get(REASON_KEY, "refused"))
     return ""
-
-
-def _thumbprint(context: Any) -> str:
-    """Return the SHA-256 of the caller's certificate (RFC 8705), "" when it showed none."""
-    pem = (context.auth_context() or {}).get("x509_pem_cert")
-    if not pem:
-        return ""
-    der = load_pem_x509_certificate(pem[0]).public_bytes(Encoding.DER)
-    return base64.urlsafe_b64encode(hashlib.sha256(der).digest()).rstrip(b"=").decode()

@@ -89,6 +89,7 @@ class Stage:
     workspace: Workspace
     cloud: Target
     agent: Target
+    devices: str  # where the cloud asks for device certificates
 
 
 @dataclass
@@ -191,7 +192,7 @@ def running_stage(root: Path) -> Iterator[Stage]:
     words = ("cloud", "serve", "--home", workspace.home, "--config", root / "cloud.toml", "--listen", "127.0.0.1:0")
     with program(root, "cloud", *words) as (ready, log):
         address, pid = str(ready["address"]), int(ready["pid"])
-        cloud = Target("cloud", address, ca, pid, workspace.token("operator"), log, WHO_AM_I, b"")
+        cloud = Target("cloud", address, ca, pid, workspace.token("admin"), log, WHO_AM_I, b"")
         with CloudClient(Address(address, workspace.trust, workspace.token_file()), timeout_s=30) as client:
             client.publish(make_bundle(root / "bundle"), workspace.operator)
             code = client.invite(DEVICE)["code"]
@@ -206,7 +207,7 @@ def running_stage(root: Path) -> Iterator[Stage]:
                 workspace.token("operator"), agent_log, MODEL_INFER, request, str(told["metrics"]),
             )  # fmt: skip
             wait_until(lambda: is_served(agent), "the agent serves the model")
-            yield Stage(root, workspace, cloud, agent)
+            yield Stage(root, workspace, cloud, agent, str(ready["device_address"]))
 
 
 def is_served(target: Target) -> bool:

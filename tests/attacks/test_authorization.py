@@ -24,7 +24,7 @@ from isthmus.bundle import open_bundle
 from isthmus.errors import IsthmusError, NotFoundError, PermissionDeniedError
 from isthmus.oip import service_pb2
 from isthmus.status import REASON_KEY
-from isthmus.v1 import fleet_pb2, registry_pb2
+from isthmus.v1 import access_pb2, fleet_pb2, registry_pb2
 from security.custom import Terms, set_terms
 from security.metadata import TargetFile
 from security.repository import OperatorRepository
@@ -336,6 +336,26 @@ def test_only_an_admin_of_the_cloud_acts_in_another_tenant(site: Site) -> None:
                 site.ask(tenant, lambda client: client.list_versions(), role=role, acting_in=other)
             assert refused.value.reason == "wrong-tenant"
     assert site.ask("acme", lambda client: client.list_versions(), role="admin", acting_in="acme")
+
+
+def test_an_admin_of_the_cloud_acts_under_no_name_of_the_tenant(site: Site) -> None:
+    """In a tenant's records, counts and quotas, somebody of the cloud is nobody of the tenant's."""
+    where = ("isthmus-tenant", "acme")
+    outside, inside = (site.workspace.token("admin", "ann", tenant=tenant) for tenant in ("default", "acme"))
+    ask = f"{FLEET}WhoAmI", fleet_pb2.WhoAmIRequest()
+    told = [site.call(*ask, token, where).body for token in (outside, inside)]
+    assert [fleet_pb2.WhoAmIResponse.FromString(body).subject for body in told] == ["cloud:ann", "ann"]
+    site.call(
+        f"{ACCESS}GrantRole", site.asked(f"{ACCESS}GrantRole", principal="subject:x", role="client"), outside, where
+    )
+    roles = site.call(f"{ACCESS}ListRoles", site.asked(f"{ACCESS}ListRoles"), inside).body
+    (grant,) = access_pb2.ListRolesResponse.FromString(roles).grants
+    assert (grant.principal, grant.created_by) == ("subject:x", "cloud:ann")
+    search = site.asked(f"{AUDIT}SearchRecords", action="GrantRole", limit=2)
+    records = site.call(f"{AUDIT}SearchRecords", search, inside).body
+    assert b'"subject":"cloud:ann"' in records
+    revoke = site.asked(f"{ACCESS}RevokeRole", principal="subject:x", role="client")
+    assert site.call(f"{ACCESS}RevokeRole", revoke, inside).code is grpc.StatusCode.OK
 
 
 @pytest.mark.parametrize(

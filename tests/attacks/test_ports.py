@@ -63,7 +63,8 @@ def handshake(port: int, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_programs_listen_where_they_say_and_nowhere_else(stage: Stage) -> None:
-    assert {port for _, port in listening(stage.cloud.pid)} == {port_of(stage.cloud.address)}
+    cloud = {port_of(stage.cloud.address), port_of(stage.devices)}
+    assert {port for _, port in listening(stage.cloud.pid)} == cloud
     agent = {port_of(stage.agent.address), port_of(stage.agent.metrics)}
     assert {port for _, port in listening(stage.agent.pid)} == agent
 
@@ -76,7 +77,7 @@ def test_what_speaks_plain_text_is_on_loopback_only(stage: Stage) -> None:
 @pytest.mark.parametrize("flags", OLD, ids=" ".join)
 def test_old_tls_and_weak_ciphers_are_refused_on_every_port(stage: Stage, flags: tuple[str, ...]) -> None:
     ports = [port for target in (stage.cloud, stage.agent) for _, port in listening(target.pid)]
-    assert len(ports) == 3
+    assert len(ports) == 4
     for port in ports:
         done = handshake(port, *flags)
         assert done.returncode != 0, f"port {port} {flags}: {done.stdout}"

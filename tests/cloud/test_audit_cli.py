@@ -100,6 +100,19 @@ def test_search_finds_by_every_field(home: Path, run: Run) -> None:
     assert run("search", "--home", home, "--since", "yesterday")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--decision", "refuse"), "--decision: expected one of allowed, done, failed, refused"),
+        (("--since", "yesterday"), "--since: expected a time such as 15m"),
+    ],
+)
+def test_what_nothing_can_match_is_refused(home: Path, run: Run, words: tuple[str, ...], said: str) -> None:
+    code, _, complaint = run("search", "--home", home, *words)
+    assert code == 2
+    assert said in complaint
+
+
 def test_export_writes_the_lines_of_the_log(home: Path, tmp_path: Path, run: Run) -> None:
     output = tmp_path / "out.jsonl"
     assert run("export", "--home", home, "--output", output)[0] == 0

@@ -156,6 +156,23 @@ def test_names_that_no_device_may_have_are_refused(stage: Stage, device: str) ->
     stage.runner.run(story())
 
 
+def test_whoever_may_use_some_models_makes_and_ends_no_devices(stage: Stage) -> None:
+    """A device may use all models of its tenant, so its identity would be a way to the others."""
+
+    async def story() -> None:
+        async with stage.stub() as fleet:
+            await enrol(stage, fleet)
+            for name in ("camera-1", "camera-2"):
+                invitation = fleet_pb2.InviteRequest(device_id=name)
+                call = fleet.Invite(invitation, metadata=stage.bearer("operator", "eve", ("triage",)), timeout=10)
+                assert await refusal(call) == (grpc.StatusCode.PERMISSION_DENIED, "not-all-models")
+            revocation = fleet_pb2.RevokeDeviceRequest(device_id="camera-1")
+            call = fleet.RevokeDevice(revocation, metadata=stage.bearer("admin", "eve", ("triage",)), timeout=10)
+            assert await refusal(call) == (grpc.StatusCode.PERMISSION_DENIED, "not-all-models")
+
+    stage.runner.run(story())
+
+
 def test_an_assertion_gives_a_token_once(stage: Stage) -> None:
     async def story() -> None:
         async with stage.stub() as fleet:

@@ -154,6 +154,29 @@ def test_without_redis_requests_are_counted_here_and_then_there_again(tmp_path: 
     asyncio.run(story())
 
 
+def test_a_caller_that_goes_away_while_redis_is_asked_leaves_no_place_taken(redis_address: str) -> None:
+    async def story() -> None:
+        quota = rule(concurrency=3)
+        async with gateway(redis_address) as (store, client):
+            for _ in range(20):  # cancelled at whatever point it has come to
+                taking = [asyncio.create_task(store.take((quota,), 0)) for _ in range(5)]
+                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
+                for task in taking:
+                    task.cancel()
+                for outcome in await asyncio.gather(*taking, return_exceptions=True):
+                    if isinstance(outcome, Grant):
+                        await store.release(outcome)
+
+            async def free() -> bool:
+                return not await client.keys()  # a set without members is gone
+
+            await eventually(free, "no request is counted as running")
+            assert [await take(store, quota) for _ in range(4)] == [True, True, True, False]
+
+    asyncio.run(story())
+
+
 def test_a_redis_that_hangs_is_left_alone(tmp_path: Path) -> None:
     async def story() -> None:
         writers: list[asyncio.StreamWriter] = []

@@ -92,6 +92,9 @@ def test_clouds_share_what_redis_keeps_for_as_long_as_it_may_be(redis_address: s
 
         await eventually(shared, "the other cloud has it")
         assert await second.get("a", b"huge") is None
+        another = RedisCache(connect(redis_address, timeout_s=60), of=b"another cloud, whose a@1 is another model")
+        assert await another.get("a", b"k") is None
+        await another.close()
         (name,) = await client.keys("*")
         assert b"answer" not in name.removeprefix(b"isthmus:answer:")
         assert 0 < await client.ttl(name) <= 600

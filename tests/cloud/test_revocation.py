@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cloud import database as db
+from cloud.access_store import AccessStore
+from cloud.catalog import Catalog
+from cloud.replicas import Replicas
 from cloud.revocations import Revocations
+from cloud.traffic_desk import TrafficDesk
 from isthmus.v1 import fleet_pb2
 from security.binding import Guard
+from security.roles import AccessBook
 from tests.attacks.doors import Door, open_door, refusal
 from tests.cloud.test_serve import isthmus
 from tests.cloud.workspaces import make_workspace
@@ -73,3 +79,33 @@ def test_a_database_that_is_away_leaves_what_is_known_in_force(tmp_path: Path) -
             assert (await refusal(camera.ask("WhoAmI", fleet_pb2.WhoAmIRequest(), token)))[1] == "revoked"
 
     asyncio.run(story())
+
+
+def test_a_record_that_has_no_connection_left_is_followed_again(tmp_path: Path) -> None:
+    """The pool's own error is none of the database's; it must not end what follows the record."""
+    database = db.Database(f"sqlite:///{tmp_path / 'isthmus.db'}")
+    book = AccessBook()
+    pool: Any = database._engine.pool
+    pool._timeout = 0.01
+
+    async def story() -> None:
+        works = [
+            Revocations(database, Guard(), poll_s=0.01).run(),
+            AccessStore(database, book, poll_s=0.01).run(),
+            TrafficDesk(database, Catalog(), Replicas([]), poll_s=0.01).follow(),
+        ]
+        taken = [database._engine.connect() for _ in range(pool.size() + pool._max_overflow)]
+        following = [asyncio.create_task(work) for work in works]
+        await asyncio.sleep(0.5)
+        assert [task.done() for task in following] == [False] * len(works)
+        for connection in taken:
+            connection.close()
+        async with asyncio.timeout(20):
+            while not book.generation:
+                await asyncio.sleep(0.01)
+        for task in following:
+            task.cancel()
+        await asyncio.gather(*following, return_exceptions=True)
+
+    asyncio.run(story())
+    database.close()

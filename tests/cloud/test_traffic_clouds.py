@@ -11,10 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from cloud import database as db
 from cloud.bootstrap import Cloud
+from cloud.catalog import Catalog
+from cloud.heavy import HeavyId
+from cloud.replicas import Replicas
 from cloud.traffic_client import TrafficClient
+from cloud.traffic_desk import Serving, TrafficDesk
 from isthmus.errors import ConflictError
 from isthmus.oip import read_parameters, service_pb2_grpc
 from isthmus.tensors import encode_request
@@ -103,3 +108,50 @@ def test_policies_and_roll_backs_count_in_both_clouds_and_survive_them(tmp_path:
     record.close()
     assert [event.detail for event in events] == ["canary 2=1", "released version only", "canary 2=1"]
     assert {event.reason for event in events} == {"somebody"}
+
+
+def _away(_session: Any) -> int:
+    raise OperationalError("UPDATE", {}, ConnectionError("the database went away"))
+
+
+def test_a_roll_back_that_the_database_did_not_hear_of_gives_way_to_what_it_says_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "isthmus.db"
+
+    async def story() -> None:
+        mine, others = db.open_database(file), db.open_database(file)
+        with mine.write() as session:
+            session.add(db.Model(name="triage", released=1))
+            session.flush()
+            session.add(
+                db.Version(
+                    model="triage", version=1, manifest_sha256="0" * 64, heavy_digest="0" * 64, heavy_version=1,
+                    published_at=0.0,
+                )
+            )  # fmt: skip
+        catalog = Catalog()
+        catalog.publish("triage", 1, HeavyId("triage", 1))
+        catalog.release("triage", 1)
+        here, there = (TrafficDesk(database, catalog, Replicas([]), poll_s=0.01) for database in (mine, others))
+        for desk in (here, there):
+            desk.serve_with(Serving(lambda *_: None, lambda _: asyncio.sleep(0)))
+        await here.change(pb.SetTrafficRequest(model="triage", cache_s=5), "ann")
+        with monkeypatch.context() as away:
+            away.setattr(db, "next_revision", _away)
+            with pytest.raises(OperationalError):
+                await here.roll_back("triage", "ann")
+        there.read()
+        await there.change(pb.SetTrafficRequest(model="triage", cache_s=9), "bob")
+        following = asyncio.create_task(here.follow())
+
+        async def follows() -> bool:
+            return bool(here.policies()["triage"].cache_s == 9)
+
+        await eventually(follows, "the policy of the other cloud", within_s=10)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        mine.close()
+        others.close()
+
+    asyncio.run(story())

@@ -43,6 +43,8 @@ def test_an_admin_sets_shows_and_clears_quotas(
 
             def all_of_it() -> None:
                 as_role("admin")
+                place = ("--home", workspace.home, "--trust", workspace.trust)
+                assert command("tenant", "add", "acme", tmp_path / "acme", *place).returncode == 0
                 limits = ("--rate", "100/s", "--burst", 200, "--concurrency", 16, "--bytes-rate", "10MB/s")
                 ask("quota", "set", "--tenant", "acme", *limits, "--bytes-burst", "50MiB")
                 ask("quota", "set", "--tenant", "other", "--device", "*", "--model", "triage", "--rate", "5/min")

@@ -147,6 +147,36 @@ def test_life_of_a_device(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_version_refused_for_its_bytes_is_tried_again_when_the_order_has_changed(tmp_path: Path) -> None:
+    """Somebody put the bytes right, released the version before and then this one again."""
+    home = tmp_path / "device"
+
+    async def scenario() -> None:
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            cloud.publish(1)
+            cloud.release(1)
+            async with running(home) as agent:
+                await agent.serves(1)
+                cloud.publish(2)
+                right = {digest: data for digest, data in cloud.blobs.items() if not data.startswith(b"{")}
+                cloud.blobs.update({digest: data[:-1] + bytes([data[-1] ^ 1]) for digest, data in right.items()})
+                cloud.release(2)
+                await until(lambda: cloud.reports[-1].state == fleet_pb2.UPDATE_STATE_REFUSED)
+                assert cloud.reports[-1].reason == "digest-mismatch"
+                cloud.blobs.update(right)
+
+                async def released_again() -> bool:
+                    cloud.release(1)
+                    await asyncio.sleep(0.1)  # what comes at once may be seen as one order
+                    cloud.release(2)
+                    return await agent._version_is(2)
+
+                await until(released_again)
+
+    asyncio.run(scenario())
+
+
 def test_cloud_that_comes_back_is_escalated_to_again(tmp_path: Path) -> None:
     home = tmp_path / "device"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edge.config import UpdateSettings
 from edge.intervals import chance_of, difference, wilson
 from edge.tally import Seen, Tally
 from edge.trial import Evidence, Reason, Terms, Verdict, judge
@@ -124,3 +125,9 @@ def test_latencies_are_told_to_an_eighth() -> None:
     assert Seen().quantile_ms(0.5) == 0.0
     assert found.plus(found).slower_than(1.3) == (80, 200)
     assert Seen.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_configured_limit_drops_none_of_the_others() -> None:
+    assert UpdateSettings.model_validate({"trial": {"soak_s": 5}}).trial == Terms(
+        soak_s=5, max_error_rate=0.02, max_latency_ratio=3
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -102,3 +103,29 @@ def test_a_mistake_gets_one_line_and_a_hint(arguments: tuple[str, ...]) -> None:
     assert error.startswith("error: ")
     assert hint.startswith("hint: ")
     assert not shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("isthmus quo", {"quota"}),
+        ("isthmus traffic ", {"set", "show", "rollback", "replicas", "drain", "resume"}),
+        ("isthmus keys sealing ", {"rotate", "show"}),
+        ("isthmus apikey r", {"rotate", "revoke"}),
+        ("isthmus quota set --ra", {"--rate"}),
+    ],
+)
+def test_a_shell_completes_groups_commands_and_flags(line: str, offered: set[str]) -> None:
+    asked = {"_ISTHMUS_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    program = "import sys; sys.argv = ['isthmus']; from isthmus.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False, env=ENV | asked
+    )
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_a_table_of_settings_is_shown_as_one() -> None:
+    (limits,) = (
+        row for row in json.loads(run("config", "show", "edge", "--json").stdout) if row["setting"] == "listener"
+    )
+    assert json.loads(limits["value"])["connections"] == 256

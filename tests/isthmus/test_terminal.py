@@ -39,3 +39,14 @@ def test_a_pipe_gets_rows_whole_and_a_chosen_width_is_kept(
     monkeypatch.setenv("COLUMNS", "60")
     show_table("wide", rows)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
+
+
+def test_a_title_is_on_one_line_and_a_list_of_nothing_is_a_dash(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    show_table("history, newest first", [])
+    show_table("t", [{"models": []}])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "history, newest first"
+    assert lines[-2] == "│ -      │"

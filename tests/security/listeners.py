@@ -37,11 +37,19 @@ class Place:
     address: str
     ca: Path
     token: str
+    device_address: str
 
     def channel(self) -> grpc.aio.Channel:
         """Return a channel of its own connection."""
         options = (("grpc.use_local_subchannel_pool", 1),)
         return grpc.aio.secure_channel(self.address, channel_credentials(self.ca), options=options)
+
+    def device_channel(self, key: Path, certificate: Path) -> grpc.aio.Channel:
+        """Return a channel of its own connection, on which a device shows its certificate."""
+        credentials = channel_credentials(self.ca, key, certificate)
+        return grpc.aio.secure_channel(
+            self.device_address, credentials, options=(("grpc.use_local_subchannel_pool", 1),)
+        )
 
     @asynccontextmanager
     async def method(self, kind: str, path: str) -> AsyncIterator[Any]:
@@ -99,11 +107,13 @@ async def listening(workspace: Path, limits: ListenerLimits, *, calls: int = 100
     interceptors = (StatusInterceptor(), AuthInterceptor(issuer.verifier(), SCOPES), CallGuard(limits, SCOPES))
     listener = Listener(limits, message_bytes=8 << 20, calls=calls, interceptors=interceptors, methods=SCOPES)
     listener.add_generic_rpc_handlers((_service(),))
-    port = listener.add_secure_port("127.0.0.1:0", server_credentials(cloud / "server.key", cloud / "server.pem"))
+    pair = (cloud / "server.key", cloud / "server.pem")
+    port = listener.add_secure_port("127.0.0.1:0", server_credentials(*pair))
+    device_port = listener.add_secure_port("127.0.0.1:0", server_credentials(*pair, cloud / "issuing-ca.pem"))
     token, _ = issuer.mint("somebody", "client", models=("*",), ttl=timedelta(minutes=5))
     await listener.start()
     try:
-        yield Place(f"127.0.0.1:{port}", workspace / "trust" / "ca.pem", token)
+        yield Place(f"127.0.0.1:{port}", workspace / "trust" / "ca.pem", token, f"127.0.0.1:{device_port}")
     finally:
         await listener.stop(None)
 

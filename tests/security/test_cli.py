@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from isthmus.errors import ConfigError, ConflictError, IdentityError, InputError
 from security.ceremony import load_public_key
 from security.cli import keys_app, token_app
-from security.durations import parse_duration
+from security.durations import format_duration, parse_duration
 from security.tokens import TokenIssuer
 from security.workspace import init_workspace
 
@@ -158,6 +158,22 @@ def test_inspect_with_home_refuses_a_forged_token(workspace: Path, issuer: Token
 )
 def test_durations(text: str, expected: timedelta) -> None:
     assert parse_duration(text) == expected
+
+
+@pytest.mark.parametrize("text", ["1s", "90s", "15m", "36h", "366d"])
+def test_durations_are_written_as_they_are_read(text: str) -> None:
+    assert format_duration(parse_duration(text)) == text
+
+
+def test_a_token_that_lives_too_long_is_refused_in_the_words_of_the_option(workspace: Path) -> None:
+    words = ("--home", workspace / "cloud", "--role", "client", "--subject", "a", "--ttl", "90d")
+    assert "between 1s and 30d, got 90d" in str(_run(token_app, "mint", *words).exception)
+
+
+def test_the_workspace_is_not_its_cloud_folder(workspace: Path) -> None:
+    error = _run(token_app, "mint", "--home", workspace, "--role", "client", "--subject", "a").exception
+    assert isinstance(error, ConfigError)
+    assert error.hint == f"did you mean {workspace / 'cloud'}?"
 
 
 @pytest.mark.parametrize("text", ["", "15", "m", "0h", "-1h", "1.5h", "1w", "1h30m", "1H", "9999999d", "١h"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from isthmus.status import REASON_KEY
 from isthmus.v1 import fleet_pb2
+from security.enrolment import IssuingCa, make_csr, new_device_key
 from tests.attacks import wire
 from tests.attacks.wire import Wire
 from tests.security.listeners import ECHO, HOLD, KNOWN, PARSED, UPLOAD, Place, with_listener
@@ -109,6 +111,47 @@ def test_a_stranger_holds_few_calls_and_callers_with_tokens_are_served(
             return ends.count(b"held"), await place.echo(KNOWN, token=True)
 
     assert with_listener(workspace, story, **limits) == (held, b"hello")
+
+
+def make_device(workspace: Path, folder: Path, name: str) -> tuple[Path, Path]:
+    """Return key and certificate of a device, as enrolment leaves them."""
+    key, certificate = folder / f"{name}.key", folder / f"{name}.pem"
+    request = make_csr(new_device_key(key), name, ())
+    certificate.write_bytes(IssuingCa.load(workspace / "cloud").sign(request, name, datetime.now(UTC)))
+    return key, certificate
+
+
+def test_devices_with_certificates_are_kept_out_by_no_strangers_and_by_no_neighbours(
+    workspace: Path, tmp_path: Path
+) -> None:
+    """All of them ask for their tokens from one address, as devices behind one router do."""
+    devices = [make_device(workspace, tmp_path, f"camera-{number}") for number in range(6)]
+
+    async def story(place: Place) -> list[bytes]:
+        async with place.method("unary_stream", HOLD) as hold:
+            strangers = [hold(b"x", timeout=60) for _ in range(10)]
+            assert [await first(call) for call in strangers].count(b"held") == 3
+            async with contextlib.AsyncExitStack() as stack:
+                calls: list[Any] = []
+                for device in devices:
+                    channel = await stack.enter_async_context(place.device_channel(*device))
+                    hold_here: Any = channel.unary_stream(HOLD)
+                    calls.append(hold_here(b"x", timeout=60))
+                return [await first(call) for call in calls]
+
+    assert with_listener(workspace, story, peer_calls=4, stranger_calls=3) == [b"held"] * 6
+
+
+def test_a_device_holds_no_more_calls_than_an_address(workspace: Path, tmp_path: Path) -> None:
+    device = make_device(workspace, tmp_path, "camera")
+
+    async def story(place: Place) -> int:
+        async with place.device_channel(*device) as one, place.device_channel(*device) as other:
+            methods: list[Any] = [channel.unary_stream(HOLD) for channel in (one, other)]
+            calls = [method(b"x", timeout=60) for method in methods for _ in range(4)]
+            return [await first(call) for call in calls].count(b"held")
+
+    assert with_listener(workspace, story, peer_calls=3) == 3
 
 
 async def first(call: Any) -> bytes:

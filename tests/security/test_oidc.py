@@ -290,6 +290,11 @@ def test_a_new_key_is_found_by_itself_and_unknown_kids_cause_no_storm(issuer: Is
         (302, {"Location": "https://127.0.0.1:1/keys"}, b""),
         (302, {"Location": "file:///etc/passwd"}, b""),
         (200, {}, b"[" * 100_000),
+        (0, {}, b"no HTTP at all\r\n\r\n"),
+        (0, {}, b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n{}"),
+        (0, {}, b"HTTP/1.1 200 OK\r\n" + b"a" * 100_000 + b": b\r\n\r\n{}"),
+        (0, {}, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nno length\r\n"),
+        (0, {}, b""),
     ],
 )
 def test_a_bad_answer_changes_nothing(issuer: Issuer, answer: tuple[int, dict[str, str], bytes]) -> None:

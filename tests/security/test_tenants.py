@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from isthmus.errors import ConfigError, ConflictError, InputError, NotFoundError
+from isthmus.errors import ConfigError, ConflictError, InputError, NotFoundError, PermissionDeniedError
+from security.authenticator import Authenticator
 from security.ceremony import Ceremony
 from security.repository import CloudRepository, OperatorRepository
 from security.tenancy import check_new_name, check_tenant
 from security.tenants import TenantRepositories, add_tenant, tenants_of
+from security.tokens import TokenIssuer
 from tests.security.conftest import NOW
 
 BAD_NAMES = ["", ".", "..", "a/b", "../x", "Acme", "a b", "-a", "a-", "a.b", "a\n", "\u0430cme", "a" * 33, "*", "~"]
@@ -123,3 +125,19 @@ def test_one_broken_tenant_does_not_keep_the_others_from_fresh_metadata(site: Pa
     with pytest.raises(ConfigError):
         TenantRepositories(site / "cloud").refresh_if_due(soon)
     assert not CloudRepository(site / "cloud" / "tenants" / "beta").refresh_if_due(soon)  # it is done
+
+
+def test_only_admins_of_the_cloud_hear_that_there_is_no_such_tenant(issuer: TokenIssuer) -> None:
+    check = Authenticator(issuer.verifier(), tenants=lambda: ("default", "acme"))
+    admin, other = (
+        issuer.mint("a", "admin", models=["*"], ttl=timedelta(minutes=5), tenant=tenant)[0]
+        for tenant in ("default", "acme")
+    )
+    assert check.verify(admin, "acme").tenant == "acme"
+    with pytest.raises(NotFoundError) as missing:
+        check.verify(admin, "acne")
+    assert missing.value.reason == "unknown-tenant"
+    for tenant in ("default", "acne"):
+        with pytest.raises(PermissionDeniedError) as refused:
+            check.verify(other, tenant)
+        assert refused.value.reason == "wrong-tenant"
