@@ -53,7 +53,7 @@ class EdgeListener(ListenerLimits):
     """The limits of a device's listener: `[listener]`."""
 
     connections: int = Field(default=256, ge=1, le=1 << 20, description="Open connections; more are closed at once.")
-    streams: int = Field(default=128, ge=1, le=1 << 16, description="Calls in progress on one connection.")
+    streams: int = Field(default=64, ge=1, le=1 << 16, description="Calls in progress on one connection.")
     caller_calls: int = Field(default=96, ge=1, le=1 << 16, description="Calls in progress of one token's subject.")
     stranger_calls: int = Field(default=16, ge=1, le=1 << 16, description="Calls in progress without a token, in all.")
     peer_calls: int = Field(default=8, ge=1, le=1 << 16, description="Calls in progress of one address, no token.")
