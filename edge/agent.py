@@ -223,6 +223,7 @@ class Agent:
         await self.server.stop(0)  # a no-op after an orderly stop
         if self.audit is not None:
             await self.audit.stop()
+        await self.uplink.stragglers.stop()
         if self.metrics is not None:
             await self.metrics.stop()
         for spool in self.spools.values():
@@ -305,6 +306,7 @@ def describe_status(
             retries=counters.retries,
             lost=counters.lost,
             hedged=counters.hedged,
+            late=counters.late,
         ),
     )
     if deferred is not None:

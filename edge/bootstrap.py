@@ -24,6 +24,7 @@ from edge.fetcher import Pace, RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
 from edge.hedge import Hedge
 from edge.identity import DeviceHome, Enrolment
+from edge.lessons import Lessons
 from edge.model import LiveModel, ServedModels, open_model
 from edge.offline import Imports, StickFetcher, StickManifests
 from edge.outbox import Outbox
@@ -40,6 +41,7 @@ from edge.shadow import Shadow
 from edge.spool import Spool
 from edge.state import Order
 from edge.store import SlotStore
+from edge.stragglers import Stragglers
 from edge.updater import Updater
 from edge.uplink import Uplink
 from isthmus import __version__
@@ -102,14 +104,15 @@ def build_agent(settings: EdgeSettings) -> Agent:
         if settings.capture
     }
     spool_full = asyncio.Event()
-    deferred = _deferred(settings, home, uplink)
+    lessons = Lessons(models, partial(_capture, spools, spool_full) if settings.capture else None)
+    deferred = _deferred(settings, home, uplink, lessons)
     cache = ResponseCache(settings.response_cache_mib << 20) if settings.response_cache_mib else None
     router = Router(
         models,
         uplink,
         limits=QuestionLimits(settings.default_deadline_s, settings.allow_non_finite),
         model_calls=settings.model_calls,
-        capture=partial(_capture, spools, spool_full) if settings.capture else None,
+        lessons=lessons,
         hedge=Hedge(above=settings.hedge_above) if settings.hedge else None,
         deferral=None if deferred is None else deferred.deferral,
         cache=cache,
@@ -200,6 +203,7 @@ def _uplink(settings: EdgeSettings, channel: grpc.aio.Channel, token: AccessToke
         unauthenticated=token.renew_soon,
         retries=RetryBudget(ratio=settings.retry_ratio, burst=settings.retry_burst),
         quota=QuotaPause(first_s=settings.breaker_first_wait_s, longest_s=settings.breaker_longest_wait_s),
+        stragglers=Stragglers(settings.capture_late_s if settings.capture else 0.0),
     )
 
 
@@ -328,7 +332,7 @@ def _limits(settings: EdgeSettings) -> ListenerLimits:
     return settings.listener.model_copy(update={"age_s": 0.0}) if is_local(settings.listen) else settings.listener
 
 
-def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink) -> Deferred | None:
+def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink, lessons: Lessons) -> Deferred | None:
     if not settings.defer:
         return None
     return open_deferred(
@@ -340,6 +344,7 @@ def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink) -> Defer
         concurrency=settings.defer_concurrency,
         deadline_s=settings.defer_deadline_s,
         owner=(lambda: "") if is_local(settings.listen) else _caller,
+        lessons=lessons,
     )
 
 

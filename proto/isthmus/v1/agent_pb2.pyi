@@ -652,6 +652,7 @@ class UplinkStatus(_message.Message):
     RETRIES_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
     HEDGED_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
     breaker: _builtins.str
     """"closed" (calls pass), "open" (the cloud is skipped) or "half-open" (one call probes)."""
     attempts: _builtins.int
@@ -670,6 +671,8 @@ class UplinkStatus(_message.Message):
     """Calls that ended with their connection; the cloud may have received them. Each attempt and each retry is one call."""
     hedged: _builtins.int
     """Attempts that began before the light answer was there."""
+    late: _builtins.int
+    """Failures whose answer came after all: too late for the caller, learnt from (capture_late_s)."""
     def __init__(
         self,
         *,
@@ -683,10 +686,11 @@ class UplinkStatus(_message.Message):
         retries: _builtins.int = ...,
         lost: _builtins.int = ...,
         hedged: _builtins.int = ...,
+        late: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "breaker", b"breaker", "bytes_up", b"bytes_up", "cancelled", b"cancelled", "failures", b"failures", "hedged", b"hedged", "lost", b"lost", "retries", b"retries", "skipped", b"skipped", "successes", b"successes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "breaker", b"breaker", "bytes_up", b"bytes_up", "cancelled", b"cancelled", "failures", b"failures", "hedged", b"hedged", "late", b"late", "lost", b"lost", "retries", b"retries", "skipped", b"skipped", "successes", b"successes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
