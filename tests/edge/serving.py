@@ -25,12 +25,14 @@ from edge.runtimes import Worker
 from edge.server import AgentServer, InferenceService, may_use_all
 from edge.stragglers import Stragglers
 from edge.uplink import Uplink, open_channel, watch_connection
+from isthmus.bundle import Fusion
 from isthmus.oip import read_parameters
 from isthmus.tensors import Array
 from tests.edge import bundles
 from tests.edge.faulty_cloud import FaultyCloud, Identity, faulty_cloud, make_identity
 
 MODEL = "triage"
+FUSION_WEIGHT = 0.4
 
 
 @dataclass
@@ -61,6 +63,15 @@ def open_variant(bundle: Path, variant: str = "onnxruntime-fp32") -> LiveModel:
 def computed_by(live: LiveModel, worker: Worker) -> LiveModel:
     """The same version, computed by another worker."""
     return LiveModel(live.manifest, live.variant, live.calibration, worker, live._score, live.policy)
+
+
+def fuse_answers(models: ServedModels, *, outputs: int = 1) -> None:
+    """Let the record of the version that serves ask for fusion; leave the model its first outputs."""
+    live = models.find(MODEL)
+    point = live.operating_point.model_copy(update={"fusion": Fusion(light_weight=FUSION_WEIGHT, gain=0.01)})
+    calibration = live.calibration.model_copy(update={"variants": {live.variant.id: point}})
+    manifest = live.manifest.model_copy(update={"outputs": live.manifest.outputs[:outputs]})
+    models._live[MODEL] = LiveModel(manifest, live.variant, calibration, live._worker, live._score, live.policy)
 
 
 @asynccontextmanager

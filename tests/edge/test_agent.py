@@ -243,6 +243,35 @@ def test_captures_are_what_the_cloud_answered(tmp_path: Path) -> None:
     np.testing.assert_array_equal(captures["output.logits"], captures["input.x"] + np.float32(100))
 
 
+def test_captures_take_answers_that_came_too_late(tmp_path: Path) -> None:
+    home = tmp_path / "device"
+
+    async def scenario() -> None:
+        let = asyncio.Event()
+
+        async def slow(raw: bytes, context: Any) -> bytes:
+            await let.wait()
+            return await faulty_cloud.right(raw, context)
+
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            cloud.publish(1)
+            cloud.release(1)
+            async with running(home, capture=True, capture_late_s=60) as agent:
+                await agent.serves(1)
+                cloud.inference.behaviour = slow
+                told = await agent.infer(bundles.HARD, timeout=500_000)
+                assert (told["isthmus.route"], told["isthmus.reason"]) == ("fallback", "deadline")
+                let.set()
+                await until(lambda: _late_is(agent, 1))
+
+    async def _late_is(agent: Running, count: int) -> bool:
+        return bool((await agent.status())["uplink"]["late"] == count)
+
+    asyncio.run(scenario())
+    assert export_captures(home / "spool" / "triage", tmp_path / "captures.safetensors") == 1
+
+
 def test_metrics_are_told_where_the_ready_file_says(tmp_path: Path) -> None:
     home = tmp_path / "device"
 
