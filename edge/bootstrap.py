@@ -11,7 +11,8 @@ import grpc
 from edge.access import AccessToken
 from edge.agent import Agent, MetricsListener, describe_status
 from edge.audit import ALARM, Audit
-from edge.bench import read_choice
+from edge.audition import Audition
+from edge.bench import Choice, measure_variants, read_choice
 from edge.breaker import Breaker
 from edge.certificate import CertificateKeeper
 from edge.channel import RenewableChannel
@@ -125,7 +126,9 @@ def build_agent(settings: EdgeSettings) -> Agent:
     server = AgentServer(
         settings.listen,
         InferenceService(models, router, may_use=may_use, stream_requests=settings.stream_requests),
-        lambda: describe_status(enrolment.device_id, models, updaters, uplink, deferred, audit),
+        lambda: describe_status(
+            enrolment.device_id, models, updaters, uplink, deferred, audit, partial(_choice, settings, home)
+        ),
         imports=imports,
         unix_socket=settings.unix_socket,
         credentials=credentials,
@@ -241,6 +244,7 @@ def _updaters(
             conditions=Conditions(settings.updates, enrolment.device_id, name),
             audit=audit,
             shadow=shadow,
+            audition=_audition(settings, home, name),
         )
         for name, _ in models
     }
@@ -291,6 +295,7 @@ async def install_stick(settings: EdgeSettings, stick: Stick, *, accept_stale: b
             open_slot=partial(open_model, threads=settings.threads, policy=settings.policy),
             report=lambda _: None,
             conditions=Conditions(UpdateSettings(crashes=settings.updates.crashes), enrolment.device_id, model),
+            audition=_audition(settings, home, model),
         )
         outcome = await updater.update(Order(version=stick.index.version))
         models.swap(model, None)
@@ -306,8 +311,20 @@ def _facts() -> fleet_pb2.DeviceFacts:
     )
 
 
+def _choice(settings: EdgeSettings, home: DeviceHome, model: str) -> Choice | None:
+    """Return what was measured for a model, where it counts."""
+    ignored = settings.choose_by == "order" or settings.variant is not None
+    return None if ignored else read_choice(home.path, model)
+
+
+def _audition(settings: EdgeSettings, home: DeviceHome, model: str) -> Audition | None:
+    if settings.choose_by != "install" or settings.variant is not None:
+        return None
+    return Audition(home.path, model, measure=partial(measure_variants, threads=settings.threads))
+
+
 def _choose(settings: EdgeSettings, home: DeviceHome, manifest: Manifest) -> Variant:
-    choice = read_choice(home.path, manifest.name) if settings.choose_by == "measure" else None
+    choice = _choice(settings, home, manifest.name)
     return choose_variant(
         manifest,
         configured=settings.variant,

@@ -73,9 +73,9 @@ class EdgeSettings(Settings):
         default=False, description="Allow metrics_listen beyond loopback, without TLS or tokens."
     )
     variant: str | None = Field(default=None, description="Variant to install, whatever was measured.")
-    choose_by: Literal["measure", "order"] = Field(
+    choose_by: Literal["measure", "order", "install"] = Field(
         default="measure",
-        description="Without `variant`: the one that `isthmus edge bench` found fastest, or always the bundle's first.",
+        description="Without `variant`: the fastest that was measured; always the bundle's first; or measure first.",
     )
     threads: int = Field(default=1, ge=1, le=256, description="Threads that one light inference may use.")
     queue: int = Field(default=64, ge=1, le=4096, description="Light inferences that may wait for their turn.")
