@@ -143,10 +143,7 @@ class Evidence:
     errors: int = 0
     audited: int = 0
     disagreed: int = 0
-    latency_p50_ms: float = 0.0
     seconds: float = 0.0
-    before_requests: int = 0
-    before_latency_p50_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
