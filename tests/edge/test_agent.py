@@ -23,8 +23,10 @@ import pytest
 import tritonclient.grpc.aio as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from edge.bootstrap import build_agent
+from edge.cli import app
 from edge.config import EdgeSettings
 from edge.identity import DeviceHome, enrol
 from edge.spool import export_captures
@@ -129,6 +131,10 @@ def test_life_of_a_device(tmp_path: Path) -> None:
                 status = await agent.status()
                 assert status["device_id"] == DEVICE
                 assert status["models"][0]["answers"] == {"edge": 2, "cloud": 2, "fallback": 0}
+                assert status["uplink"]["retries"] == 0
+                shown = await asyncio.to_thread(CliRunner().invoke, app, ["status", "--address", agent.address])
+                assert "uplink failures" in shown.stdout  # none, which is good to know
+                assert not [row for row in ("uplink retries", "uplink lost", "uplink skipped") if row in shown.stdout]
                 last = status["models"][0]["last_update"]
                 assert (last["outcome"], last["reason"]) == ("refused", "golden-mismatch")
                 assert (status["uplink"]["attempts"], status["uplink"]["successes"]) == (2, 2)
