@@ -21,7 +21,7 @@ from edge.shadow import Shadow
 from edge.state import Became, Order, State, Step
 from edge.store import SlotStore
 from edge.trial import Reason, Terms, judge
-from edge.uplink import Answer, Check, Failure
+from edge.uplink import Answer, Check, Failure, Need
 from isthmus.bundle import Ceilings
 from isthmus.errors import NotFoundError
 from isthmus.policies import Link
@@ -39,10 +39,12 @@ TERMS = Terms(
 class NoCloud:
     link = Link()
 
-    async def escalate(self, request: bytes, *, remaining_s: float, check: Check) -> Answer | Failure:
+    async def escalate(
+        self, request: bytes, *, remaining_s: float, check: Check, late: Callable[[], None] | None = None
+    ) -> Answer | Failure:
         return Failure("unavailable")
 
-    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Check]) -> Answer | Failure:
+    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Need]) -> Answer | Failure:
         return Failure("unavailable")
 
 
