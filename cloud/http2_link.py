@@ -74,6 +74,7 @@ class Link(asyncio.Protocol):
         self._most_bytes = most_bytes
         self._transport: Any = None
         self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._closed = asyncio.Event()
         self._calls: dict[int, _Call] = {}
         self._next = 1
         self._window, self._call_window, self._frame_size = (
@@ -98,10 +99,11 @@ class Link(asyncio.Protocol):
         """
         await self._ready
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the connection and what runs on it."""
         self._end(ConnectionAbortedError("closed"))
-        self._transport.close()
+        self._transport.abort()
+        await self._closed.wait()
 
     async def call(self, head: bytes, message: bytes, timeout_s: float) -> bytes:
         """Return the answer to one call.
@@ -242,6 +244,7 @@ class Link(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Fail what runs: nobody knows whether the server ran it."""
         self._end(error or ConnectionResetError("the connection was closed"))
+        self._closed.set()
 
     def _end(self, error: Exception) -> None:
         self.usable = False

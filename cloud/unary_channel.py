@@ -97,7 +97,7 @@ class UnaryChannel:
             self._connecting.cancel()
             await asyncio.wait((self._connecting,))
         if self._link is not None:
-            self._link.close()
+            await self._link.close()
 
     def _head(self, method: str) -> bytes:
         """Return the header block of calls of a method, which ends where the time limit comes."""
@@ -135,7 +135,7 @@ class UnaryChannel:
         except (OSError, TimeoutError) as error:  # errors of TLS and of names are such, too
             log.debug("no connection", address=self._address, error=type(error).__name__, detail=str(error)[:200])
             if link is not None:
-                link.close()
+                await link.close()
             self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _MOST_PAUSE_S)
             self._again_at = loop.time() + self._pause_s
             return None
