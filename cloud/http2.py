@@ -26,6 +26,7 @@ MOST_STREAM: Final = 2**31 - 1
 FRAME_HEAD: Final = 9  # bytes
 _MOST_HEADERS: Final = 64 << 10
 _LARGEST_FRAME: Final = 2**24 - 1
+_HEAD: Final = struct.Struct(">BHBBI")
 _PAIR: Final = struct.Struct(">HI")
 _NUMBER: Final = struct.Struct(">I")
 
@@ -37,6 +38,12 @@ class ProtocolError(Exception):
 def frame_head(size: int, kind: int, flags: int, stream: int) -> bytes:
     """Return the bytes before a frame's payload."""
     return b"%b%c%c%b" % (size.to_bytes(3), kind, flags, stream.to_bytes(4))
+
+
+def read_frame_head(data: bytes, at: int) -> tuple[int, int, int, int]:
+    """Return the size of a frame's payload, its kind, its flags and its stream."""
+    high, low, kind, flags, stream = _HEAD.unpack_from(data, at)
+    return high << 16 | low, kind, flags, stream & MOST_STREAM
 
 
 def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
@@ -81,7 +88,7 @@ def read_number(payload: bytes, at: int = 0) -> int:
     return int(_NUMBER.unpack_from(payload, at)[0]) & MOST_WINDOW
 
 
-def unpadded(flags: int, payload: bytes) -> bytes:
+def unpadded(kind: int, flags: int, payload: bytes) -> bytes:
     """Return what a DATA or HEADERS frame holds beside padding and priority.
 
     Raises:
@@ -90,7 +97,7 @@ def unpadded(flags: int, payload: bytes) -> bytes:
     start, end = 0, len(payload)
     if flags & PADDED:
         start, end = 1, end - (payload[0] if payload else 0)
-    if flags & HAS_PRIORITY:
+    if flags & HAS_PRIORITY and kind == HEADERS:
         start += 5
     if start > end:
         raise ProtocolError("padding")

@@ -15,51 +15,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import unquote
 
 import grpc
 
 from cloud import http2
 from cloud.http2 import ProtocolError
+from cloud.http2_reader import LARGEST_FRAME, Frame, FrameReader
+from cloud.unary_call import CallError, UnaryCall, prefix, time_limit
 
 _WINDOW: Final = http2.MOST_WINDOW  # messages have a limit of their own
 _REFILL: Final = 1 << 24  # bytes that were received, after which the peer may send as many again
-_FRAME: Final = 1 << 20
-_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
-_OF_RESET: Final = {
-    http2.REFUSED_STREAM: grpc.StatusCode.UNAVAILABLE,
-    http2.CANCEL: grpc.StatusCode.CANCELLED,
-    http2.ENHANCE_YOUR_CALM: grpc.StatusCode.RESOURCE_EXHAUSTED,
-}
-_OF_HTTP: Final = dict.fromkeys(("429", "502", "503", "504"), grpc.StatusCode.UNAVAILABLE)
-
-
-class CallError(Exception):
-    """A call ended with another status than OK.
-
-    Args:
-        code: The status.
-        details: What the server says, or what happened to the connection.
-        unsent: Whether the server has certainly not run it.
-    """
-
-    def __init__(self, code: grpc.StatusCode, details: str, *, unsent: bool = False) -> None:
-        super().__init__(f"{code.name}: {details}")
-        self.code, self.details, self.unsent = code, details, unsent
-
-
-class _Call:
-    """A call in progress."""
-
-    __slots__ = ("answer", "begun", "parts", "rest", "size", "window")
-
-    def __init__(self, answer: asyncio.Future[bytes], window: int) -> None:
-        self.answer, self.window = answer, window
-        self.begun = False  # whether the answer's first headers have come
-        self.parts: list[bytes] = []
-        self.size = 0
-        self.rest: memoryview | None = None  # of the request, that waits for the server's window
+_NO_FIELDS: Final[Mapping[str, str]] = {}
 
 
 class Link(asyncio.Protocol):
@@ -74,8 +42,9 @@ class Link(asyncio.Protocol):
         self._most_bytes = most_bytes
         self._transport: Any = None
         self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._reader = FrameReader()
         self._closed = asyncio.Event()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, UnaryCall] = {}
         self._next = 1
         self._window, self._call_window, self._frame_size = (
             http2.FIRST_WINDOW,
@@ -86,8 +55,6 @@ class Link(asyncio.Protocol):
         self._waiting: deque[asyncio.Future[None]] = deque()  # callers, for a place among the most calls
         self._queue: deque[int] = deque()  # streams with a rest to send
         self._paused = False
-        self._left = b""  # the beginning of a frame
-        self._block: tuple[int, int, list[bytes]] | None = None  # stream, flags and parts of unfinished headers
         self._received = 0
         self.usable = True  # whether new calls may begin
 
@@ -123,10 +90,10 @@ class Link(asyncio.Protocol):
             raise CallError(grpc.StatusCode.UNAVAILABLE, "the connection is closing", unsent=True)
         stream, self._next = self._next, self._next + 2
         self.usable = stream < http2.MOST_STREAM - 2
-        call = self._calls[stream] = _Call(self._loop.create_future(), self._call_window)
+        call = self._calls[stream] = UnaryCall(self._loop.create_future(), self._call_window)
         timer = self._loop.call_at(until, self._too_late, stream)
         try:
-            self._send(stream, call, head + http2.literal(b"grpc-timeout", _timeout(timeout_s)), message)
+            self._send(stream, call, head + time_limit(timeout_s), message)
             return await call.answer
         finally:
             timer.cancel()
@@ -162,17 +129,18 @@ class Link(asyncio.Protocol):
 
     # -- sending --------------------------------------------------------------------------------------------------
 
-    def _send(self, stream: int, call: _Call, block: bytes, message: bytes) -> None:
-        prefix, size = b"\0" + len(message).to_bytes(4), 5 + len(message)
+    def _send(self, stream: int, call: UnaryCall, block: bytes, message: bytes) -> None:
+        before = prefix(message)
+        size = len(before) + len(message)
         head = http2.frame(http2.HEADERS, http2.END_HEADERS, stream, block)
         if size <= min(self._window, call.window, self._frame_size) and not (self._queue or self._paused):
             self._window -= size
             call.window -= size
             data = http2.frame_head(size, http2.DATA, http2.END_STREAM, stream)
-            self._transport.write(b"".join((head, data, prefix, message)))
+            self._transport.write(b"".join((head, data, before, message)))
             return
         self._transport.write(head)
-        call.rest = memoryview(prefix + message)
+        call.rest = memoryview(before + message)
         self._queue.append(stream)
         self._pump()
 
@@ -216,9 +184,9 @@ class Link(asyncio.Protocol):
         call = self._calls.get(stream)
         if call is not None:
             self._reset(stream)
-            _fail(call, CallError(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer came in time"))
+            call.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer came in time")
 
-    def _leave(self, stream: int) -> _Call | None:
+    def _leave(self, stream: int) -> UnaryCall | None:
         """Forget a call; return it, where it was one."""
         call = self._calls.pop(stream, None)
         if len(self._calls) < self._most_calls:
@@ -236,7 +204,7 @@ class Link(asyncio.Protocol):
             http2.HEADER_TABLE_SIZE: 0,
             http2.ENABLE_PUSH: 0,
             http2.INITIAL_WINDOW_SIZE: _WINDOW,
-            http2.MAX_FRAME_SIZE: _FRAME,
+            http2.MAX_FRAME_SIZE: LARGEST_FRAME,
         }
         window = http2.frame(http2.WINDOW_UPDATE, 0, 0, http2.number(_WINDOW - http2.FIRST_WINDOW))
         self._transport.write(http2.PREFACE + http2.settings(agreed) + window)
@@ -253,135 +221,72 @@ class Link(asyncio.Protocol):
             self._ready.exception()  # nobody may be waiting
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            _fail(call, CallError(grpc.StatusCode.UNAVAILABLE, "the connection was lost"))
+            call.fail(grpc.StatusCode.UNAVAILABLE, "the connection was lost")
         self._wake_all()
 
     def data_received(self, data: bytes) -> None:
         """Take the frames that came."""
-        if self._left:
-            data = self._left + data
-        place, size = 0, len(data)
         try:
-            while size - place >= http2.FRAME_HEAD:
-                length = int.from_bytes(data[place : place + 3])
-                if length > _FRAME:
-                    raise ProtocolError("a frame is too large")
-                start = place + http2.FRAME_HEAD
-                if start + length > size:
-                    break
-                stream = int.from_bytes(data[place + 5 : start]) & http2.MOST_STREAM
-                kind, flags = data[place + 3], data[place + 4]
-                place = start + length
-                self._frame(kind, flags, stream, data[start:place])
+            for frame in self._reader.feed(data):
+                self._frame(frame)
         except ProtocolError as error:
             self._end(ConnectionAbortedError(f"not HTTP/2: {error}"))
-            self._transport.write(
-                http2.frame(http2.GOAWAY, payload=http2.number(0) + http2.number(http2.PROTOCOL_ERROR))
-            )
+            goodbye = http2.number(0) + http2.number(http2.PROTOCOL_ERROR)
+            self._transport.write(http2.frame(http2.GOAWAY, payload=goodbye))
             self._transport.close()
-            return
-        self._left = bytes(data[place:])
 
-    def _frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if not self._ready.done() and kind != http2.SETTINGS:
-            raise ProtocolError("expected SETTINGS first")
-        if self._block is not None and (kind != http2.CONTINUATION or stream != self._block[0]):
-            raise ProtocolError("expected CONTINUATION")
-        match kind:
-            case http2.DATA:
-                self._data(flags, stream, payload)
-            case http2.HEADERS:
-                self._header_part(flags, stream, http2.unpadded(flags, payload))
-            case http2.CONTINUATION:
-                self._header_part(flags, stream, payload)
-            case http2.RST_STREAM:
-                self._was_reset(stream, http2.read_number(payload))
-            case http2.SETTINGS if not flags & http2.ACK:
-                self._settings(payload)
-            case http2.PING if not flags & http2.ACK:
-                self._transport.write(http2.frame(http2.PING, http2.ACK, 0, payload))
-            case http2.GOAWAY:
-                self._goes_away(http2.read_number(payload))
-            case http2.WINDOW_UPDATE:
-                self._more_window(stream, http2.read_number(payload))
-            case http2.PUSH_PROMISE:
-                raise ProtocolError("PUSH_PROMISE")
-            case _:
-                pass  # acknowledgements, priorities, and kinds of frames that are not known
+    def _frame(self, frame: Frame) -> None:
+        kind, flags, stream, payload, size = frame
+        if kind == http2.DATA:
+            self._data(flags, stream, payload, size)
+        elif kind == http2.HEADERS:
+            self._headers(flags, stream, http2.read_headers(payload))
+        elif kind == http2.WINDOW_UPDATE:
+            self._more_window(stream, http2.read_number(payload))
+        elif kind == http2.RST_STREAM:
+            call = self._leave(stream)
+            if call is not None:
+                call.reset(http2.read_number(payload))
+        elif kind == http2.SETTINGS and not flags & http2.ACK:
+            self._settings(payload)
+        elif kind == http2.PING and not flags & http2.ACK:
+            self._transport.write(http2.frame(http2.PING, http2.ACK, 0, payload))
+        elif kind == http2.GOAWAY:
+            self._goes_away(http2.read_number(payload))
+        elif kind == http2.PUSH_PROMISE:
+            raise ProtocolError("PUSH_PROMISE")
+        # Left are acknowledgements, priorities, and kinds of frames that are not known.
 
-    def _data(self, flags: int, stream: int, payload: bytes) -> None:
-        self._received += len(payload)
+    def _data(self, flags: int, stream: int, payload: bytes, size: int) -> None:
+        self._received += size
         if self._received >= _REFILL:
             self._transport.write(http2.frame(http2.WINDOW_UPDATE, 0, 0, http2.number(self._received)))
             self._received = 0
         call = self._calls.get(stream)
         if call is None:  # it was reset
             return
-        if flags & http2.PADDED:
-            payload = http2.unpadded(flags & http2.PADDED, payload)
-        call.parts.append(payload)
-        call.size += len(payload)
-        if call.size > self._most_bytes + 5:
+        call.add(payload)
+        if call.size > self._most_bytes:
             self._reset(stream)
-            _fail(call, CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the answer is too large"))
+            call.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "the answer is too large")
         elif flags & http2.END_STREAM:
-            self._finish(stream, {})
+            self._finish(stream, call, _NO_FIELDS)
 
-    def _header_part(self, flags: int, stream: int, part: bytes) -> None:
-        if self._block is None:
-            if flags & http2.END_HEADERS:
-                self._headers(flags, stream, part)
-                return
-            self._block = stream, flags, []
-        stream, first_flags, parts = self._block
-        parts.append(part)
-        if sum(map(len, parts)) > _FRAME:
-            raise ProtocolError("headers are too large")
-        if flags & http2.END_HEADERS:
-            self._block = None
-            self._headers(first_flags, stream, b"".join(parts))
-
-    def _headers(self, flags: int, stream: int, block: bytes) -> None:
-        fields = http2.read_headers(block)
+    def _headers(self, flags: int, stream: int, fields: Mapping[str, str]) -> None:
         call = self._calls.get(stream)
         if call is None:
             return
-        if not call.begun:
-            status = fields.get(":status", "")
-            if status.startswith("1"):
-                return
-            call.begun = True
-            if status != "200" or not fields.get("content-type", "").startswith("application/grpc"):
-                code = _OF_HTTP.get(status, grpc.StatusCode.UNKNOWN)
-                self._reset(stream)
-                _fail(call, CallError(code, f"an answer that is not gRPC, with the HTTP status {status[:3]}"))
-                return
-        if flags & http2.END_STREAM:
-            self._finish(stream, fields)
+        if not call.begins(fields):
+            self._reset(stream)
+        elif flags & http2.END_STREAM:
+            self._finish(stream, call, fields)
 
-    def _finish(self, stream: int, trailers: Any) -> None:
-        call = self._leave(stream)
-        assert call is not None  # noqa: S101 - the callers have seen it
+    def _finish(self, stream: int, call: UnaryCall, trailers: Mapping[str, str]) -> None:
         if call.rest is not None:  # the server did not want all of the request
-            self._transport.write(http2.frame(http2.RST_STREAM, 0, stream, http2.number(http2.CANCEL)))
-        if call.answer.done():
-            return
-        status = trailers.get("grpc-status", "")
-        if status != "0":
-            code = _CODES.get(int(status), grpc.StatusCode.UNKNOWN) if status.isdecimal() else grpc.StatusCode.INTERNAL
-            call.answer.set_exception(CallError(code, unquote(trailers.get("grpc-message", ""))))
-            return
-        whole = call.parts[0] if len(call.parts) == 1 else b"".join(call.parts)
-        if len(whole) < 5 or whole[0] or int.from_bytes(whole[1:5]) != len(whole) - 5:
-            call.answer.set_exception(CallError(grpc.StatusCode.INTERNAL, "expected one plain message"))
-            return
-        call.answer.set_result(whole[5:])
-
-    def _was_reset(self, stream: int, error: int) -> None:
-        call = self._leave(stream)
-        if call is not None:
-            code = _OF_RESET.get(error, grpc.StatusCode.INTERNAL)
-            _fail(call, CallError(code, f"the server ended the call ({error})", unsent=error == http2.REFUSED_STREAM))
+            self._reset(stream)
+        else:
+            self._leave(stream)
+        call.finish(trailers)
 
     def _settings(self, payload: bytes) -> None:
         for name, value in http2.read_settings(payload):
@@ -405,7 +310,7 @@ class Link(asyncio.Protocol):
         for stream in [stream for stream in self._calls if stream > last]:
             call = self._leave(stream)
             if call is not None:
-                _fail(call, CallError(grpc.StatusCode.UNAVAILABLE, "the server is closing", unsent=True))
+                call.fail(grpc.StatusCode.UNAVAILABLE, "the server is closing", unsent=True)
         if not self._calls:
             self._transport.close()
 
@@ -416,14 +321,3 @@ class Link(asyncio.Protocol):
             call.window += value
         if self._queue:
             self._pump()
-
-
-def _fail(call: _Call, error: CallError) -> None:
-    if not call.answer.done():
-        call.answer.set_exception(error)
-
-
-def _timeout(seconds: float) -> bytes:
-    """Return a time limit as gRPC writes it: at most eight digits and a unit."""
-    micros = max(1, math.ceil(seconds * 1e6))
-    return b"%du" % micros if micros < 10**8 else b"%dm" % min(micros // 1000, 10**8 - 1)

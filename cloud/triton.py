@@ -18,7 +18,7 @@ import structlog
 from google.protobuf import json_format, text_format
 from google.protobuf.message import DecodeError
 
-from cloud.http2_link import CallError
+from cloud.unary_call import CallError
 from cloud.unary_channel import UnaryChannel
 from isthmus.errors import BundleError, ConfigError, InputError, IsthmusError, UnavailableError
 from isthmus.oip import MODEL_INFER, SERVICE, model_config_pb2, service_pb2, service_pb2_grpc

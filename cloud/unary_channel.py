@@ -15,7 +15,8 @@ import grpc
 import structlog
 
 from cloud import http2
-from cloud.http2_link import CallError, Link
+from cloud.http2_link import Link
+from cloud.unary_call import CallError
 from isthmus.address import UNIX, split_address
 from security.tls import client_context
 

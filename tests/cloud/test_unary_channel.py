@@ -15,7 +15,7 @@ import pytest
 from hpack import Encoder
 
 from cloud import http2
-from cloud.http2_link import CallError
+from cloud.unary_call import CallError
 from cloud.unary_channel import UnaryChannel
 from security.tls import server_credentials
 from tests.cloud.conftest import eventually
