@@ -3,12 +3,12 @@
 - `METHOD_SCOPES` says what each method asks for; a method that is not in the table is refused.
 - A refused call is answered before its request is read, so that a stranger cannot make the server parse megabytes.
 - The claims of the caller are a context variable, set before the method runs in the task that runs it. So one handler
-  serves all callers of a method (isthmus.status.WrappedHandlers).
+  serves all callers of a method (isthmus.status.MethodInterceptor).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ import grpc
 import structlog
 
 from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
-from isthmus.status import WrappedHandlers, fail
+from isthmus.status import MethodInterceptor, fail
 from security.authenticator import Authenticator
 from security.binding import Guard
 from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
@@ -62,7 +62,7 @@ def known_claims() -> Claims | None:
     return _claims.get(None)
 
 
-class AuthInterceptor(grpc.aio.ServerInterceptor):
+class AuthInterceptor(MethodInterceptor):
     """Lets a call pass when its token has the scope that the method asks for.
 
     Args:
@@ -80,37 +80,33 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         guard: Guard | None = None,
         tenant: str | None = None,
     ) -> None:
+        super().__init__()
         self._authenticator = verifier if isinstance(verifier, Authenticator) else Authenticator(verifier)
         self._method_scopes, self._tenant = method_scopes, tenant
         self._guard = guard or Guard()
-        self._handlers = WrappedHandlers()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Return the method's handler, the caller's claims set for this call, or one that refuses."""
-        handler = await continuation(handler_call_details)
-        if handler is None:  # no such method here: grpc answers UNIMPLEMENTED
-            return handler
-        method = str(handler_call_details.method)
+    def refusal(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Set the caller's claims for this call, or return what refuses it."""
+        method = str(call.method)
         try:
-            claims = self._admit(method, handler_call_details.invocation_metadata or ())
+            self._admit(method, call.invocation_metadata or ())
         except IsthmusError as error:
             log.info("call refused", method=method, reason=error.reason)
             return _refusal(error)
-        return handler if claims is None else self._handlers.of(method, handler, self._guarded)
+        return None
 
-    def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    def wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """Look at the certificates of those who call, where a method is not public."""
+        if self._method_scopes.get(method) == PUBLIC:
+            return handler
         return self._guard.wrap(handler, current_claims)
 
-    def _admit(self, method: str, metadata: Any) -> Claims | None:
+    def _admit(self, method: str, metadata: Any) -> None:
         needed = self._method_scopes.get(method)
         if needed is None:
             raise PermissionDeniedError("this method is not offered", reason="method-not-allowed")
         if needed == PUBLIC:
-            return None
+            return
         claims = self._authenticator.verify(_bearer_token(metadata), _tenant(metadata))
         _claims.set(claims)  # whoever records a refusal wants to know whose it is
         if self._tenant not in (None, claims.tenant):
@@ -123,9 +119,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
                 hint="use a token of a role that has it: isthmus token mint --role ROLE",
             )
         if needed != AUTHENTICATED and claims.models_by_scope is not None:
-            claims = claims.narrowed_to(needed)
-            _claims.set(claims)
-        return claims
+            _claims.set(claims.narrowed_to(needed))
 
 
 def _bearer_token(metadata: Any) -> str:
