@@ -564,13 +564,13 @@ class CloudClient:
         """Return the rows of a GetComputeRequest."""
         return list(self._call("read Triton's usage", self._usage.GetCompute, request).rows)
 
-    def set_quota(self, quota: Any) -> None:
-        """Set a quota."""
+    def set_quota(self, quota: Any) -> list[str]:
+        """Set a quota; return what may not have been meant."""
         scope = quota.scope
         request = usage_pb2.SetQuotaRequest(
             tenant=scope.tenant, device=scope.device, model=scope.model, limits=quota.limits
         )
-        self._call("set the quota", self._usage.SetQuota, request)
+        return list(self._call("set the quota", self._usage.SetQuota, request).warnings)
 
     def quotas(self, tenant: str = "") -> list[Any]:
         """Return the quotas that are set, of one tenant or all that may be seen."""

@@ -299,15 +299,14 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         Raises:
             InputError: A label is none, or there are too many.
             NotFoundError: There is no such device.
+            PermissionDeniedError: The caller may use some models only; rollouts of all models choose by labels.
         """
         del context
-        labels = check_labels(request.set)
-        device = self._conductor.roster.device(request.device_id, current_claims().tenant)
+        claims, labels = check_all_models("labelling a device"), check_labels(request.set)
+        device = self._conductor.roster.device(request.device_id, claims.tenant)
         if len({*device.labels, *labels} - set(request.remove)) > _MAX_LABELS:
             raise InputError(f"expected at most {_MAX_LABELS} labels of a device")
-        await self._conductor.set_labels(
-            device.id, labels, list(request.remove)[:_MAX_LABELS], current_claims().subject
-        )
+        await self._conductor.set_labels(device.id, labels, list(request.remove)[:_MAX_LABELS], claims.subject)
         return fleet_pb2.SetLabelsResponse(labels=self._conductor.roster.device(device.id).labels)
 
     async def Pin(self, request: Any, context: Any) -> Any:  # noqa: N802

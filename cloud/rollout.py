@@ -143,10 +143,7 @@ class Evidence:
     errors: int = 0
     audited: int = 0
     disagreed: int = 0
-    latency_p50_ms: float = 0.0
     seconds: float = 0.0
-    before_requests: int = 0
-    before_latency_p50_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,14 +419,14 @@ def outcome_of(plan: Plan, progress: Progress, device: Candidate, now: float) ->
 
 
 def _verdict(gates: Gates, seen: Evidence) -> str:
-    """Return which limit one device's own figures break beyond chance."""
+    """Return which limit one device's own figures break beyond chance.
+
+    Not latency: only the device can tell a slow version from a machine that has become busy, and goes back by itself.
+    """
     if _exceeds(seen.errors, seen.requests, gates.max_error_rate, gates):
         return "error-rate"
     if gates.min_agreement and _exceeds(seen.disagreed, seen.audited, 1.0 - gates.min_agreement, gates):
         return "agreement"
-    compared = min(seen.requests, seen.before_requests) >= gates.min_samples and seen.before_latency_p50_ms > 0
-    if gates.max_latency_ratio and compared:
-        return "latency" if seen.latency_p50_ms > gates.max_latency_ratio * seen.before_latency_p50_ms else ""
     return ""
 
 

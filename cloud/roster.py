@@ -372,8 +372,7 @@ def _heard(report: db.Report) -> rules.Heard:
     seen = fleet_pb2.Evidence.FromString(report.evidence)
     evidence = rules.Evidence(
         requests=seen.requests, errors=seen.errors, audited=seen.audited, disagreed=seen.disagreed,
-        latency_p50_ms=seen.latency_p50_ms, seconds=seen.seconds, before_requests=seen.before_requests,
-        before_latency_p50_ms=seen.before_latency_p50_ms,
+        seconds=seen.seconds,
     )  # fmt: skip
     return rules.Heard(
         version=report.version,

@@ -94,7 +94,7 @@ def bench(
     """Measure the variants of a bundle on this machine, batch 1, and rank those that pass their self-test."""
     from dataclasses import asdict
 
-    from edge.bench import Choice, measure_variants, write_choice
+    from edge.bench import Choice, hardware, measure_variants, write_choice
     from edge.identity import DeviceHome
     from isthmus.errors import BundleError
 
@@ -110,9 +110,8 @@ def bench(
     if best.latency_ms is None:
         raise BundleError("no variant can run here", hint="the notes say why", reason="no-fitting-variant")
     if home is not None:
-        write_choice(
-            home, manifest.name, Choice(variant=best.variant, latency_ms=best.latency_ms, version=manifest.version)
-        )
+        choice = Choice(variant=best.variant, latency_ms=best.latency_ms, version=manifest.version, hardware=hardware())
+        write_choice(home, manifest.name, choice)
         note(f"{home}: updates of {manifest.name} prefer {best.variant}")
 
 
@@ -143,6 +142,10 @@ def _told(model: dict[str, Any]) -> dict[str, Any]:
     last = model.get("last_update") or {}
     update = f"{last['from_version']} -> {last['to_version']} {last['outcome']} {last['reason']}" if last else None
     plain = {name: model[name] for name in ("version", "variant", "threshold")}
+    if (measured := model.get("measured")) is not None:
+        took = measured.get("latency_ms")
+        told = "not measured again" if took is None else f"{took:.3g} ms"
+        plain["fastest measured"] = f"{measured['variant']}, {told} (version {measured['version']})"
     trial = model.get("trial")
     answers = {f"answers {route}": count for route, count in model["answers"].items()}
     update_told = {"step": model["step"], **({} if trial is None else _told_trial(trial)), "last update": update}

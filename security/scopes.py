@@ -157,6 +157,9 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": AUTHENTICATED},
 }
 
+# Methods whose requests are a stream and whose answer is one message.
+UPLOADS: Final = frozenset({"/isthmus.v1.RegistryService/UploadBlob"})
+
 # Full method path, as it travels, to what the method asks for.
 METHOD_SCOPES: Final[Mapping[str, str]] = MappingProxyType(
     {f"/{service}/{method}": scope for service, methods in _METHODS.items() for method, scope in methods.items()}

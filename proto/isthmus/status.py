@@ -185,13 +185,8 @@ def wrap_handler(
     handler: grpc.RpcMethodHandler[Any, Any],
     unary: Callable[[Callable[..., Any]], Callable[..., Any]],
     stream: Callable[[Callable[..., Any]], Callable[..., Any]],
-    *,
-    unparsed: bool = False,
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response.
-
-    `unparsed` hands requests on as bytes, for a wrapper that parses them itself, after it has looked at the call.
-    """
+    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response."""
     parts: Any = handler
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -205,7 +200,7 @@ def wrap_handler(
     wrapped = stream(behaviour) if parts.response_streaming else unary(behaviour)
     wrapped_handler: grpc.RpcMethodHandler[Any, Any] = make(
         wrapped,
-        request_deserializer=None if unparsed else parts.request_deserializer,
+        request_deserializer=parts.request_deserializer,
         response_serializer=parts.response_serializer,
     )
     return wrapped_handler

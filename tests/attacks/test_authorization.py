@@ -311,6 +311,37 @@ def test_a_blob_that_is_stored_for_another_tenant_is_missing_until_it_is_sent(si
         assert b"light model of beta 1" in answer.body
 
 
+@pytest.mark.parametrize("role", ["operator", "admin"])
+def test_an_operator_of_one_model_moves_no_device_between_rollouts_of_others(site: Site, role: str) -> None:
+    """Rollouts of every model choose devices by label: whoever sets one says which versions of others they get."""
+    labels = fleet_pb2.SetLabelsRequest(device_id=DEVICES["acme"], set={"group": "canary"})
+    removal = fleet_pb2.SetLabelsRequest(device_id=DEVICES["acme"], remove=["group"])
+    chosen = fleet_pb2.ListDevicesRequest(selector={"group": "canary"})  # as a rollout does
+    everything = site.workspace.token("operator", "ann", tenant="acme")
+
+    def matching() -> int:
+        answer = site.call(f"{FLEET}ListDevices", chosen, everything)
+        return len(fleet_pb2.ListDevicesResponse.FromString(answer.body).devices)
+
+    some = site.workspace.token(role, "eve", models=("acme.other",), tenant="acme")
+    refused = (grpc.StatusCode.PERMISSION_DENIED, "not-all-models")
+    for labelled, request in ((0, labels), (1, removal)):
+        assert matching() == labelled
+        answers = [site.call(f"{FLEET}SetLabels", request, some) for request in (request, _of_nobody(request))]
+        assert {(answer.code, dict(answer.trailing)[REASON_KEY]) for answer in answers} == {refused}
+        assert matching() == labelled
+        assert site.call(f"{FLEET}SetLabels", request, everything).code is grpc.StatusCode.OK
+    assert matching() == 0
+
+
+def _of_nobody(request: Any) -> Any:
+    """Return a request for a device that there is not."""
+    changed = type(request)()
+    changed.CopyFrom(request)
+    changed.device_id = "acme.nobody"
+    return changed
+
+
 @pytest.mark.parametrize("role", SCOPES_OF_ROLE)
 def test_a_role_reaches_its_methods_and_no_others(site: Site, role: str) -> None:
     """An empty request is refused by every method that changes something; what counts is by whom."""
