@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final
@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 _HEADER: Final = "authorization"
 _SCHEME: Final = "bearer "
 _claims: ContextVar[Claims] = ContextVar("isthmus_claims")
-_claims_again: ContextVar[Callable[[], Claims]] = ContextVar("isthmus_claims_again")  # of streams
+_claims_again: ContextVar[Callable[[], Claims]] = ContextVar("isthmus_claims_again")
 
 
 def current_claims() -> Claims:
@@ -86,17 +86,12 @@ class AuthInterceptor(MethodInterceptor):
         self._authenticator = verifier if isinstance(verifier, Authenticator) else Authenticator(verifier)
         self._method_scopes, self._tenant = method_scopes, tenant
         self._guard = guard or Guard()
-<<<<<<< HEAD
-=======
         self._authenticator.on_change(self._guard.judge_again)
-        self._handlers = WrappedHandlers()
->>>>>>> main
 
     def refusal(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Set the caller's claims for this call, or return what refuses it."""
         method = str(call.method)
         try:
-<<<<<<< HEAD
             self._admit(method, call.invocation_metadata or ())
         except IsthmusError as error:
             log.info("call refused", method=method, reason=error.reason)
@@ -104,43 +99,22 @@ class AuthInterceptor(MethodInterceptor):
         return None
 
     def wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
-        """Look at the certificates of those who call, where a method is not public."""
+        """Look at the certificates of those who call, and again at what they may do, where a method is not public."""
         if self._method_scopes.get(method) == PUBLIC:
             return handler
-        return self._guard.wrap(handler, current_claims)
-
-    def _admit(self, method: str, metadata: Any) -> None:
-=======
-            lasts = bool(handler.response_streaming) or method in UPLOADS
-            claims = self._admit(method, handler_call_details.invocation_metadata or (), lasts=lasts)
-        except IsthmusError as error:
-            log.info("call refused", method=method, reason=error.reason)
-            return _refusal(error)
-        return handler if claims is None else self._handlers.of(method, handler, partial(self._guarded, method))
-
-    def _guarded(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
         return self._guard.wrap(handler, current_claims, _claims_again.get, uploads=method in UPLOADS)
 
-    def _admit(self, method: str, metadata: Any, *, lasts: bool) -> Claims | None:
->>>>>>> main
+    def _admit(self, method: str, metadata: Any) -> None:
         needed = self._method_scopes.get(method)
         if needed is None:
             raise PermissionDeniedError("this method is not offered", reason="method-not-allowed")
         if needed == PUBLIC:
-<<<<<<< HEAD
             return
-        claims = self._authenticator.verify(_bearer_token(metadata), _tenant(metadata))
-=======
-            return None
         credential, tenant = _bearer_token(metadata), _tenant(metadata)
         claims = self._authenticator.verify(credential, tenant)
->>>>>>> main
         _claims.set(claims)  # whoever records a refusal wants to know whose it is
-        claims = self._checked(claims, needed)
-        _claims.set(claims)
-        if lasts:
-            _claims_again.set(partial(self._judged_again, credential, tenant, needed, self._authenticator.now()))
-        return claims
+        _claims.set(self._checked(claims, needed))
+        _claims_again.set(partial(self._judged_again, credential, tenant, needed, self._authenticator.now()))
 
     def _judged_again(self, credential: str, tenant: str, needed: str, began_s: float) -> Claims:
         return self._checked(self._authenticator.verify(credential, tenant, at_s=began_s), needed)
@@ -161,12 +135,7 @@ class AuthInterceptor(MethodInterceptor):
                 reason="missing-scope",
                 hint="use a token of a role that has it: isthmus token mint --role ROLE",
             )
-<<<<<<< HEAD
-        if needed != AUTHENTICATED and claims.models_by_scope is not None:
-            _claims.set(claims.narrowed_to(needed))
-=======
         return claims if needed == AUTHENTICATED else claims.narrowed_to(needed)
->>>>>>> main
 
 
 def _bearer_token(metadata: Any) -> str:
