@@ -10,14 +10,17 @@ import numpy as np
 
 from isthmus.delta import elements, factors, fitting, model
 from isthmus.delta.alignment import Pair, sampled_cost
+from isthmus.delta.early import early_blocks
 from isthmus.delta.elements import FLOATS, Kind
 from isthmus.delta.factors import MAX_NUMBERS, Factors
 from isthmus.delta.literals import Run, compress, pack_literals
-from isthmus.delta.model import Model
+from isthmus.delta.model import Model, Numbers, Part
 from isthmus.delta.rans import U8, U16, U32, Coded, Stream, encode
 from isthmus.delta.rebuild import blocks
+from isthmus.delta.scaling import find_scaled
 from isthmus.delta.segments import (
     GROUP_HEADER,
+    MAX_EARLY,
     MAX_GROUP,
     Piece,
     Segment,
@@ -105,21 +108,7 @@ def _complement(runs: Sequence[Run], size: int) -> list[Run]:
 
 
 def _write_group(runs: Sequence[Pair | Run], base: memoryview, target: memoryview, free: Sequence[Run]) -> bytes:
-    drafts: dict[int, _Draft] = {}
-    segments: list[Segment] = []
-    literals: list[Run] = []
-    room = MAX_NUMBERS
-    for run in runs:
-        made = _draft(run, base, target, room) if isinstance(run, Pair) else run
-        if isinstance(made, _Draft):
-            room -= made.segment.factors.numbers if made.segment.factors else 0
-            drafts[len(segments)] = made
-            segments.append(made.segment)
-        elif isinstance(made, Segment):
-            segments.append(made)
-        else:
-            literals.append(made)
-            segments.append(Segment(Piece.LITERAL, made[1]))
+    segments, drafts, literals = _drafted(runs, base, target)
     models, arrays = _fit(drafts, segments)
     stream = _code(arrays, sum(segment.length for segment in segments))
     sections, frames = pack_literals(literals, base, target, free)
@@ -130,6 +119,54 @@ def _write_group(runs: Sequence[Pair | Run], base: memoryview, target: memoryvie
     lanes, words = stream.states.size, stream.words
     header = GROUP_HEADER.pack(length, len(packed), len(raw), sum(map(len, frames)), words.size, lanes)
     return b"".join((header, packed, *frames, stream.states.astype("<u4").tobytes(), words.astype("<u2").tobytes()))
+
+
+def _drafted(
+    runs: Sequence[Pair | Run], base: memoryview, target: memoryview
+) -> tuple[list[Segment], dict[int, _Draft], list[Run]]:
+    """Return segments without models, what is coded by the number of its segment, and the literals."""
+    scaled = find_scaled((run for run in runs if isinstance(run, Pair)), base, target)
+    made: dict[Pair | Run, _Draft | Segment | Run] = {}
+    room = MAX_NUMBERS
+    for run in runs:
+        if isinstance(run, Pair) and (run not in scaled or not isinstance(made[scaled[run][0]], _Draft)):
+            scaled.pop(run, None)
+            made[run] = draft = _draft(run, base, target, room)
+            if isinstance(draft, _Draft) and draft.segment.factors:
+                room -= draft.segment.factors.numbers
+    segments: list[Segment] = []
+    drafts: dict[int, _Draft] = {}
+    literals: list[Run] = []
+    tensors: dict[Pair | Run, int] = {}
+    for run in runs:
+        part = made.get(run, run)
+        if isinstance(part, _Draft):
+            tensors[run] = len(drafts)
+            drafts[len(segments)] = part
+            segments.append(part.segment)
+        elif isinstance(part, Segment):
+            segments.append(part)
+        elif isinstance(part, Pair):
+            source, scale = scaled[part]
+            segments.append(Segment(Piece.SCALED, part.length, source=tensors[source], scale=scale))
+        else:
+            literals.append(part)
+            segments.append(Segment(Piece.LITERAL, part[1]))
+    _choose_early(segments, drafts, {tensors[source] for source, _ in scaled.values()})
+    return segments, drafts, literals
+
+
+def _choose_early(segments: list[Segment], drafts: dict[int, _Draft], sources: set[int]) -> None:
+    """Say of tensors that they are early: those that others are made of, and the shortest ones."""
+    room = MAX_EARLY
+    by_length = sorted(enumerate(drafts), key=lambda entry: (entry[0] not in sources, segments[entry[1]].length))
+    for _, place in by_length:
+        draft = drafts[place]
+        room -= draft.segment.length
+        if room < 0:
+            return
+        if draft.symbols.size <= model.BLOCK and not draft.segment.numbers.still_rows:
+            segments[place] = draft.segment = replace(draft.segment, early=True)
 
 
 def _draft(pair: Pair, base: memoryview, target: memoryview, room: int) -> _Draft | Segment | Run:
@@ -146,8 +183,8 @@ def _draft(pair: Pair, base: memoryview, target: memoryview, room: int) -> _Draf
     difference = elements.differences(old, new, pair.kind)
     best = _modelled(pair, old, difference, lines, None)
     least = _entropy(best)
-    for found in fitting.fit_factors(old, new, pair.kind, pair.row):
-        if found.left.size + found.right.size <= room:
+    for found in fitting.fit_factors(old, new, pair.kind, pair.row, pair.channel):
+        if found.numbers <= room:
             draft = _modelled(pair, old, difference, lines, found)
             bits = _entropy(draft) + factors.bits(found)
             best, least = (draft, bits) if bits < least else (best, least)
@@ -167,7 +204,8 @@ def _lines(old: elements.Ints, new: elements.Ints, row: int) -> model.Lines:
 def _modelled(
     pair: Pair, old: elements.Ints, difference: elements.Differences, lines: model.Lines, found: Factors | None
 ) -> _Draft:
-    expected = model.predict(pair.kind, old, found, slice(None))
+    part = Part(Numbers(factors=found), pair.row, old.size, lines)
+    expected = model.predict(pair.kind, old, [part])
     left = fitting.residual(difference, expected, pair.kind)
     numbers = replace(fitting.fit_numbers(old, left, pair.kind, pair.row), factors=found)
     if isinstance(lines, np.ndarray):
@@ -177,7 +215,7 @@ def _modelled(
     outlined = factors.outline(found) if found else None
     segment = Segment(Piece.TENSOR, pair.length, pair.old_offset, 0, pair.row, numbers, outlined)
     features = first_features(pair.kind)
-    contexts = model.contexts(old, pair.kind, features, numbers, expected.buckets, pair.row, lines)
+    contexts = model.contexts(old, pair.kind, features, [replace(part, numbers=numbers)], expected.buckets)
     return _Draft(segment, pair.kind, contexts, *elements.to_symbols(left, pair.kind))
 
 
@@ -222,9 +260,22 @@ def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model
     if made:
         models.append(_fit_factors(made, arrays))
     for place, draft in drafts.items():
-        number = groups.index(draft.group)
-        segments[place] = replace(segments[place], model=number)
-        arrays += _arrays(draft, models[number])
+        segments[place] = draft.segment = replace(draft.segment, model=groups.index(draft.group))
+    coded = list(drafts.values())
+    for block in early_blocks([draft.segment for draft in coded], [mine.kind for mine in models]):
+        joined = [_coded(coded[number], models[coded[number].segment.model], slice(None)) for number in block]
+        arrays.append(
+            replace(
+                joined[0],
+                **{
+                    name: np.concatenate([getattr(one, name) for one in joined])
+                    for name in ("symbols", "contexts", "bits")
+                },
+            )
+        )
+    for draft in coded:
+        if not draft.segment.early:
+            arrays += _arrays(draft, models[draft.segment.model])
     return models, arrays
 
 
@@ -251,8 +302,12 @@ def _arrays(draft: _Draft, mine: Model) -> Iterator[Coded]:
             count = int(np.count_nonzero(mine_here != model.STILL)) * segment.row
         part = slice(begin, begin + count)
         begin += count
-        groups = mine.groups.take(draft.contexts[part])
-        yield Coded(draft.symbols[part], groups, mine.frequencies, mine.bit_counts, draft.raw[part])
+        yield _coded(draft, mine, part)
+
+
+def _coded(draft: _Draft, mine: Model, part: slice) -> Coded:
+    groups = mine.groups.take(draft.contexts[part])
+    return Coded(draft.symbols[part], groups, mine.frequencies, mine.bit_counts, draft.raw[part])
 
 
 def _code(arrays: Sequence[Coded], length: int) -> Stream:
