@@ -45,7 +45,7 @@ def _write(name: str, old: bytes, new: bytes, layout: Path | None = None) -> Non
 
 
 def _tensors(rng: np.random.Generator) -> tuple[Arrays, Arrays]:
-    """Return tensors of every kind that safetensors has: with factors, gains, still rows, raw bits, outliers; some are new."""
+    """Return tensors of every kind that safetensors has: with factors, gains, still rows, raw bits, outliers; new."""
     half, half_new = tuned(rng, (96, 80), rank=2, noise=1e-4)
     single, single_new = tuned(rng, (40, 64), rank=1, noise=1e-5)
     octets = rng.integers(-100, 100, (256, 40)).astype(np.int8)
@@ -65,7 +65,8 @@ def _tensors(rng: np.random.Generator) -> tuple[Arrays, Arrays]:
            "ranked": (ranked + np.floor(steps + rng.random(steps.shape))).astype(np.int8),
            "words": words + rng.integers(-40, 40, 300).astype(np.int16), "whole": whole + 70000,
            "same": old["same"], "added": rng.normal(size=30).astype(np.float32),
-           "folded": grown.astype(np.float16), "scales": scales[1], "products": scales[1] * np.float32(0.4)}  # fmt: skip
+           "folded": grown.astype(np.float16), "scales": scales[1],
+           "products": scales[1] * np.float32(0.4)}  # fmt: skip
     return old, new
 
 
