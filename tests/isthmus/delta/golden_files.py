@@ -57,7 +57,7 @@ def _tensors(rng: np.random.Generator) -> tuple[Arrays, Arrays]:
     half_new[3, 7] = np.inf
     folded = (rng.normal(size=(60, 3, 8)) * 0.1).astype(np.float16)
     grown = folded * (1 + rng.normal(size=(60, 1, 1)) * 0.05) + rng.normal(size=folded.shape) * 1e-4
-    scales = np.abs(rng.normal(size=(2, 70)).astype(np.float32))
+    scales = (rng.random(70) * (1 + np.outer((0.0, 0.01), rng.normal(size=70)))).astype(np.float32)
     old: Arrays = {"half": half.astype(np.float16), "single": single, "octets": octets, "ranked": ranked,
            "words": words, "whole": whole, "same": np.arange(200, dtype=np.uint8),
            "folded": folded, "scales": scales[0], "products": scales[0] * np.float32(0.3)}  # fmt: skip

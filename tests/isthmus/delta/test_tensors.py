@@ -193,8 +193,9 @@ def test_channels_that_were_rescaled_cost_little_more_than_a_number_each(
 def test_scales_that_are_others_times_a_number_cost_next_to_nothing(folder: Path) -> None:
     rng = np.random.default_rng(13)
     versions = []
-    for seen in (0.017, 0.0193):
-        scales = rng.uniform(0.001, 0.01, 2000).astype(np.float32)
+    before = rng.uniform(0.001, 0.01, 2000)
+    for seen, moves in ((0.017, 0.0), (0.0193, 0.02)):
+        scales = (before * (1 + moves * rng.normal(size=2000))).astype(np.float32)
         versions.append({"of biases": scales * np.float32(seen), "of weights": scales})
     old, new = versions
     _, both = share(folder, safetensors(old), safetensors(new))
