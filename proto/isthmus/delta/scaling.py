@@ -30,13 +30,18 @@ def find_scaled(pairs: Iterable[Pair], base: memoryview, target: memoryview) -> 
             continue
         if new == base[pair.old_offset : pair.old_offset + pair.length]:
             continue
-        for source in reversed(sources[pair.length][-_LOOKED_AT:]):
-            scale = _scale(bytes(target[source.offset : source.offset + source.length]), new)
-            if scale is not None:
+        known = sources[pair.length]
+        for source in reversed(known[-_LOOKED_AT:]):
+            other = bytes(target[source.offset : source.offset + source.length])
+            if (scale := _scale(other, new)) is not None:
                 found[pair] = source, scale
                 break
+            if (scale := _scale(new, other)) is not None and all(one is not source for one, _ in found.values()):
+                found[source] = pair, scale
+                known[known.index(source)] = pair
+                break
         else:
-            sources[pair.length].append(pair)
+            known.append(pair)
     return found
 
 

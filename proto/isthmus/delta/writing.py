@@ -128,9 +128,12 @@ def _drafted(
     scaled = find_scaled((run for run in runs if isinstance(run, Pair)), base, target)
     made: dict[Pair | Run, _Draft | Segment | Run] = {}
     room = MAX_NUMBERS
-    for run in runs:
-        if isinstance(run, Pair) and (run not in scaled or not isinstance(made[scaled[run][0]], _Draft)):
-            scaled.pop(run, None)
+    for run in sorted(runs, key=lambda run: run in scaled):  # sources first
+        if not isinstance(run, Pair):
+            made[run] = run
+        elif run in scaled and isinstance(made[scaled[run][0]], _Draft):
+            made[run] = Segment(Piece.SCALED, run.length, scale=scaled[run][1])
+        else:
             made[run] = draft = _draft(run, base, target, room)
             if isinstance(draft, _Draft) and draft.segment.factors:
                 room -= draft.segment.factors.numbers
@@ -138,21 +141,25 @@ def _drafted(
     drafts: dict[int, _Draft] = {}
     literals: list[Run] = []
     tensors: dict[Pair | Run, int] = {}
-    for run in runs:
-        part = made.get(run, run)
+    for place, run in enumerate(runs):
+        part = made[run]
         if isinstance(part, _Draft):
             tensors[run] = len(drafts)
-            drafts[len(segments)] = part
+            drafts[place] = part
             segments.append(part.segment)
         elif isinstance(part, Segment):
             segments.append(part)
-        elif isinstance(part, Pair):
-            source, scale = scaled[part]
-            segments.append(Segment(Piece.SCALED, part.length, source=tensors[source], scale=scale))
         else:
             literals.append(part)
             segments.append(Segment(Piece.LITERAL, part[1]))
-    _choose_early(segments, drafts, {tensors[source] for source, _ in scaled.values()})
+    sources = {
+        place: tensors[scaled[run][0]]
+        for place, run in enumerate(runs)
+        if isinstance(run, Pair) and segments[place].piece is Piece.SCALED
+    }
+    for place, source in sources.items():
+        segments[place] = replace(segments[place], source=source)
+    _choose_early(segments, drafts, set(sources.values()))
     return segments, drafts, literals
 
 
