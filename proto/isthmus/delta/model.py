@@ -39,6 +39,7 @@ Lines = slice | NDArray[np.intp]
 _BUCKETS: Final = np.searchsorted((2, 4, 8, 16, 32, 64, 96), np.abs(np.arange(256) - 128), side="right").astype(
     np.uint8
 )
+_NORMAL: Final = 1000  # a power of two below it is a number of double precision: to multiply by it is the same
 _NARROW: Final = 6  # to the left: so far 24 bits may be shifted in 32
 
 
@@ -122,7 +123,7 @@ def predict(kind: Kind, old: Ints, parts: Sequence[Part]) -> Prediction:
         return Prediction(flips=flips)
     if len(parts) == 1:
         return _predict_part(kind, old, parts[0], flips)
-    moves = np.zeros(old.size, old.dtype if kind in FLOATS else np.int64)
+    moves = np.zeros(old.size, old.dtype)
     buckets = None if kind in FLOATS else np.zeros(old.size, np.uint8)
     turned = np.zeros(old.size, bool) if flips is None else flips
     at = 0
@@ -164,10 +165,12 @@ def _predict_floats(kind: Kind, old: Ints, part: Part, product: NDArray[np.float
             square = values.reshape(-1, gains.width)
             square *= gains.factors(slice(begin, begin + square.shape[0]))[:, None]
         if factors is not None and product is not None:
-            values += np.ldexp(product.astype(np.float64), factors.shift)
+            change = product.astype(np.float64)
+            values += change * 2.0**factors.shift if abs(factors.shift) < _NORMAL else np.ldexp(change, factors.shift)
         moves = elements.from_values(values, kind)
     moves -= old
-    moves[~finite] = 0
+    if not finite.all():
+        moves[~finite] = 0
     return moves
 
 

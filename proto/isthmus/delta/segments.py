@@ -43,6 +43,7 @@ class Piece(IntEnum):
     SCALED = 3
 
 
+_PIECES: Final = tuple(Piece)
 _BASED: Final = (Piece.COPY, Piece.TENSOR)  # what refers to the base
 
 
@@ -241,7 +242,10 @@ def _models(reader: Reader, count: int) -> list[Model]:
 
 
 def _segments(reader: Reader, count: int, models: Sequence[Model], old_length: int, length: int) -> list[Segment]:
-    pieces = [_piece(number) for number in reader.array(np.uint8, count).tolist()]
+    numbers = reader.array(np.uint8, count).tolist()
+    if max(numbers, default=0) > max(Piece):
+        raise DeltaError("a segment is of no known kind")
+    pieces = [_PIECES[number] for number in numbers]
     lengths = reader.numbers(count)
     if 0 in lengths or sum(lengths) != length:
         raise DeltaError(f"expected segments of {length} bytes, got {sum(lengths)}")
@@ -292,12 +296,6 @@ def _check_factors(segments: Sequence[Segment], models: Sequence[Model], model: 
         raise DeltaError("the factors have no model")
     if sum(outline.numbers for outline in outlines) > MAX_NUMBERS:
         raise DeltaError(f"expected up to {MAX_NUMBERS} numbers in the factors of a group")
-
-
-def _piece(number: int) -> Piece:
-    if number not in set(Piece):
-        raise DeltaError("a segment is of no known kind")
-    return Piece(number)
 
 
 def _tensors(reader: Reader, plain: Sequence[Segment], models: Sequence[Model]) -> list[Segment]:
