@@ -122,7 +122,7 @@ def code(made: Sequence[Factors]) -> Iterator[tuple[U16, U8, U32]]:
     """Yield contexts, symbols and raw bits of the numbers, in parts that are coded one after the other."""
     numbers = np.concatenate([vector for factors in made for vector in _vectors(factors)])
     contexts = _contexts([outline(factors) for factors in made])
-    symbols, raw = elements.to_symbols(numbers.astype(np.int64), KIND)
+    symbols, raw = elements.to_symbols(numbers, KIND)
     for at in range(0, numbers.size, _CHUNK):
         part = slice(at, at + _CHUNK)
         yield contexts[part], symbols[part], raw[part]

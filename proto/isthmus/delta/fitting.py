@@ -151,13 +151,11 @@ def _largest_parts(matrix: F64) -> tuple[F64, F64, F64]:
 
 def residual(difference: Differences, prediction: Prediction, kind: Kind) -> Differences:
     """Return what is coded: the difference less its prediction."""
-    half = 1 << (elements.bits(kind) - 1)
     left = difference
     if prediction.moves is not None:
-        left = ((left - prediction.moves + half) & (2 * half - 1)) - half
+        left = elements.wrapped(left - prediction.moves.astype(left.dtype), kind)
     if prediction.flips is not None:
-        left = np.where(prediction.flips, -left, left)
-        left[left == half] = -half
+        left = elements.wrapped(np.where(prediction.flips, -left, left), kind)
     return left
 
 
@@ -169,19 +167,19 @@ def fit_numbers(old: Ints, difference: Differences, kind: Kind, row: int) -> Num
 
 
 def _fit_floats(old: Ints, difference: Differences, kind: Kind, row: int) -> Numbers:
-    known = elements.exponents(kind)[elements.features(old, kind)]
-    size = np.log2(np.abs(difference) + 0.5) + known
+    size = np.log2(np.abs(difference.astype(np.float32)) + np.float32(0.5))
+    size += elements.exponents(kind).astype(np.float32).take(elements.features(old, kind))
     rows, whole = -(-size.size // row), size.size // row
     counts = np.full(rows, row, np.float64)
     counts[-1] = size.size - (rows - 1) * row
-    base = round(float(size.mean()) * FLOAT_STEPS)
+    base = round(float(size.mean(dtype=np.float64)) * FLOAT_STEPS)
     middle = base / FLOAT_STEPS
-    lines = (np.add.reduceat(size, np.arange(0, size.size, row)) - middle * counts) / (counts + 4)
+    lines = (np.add.reduceat(size, np.arange(0, size.size, row), dtype=np.float64) - middle * counts) / (counts + 4)
     chosen = _best([lines * FLOAT_STEPS], _worth_of_scales(lines, counts))
     columns = np.zeros(0, np.int8)
     if whole >= 8:
         taken = chosen[:whole].sum() / FLOAT_STEPS if chosen.size else 0.0
-        sums = size[: whole * row].reshape(whole, row).sum(axis=0) - middle * whole - taken
+        sums = size[: whole * row].reshape(whole, row).sum(axis=0, dtype=np.float64) - middle * whole - taken
         aside = sums / (whole + 4)
         columns = _best([aside * FLOAT_STEPS], _worth_of_scales(aside, np.full(row, float(whole))))
     return Numbers(base, chosen, columns)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.delta import elements, factors, fitting, model
 from isthmus.delta.alignment import Pair, sampled_cost
@@ -189,8 +190,9 @@ def _draft(pair: Pair, base: memoryview, target: memoryview, room: int) -> _Draf
         old, new = (values.reshape(-1, pair.row)[lines].ravel() for values in (old, new))
     difference = elements.differences(old, new, pair.kind)
     best = _modelled(pair, old, difference, lines, None)
-    least = _entropy(best)
-    for found in fitting.fit_factors(old, new, pair.kind, pair.row, pair.channel):
+    candidates = fitting.fit_factors(old, new, pair.kind, pair.row, pair.channel)
+    least = _entropy(best) if candidates else 0.0
+    for found in candidates:
         if found.numbers <= room:
             draft = _modelled(pair, old, difference, lines, found)
             bits = _entropy(draft) + factors.bits(found)
@@ -226,24 +228,35 @@ def _modelled(
     return _Draft(segment, pair.kind, contexts, *elements.to_symbols(left, pair.kind))
 
 
-def _counts(draft: _Draft) -> fitting.Counts:
-    return _counted(draft.kind, draft.contexts, draft.symbols)
+def _no_counts(kind: Kind) -> fitting.Counts:
+    return np.zeros((model.CONTEXTS, elements.symbol_count(kind)), np.int64)
 
 
-def _counted(kind: Kind, contexts: U16, symbols: U8) -> fitting.Counts:
-    width = elements.symbol_count(kind)
-    index = contexts.astype(np.int32) * width + symbols
-    return np.bincount(index, minlength=model.CONTEXTS * width).reshape(model.CONTEXTS, width)
+def _add_counts(counts: fitting.Counts, contexts: U16, symbols: U8) -> None:
+    """Count symbols in their contexts."""
+    first, last, width = int(contexts.min(initial=model.CONTEXTS - 1)), int(contexts.max(initial=0)), counts.shape[1]
+    mine = _index(contexts, symbols, first, width)
+    counts[first : last + 1] += np.bincount(mine, minlength=(last + 1 - first) * width).reshape(-1, width)
+
+
+def _index(contexts: U16, symbols: U8, first: int, width: int) -> NDArray[np.int32]:
+    index: NDArray[np.int32] = contexts.astype(np.int32)
+    index -= first
+    index *= width
+    index += symbols
+    return index
 
 
 def _entropy(draft: _Draft) -> float:
     """Return the bits that a draft needs, about, with frequencies of its own."""
-    counts = _counts(draft)
-    totals = counts.sum(axis=1, keepdims=True)
-    row, symbol = np.nonzero(counts)
-    used = counts[row, symbol].astype(np.float64)
-    coded = -(used * np.log2(used / totals[row, 0])).sum()
-    return float(coded + (counts.sum(axis=0) * elements.bit_counts(draft.kind)).sum())
+    width = elements.symbol_count(draft.kind)
+    first = int(draft.contexts.min(initial=model.CONTEXTS - 1))
+    counts = np.bincount(_index(draft.contexts, draft.symbols, first, width))
+    used = np.flatnonzero(counts)
+    here = counts[used].astype(np.float64)
+    totals = np.bincount(used // width, weights=here)
+    coded = (totals[totals > 0] * np.log2(totals[totals > 0])).sum() - (here * np.log2(here)).sum()
+    return float(coded + (here * elements.bit_counts(draft.kind)[used % width]).sum())
 
 
 def first_features(kind: Kind) -> factors.I16:
@@ -258,8 +271,8 @@ def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model
     """Fit models for the tensors of each kind, those with raw bits apart: to look for such bits takes time."""
     counts: dict[tuple[Kind, bool], fitting.Counts] = {}
     for draft in drafts.values():
-        mine = _counts(draft)
-        counts[draft.group] = counts[draft.group] + mine if draft.group in counts else mine
+        mine = counts.setdefault(draft.group, _no_counts(draft.kind))
+        _add_counts(mine, draft.contexts, draft.symbols)
     groups = sorted(counts)
     models = [fitting.fit_model(group[0], counts[group], first_features(group[0])) for group in groups]
     arrays: list[Coded] = []
@@ -289,9 +302,9 @@ def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model
 def _fit_factors(made: Sequence[Factors], arrays: list[Coded]) -> Model:
     """Fit the model of the factors' numbers, and append those to the arrays."""
     parts = list(factors.code(made))
-    counts = _counted(factors.KIND, *parts[0][:2])
-    for contexts, symbols, _ in parts[1:]:
-        counts += _counted(factors.KIND, contexts, symbols)
+    counts = _no_counts(factors.KIND)
+    for contexts, symbols, _ in parts:
+        _add_counts(counts, contexts, symbols)
     mine = fitting.fit_model(factors.KIND, counts, first_features(factors.KIND))
     for contexts, symbols, raw in parts:
         arrays.append(Coded(symbols, mine.groups.take(contexts), mine.frequencies, mine.bit_counts, raw))
