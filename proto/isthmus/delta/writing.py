@@ -31,7 +31,7 @@ from isthmus.delta.segments import (
 _PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
 _LANE_SHARE: Final = 0.008  # of what is coded may go into the lanes
 _LITTLE_LANE_SHARE: Final = 0.002  # does not matter
-_LANES_PER_SYMBOL: Final = 9000.0  # and byte of the target: more hardly make it faster
+_LANES_PER_SYMBOL: Final = 18000.0  # and byte of the target: more hardly make it faster
 _LANE_BITS: Final = 8.8  # that a lane costs
 _MOST_LANES: Final = 14  # as a power of two
 _STILL: Final = 0.1  # of the rows: so many that are still are left out
