@@ -122,6 +122,7 @@ def cut_down(model: bytes, path: Path) -> None:
     columns = np.array([0, *(known.index(character) + 1 for character in ALPHABET)])
     softmax = next(node for node in graph.node if node.op_type == "Softmax" and node.output[0] == graph.output[0].name)
     makers = {name: node for node in graph.node for name in node.output}
+
     def behind(name: str) -> str:
         """Return what a name stands for: the converter puts identities in between."""
         while name in makers and makers[name].op_type == "Identity":
