@@ -51,7 +51,7 @@ from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
 from isthmus.policies import check_serving
-from isthmus.status import StatusInterceptor
+from isthmus.status import MethodInterceptor, StatusInterceptor
 from isthmus.stick import Stick
 from isthmus.tensors import Array
 from isthmus.v1 import fleet_pb2
@@ -337,7 +337,7 @@ def _choose(settings: EdgeSettings, home: DeviceHome, manifest: Manifest) -> Var
 
 def _protection(
     settings: EdgeSettings, home: DeviceHome, verifier: TokenVerifier, tenant: str
-) -> tuple[grpc.ServerCredentials | None, tuple[grpc.aio.ServerInterceptor, ...]]:
+) -> tuple[grpc.ServerCredentials | None, tuple[MethodInterceptor, ...]]:
     if is_local(settings.listen):
         return None, ()
     guards = (StatusInterceptor(), AuthInterceptor(verifier, tenant=tenant), CallGuard(settings.listener))
