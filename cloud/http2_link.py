@@ -139,8 +139,12 @@ class Link(asyncio.Protocol):
             data = http2.frame_head(size, http2.DATA, http2.END_STREAM, stream)
             self._transport.write(b"".join((head, data, before, message)))
             return
-        self._transport.write(head)
-        call.rest = memoryview(before + message)
+        if min(self._window, call.window) < len(before):
+            before, message = b"", before + message
+        self._window -= len(before)
+        call.window -= len(before)
+        self._transport.write(head + (http2.frame(http2.DATA, 0, stream, before) if before else b""))
+        call.rest = memoryview(message)
         self._queue.append(stream)
         self._pump()
 

@@ -77,11 +77,15 @@ class UnaryCall:
             code = _CODES.get(int(status), grpc.StatusCode.UNKNOWN) if status.isdecimal() else grpc.StatusCode.INTERNAL
             self.fail(code, unquote(trailers.get("grpc-message", "")))
             return
-        whole = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        if len(whole) < _PREFIX or whole[0] or int.from_bytes(whole[1:_PREFIX]) != len(whole) - _PREFIX:
+        parts: list[bytes | memoryview] = list(self._parts)
+        if not parts or len(parts[0]) < _PREFIX:
+            parts = [b"".join(parts)]
+        first = parts[0]
+        if len(first) < _PREFIX or first[0] or int.from_bytes(first[1:_PREFIX]) != self.size - _PREFIX:
             self.fail(grpc.StatusCode.INTERNAL, "expected one plain message")
         elif not self.answer.done():
-            self.answer.set_result(whole[_PREFIX:])
+            parts[0] = memoryview(first)[_PREFIX:]
+            self.answer.set_result(b"".join(parts))
 
     def reset(self, error: int) -> None:
         """End it because the server did, with a code of HTTP/2."""

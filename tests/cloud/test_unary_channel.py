@@ -13,8 +13,11 @@ from typing import Any
 import grpc
 import pytest
 from hpack import Encoder
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cloud import http2
+from cloud.http2_reader import FrameReader
 from cloud.unary_call import CallError
 from cloud.unary_channel import UnaryChannel
 from security.tls import server_credentials
@@ -342,6 +345,26 @@ def test_frames_that_only_other_servers_send_are_understood() -> None:
             assert await channel.call(METHOD, b"x", timeout_s=60) == b"yes"
 
     asyncio.run(story())
+
+
+@given(
+    kinds=st.lists(
+        st.tuples(st.sampled_from((http2.DATA, http2.HEADERS, http2.PING)), st.integers(0, 40)), max_size=12
+    ),
+    cuts=st.lists(st.integers(1, 30), max_size=60),
+)
+def test_frames_are_the_same_wherever_the_socket_cuts_them(kinds: list[tuple[int, int]], cuts: list[int]) -> None:
+    flags = http2.END_STREAM | http2.END_HEADERS
+    wanted = [(kind, flags, n, bytes([n]) * size) for n, (kind, size) in enumerate(kinds, 1)]
+    sent = http2.settings({}) + b"".join(http2.frame(kind, flags, n, load) for kind, flags, n, load in wanted)
+    reader, got = FrameReader(), list[tuple[int, int, int, bytes]]()
+    for cut in [*cuts, len(sent)]:
+        piece, sent = sent[:cut], sent[cut:]
+        for kind, flags, n, load, _ in reader.feed(piece) if piece else ():
+            if got and kind == http2.DATA and got[-1][:3] == (kind, 0, n):
+                load = got.pop()[3] + load
+            got.append((kind, flags, n, load))
+    assert got[1:] == wanted
 
 
 BROKEN = {
