@@ -232,8 +232,12 @@ class Roster:
         return self.tenants.get(model, device.tenant) == device.tenant
 
     def is_online(self, device: Device) -> bool:
-        """Return whether a device watches here, or was heard of lately by any replica."""
-        return device.streams > 0 or self._clock() - device.last_seen_at < ONLINE_S
+        """Return whether a device watches here, or was heard of lately by any replica.
+
+        Enrolment does not count: the device's agent may be started much later, or on a site that never has a network.
+        """
+        connected = device.last_seen_at > device.enrolled_at
+        return device.streams > 0 or (connected and self._clock() - device.last_seen_at < ONLINE_S)
 
     def misfit(self, device: Device, model: str, version: int) -> str:
         """Return why no variant of a version runs on a device, or nothing: it fits, or one of the two is not known."""

@@ -19,6 +19,10 @@ Address = Annotated[str, typer.Option(help="Where the agent listens.")]
 Ca = Annotated[Path | None, typer.Option(help="CA of an agent that listens with TLS.")]
 TokenFile = Annotated[Path | None, typer.Option(help="File with an access token, with --ca.")]
 _ADDRESS: Final = "127.0.0.1:8001"
+# Counts that say something at zero, too; those of what seldom happens are shown when it has.
+_SAID_OF_NONE: Final = frozenset(
+    {"uplink attempts", "uplink successes", "uplink failures", "deferred pending", "deferred results"}
+)
 Queue = Annotated[str, typer.Option(help="What the requests named in isthmus.queue.")]
 Home = Annotated[Path, typer.Option(help="The device's folder.")]
 
@@ -133,9 +137,14 @@ def status(
     deferred: dict[str, Any] = answer["deferred"] or {}
     uplink_told = {f"uplink {name}": value for name, value in uplink.items()}
     deferred_told = {f"deferred {name}": value for name, value in deferred.items()}
-    show_record("agent", {"device": answer["device_id"], **uplink_told, **deferred_told})
+    show_record("agent", {"device": answer["device_id"], **_telling(uplink_told | deferred_told)})
     for model in answer["models"]:
         show_record(model["model"], _told(model))
+
+
+def _telling(counts: dict[str, Any]) -> dict[str, Any]:
+    """Return the counts that say something to a person: what happened, and what is worth knowing not to have."""
+    return {name: value for name, value in counts.items() if value or name in _SAID_OF_NONE}
 
 
 def _told(model: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Lessons:
         output = live.calibration.output
         if output in heavy and output in light:  # the caller wanted it
             counters = self._models.counters[live.manifest.name]
-            agreed, rows = count_agreement(light[output], heavy[output])
+            agreed, rows = count_agreement(light[output], heavy[output], live.calibration.decoding)
             counters.agreed_rows += agreed
             counters.compared_rows += rows
         if self._capture is not None and len(heavy) == len(live.manifest.outputs):

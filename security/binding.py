@@ -9,7 +9,7 @@ requests, that is before they are read.
    are running end with UNAUTHENTICATED and the reason `revoked`.
 3. A stream, which may never end by itself, ends when its caller would not be let in any more: with what a new call is
    answered; or with `access-changed` where that would be let in, for fewer models. One answer that is being worked out
-   is still given. That a credential's own time ends does not end what it began: a transfer may take longer.
+   is still given. The end of a credential's own time ends streams that have no end; a transfer may take longer.
 
 TLS has verified the certificate before: that it comes from the authority for devices, and is valid now.
 """
@@ -20,6 +20,7 @@ import asyncio
 import base64
 import hashlib
 import inspect
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,11 +35,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
 from isthmus.status import wrap_handler
+from security.jws import EXPIRY_LEEWAY_S
 from security.scopes import DEVICE
 from security.tokens import ALL_MODELS, Claims
 
 DEVICE_URI: Final = "isthmus://device/"
 _GRACE_S: Final = 2.0
+_LATE_S: Final = 0.1
 _REMEMBERED: Final = 4096  # certificates, of devices that are connected
 
 _NOT_WATCHED: Final = nullcontext()
@@ -129,9 +132,13 @@ class Guard:
 
     def judge_again(self) -> None:
         """End the streams whose callers would not be let in any more, or for fewer models."""
-        for task, call in self._running.items():
-            if (refusal := _refusal(call)) is not None:
-                self._end(task, call, refusal)
+        for task in self._running:
+            self._judge(task)
+
+    def _judge(self, task: asyncio.Task[Any]) -> None:
+        call = self._running[task]
+        if (refusal := _refusal(call)) is not None:
+            self._end(task, call, refusal)
 
     def _end(self, task: asyncio.Task[Any], call: _Call, refusal: IsthmusError) -> None:
         """End a call; one whose peer takes no messages hears why when it takes one, or is cut off after a grace."""
@@ -234,6 +241,7 @@ class Guard:
             raise refusal
         task = cast("asyncio.Task[Any]", asyncio.current_task())  # grpc runs each call in one
         self._running[task] = call
+        ends = None if again is None else self._at_end_of(claims, task)
         try:
             yield call
         except asyncio.CancelledError:
@@ -243,6 +251,13 @@ class Guard:
             raise call.refusal from None
         finally:
             del self._running[task]
+            if ends is not None:
+                ends.cancel()
+
+    def _at_end_of(self, claims: Claims, task: asyncio.Task[Any]) -> asyncio.TimerHandle:
+        """Judge a stream again when its caller's credential has ended, for certain."""
+        left_s = claims.expires_at.timestamp() + EXPIRY_LEEWAY_S - time.time()
+        return asyncio.get_running_loop().call_later(max(left_s, 0.0) + _LATE_S, self._judge, task)
 
     def _is_revoked(self, subject: str, key_sha256: str) -> bool:
         return subject in self._revoked.devices or key_sha256 in self._revoked.keys

@@ -20,7 +20,7 @@ from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
 from isthmus.status import MethodInterceptor, fail
 from security.authenticator import Authenticator
 from security.binding import Guard
-from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC, UPLOADS
+from security.scopes import AUTHENTICATED, ENDLESS, METHOD_SCOPES, PUBLIC, UPLOADS
 from security.tenancy import TENANT_HEADER, check_tenant
 from security.tokens import ALL_MODELS, Claims, TokenVerifier
 
@@ -114,10 +114,11 @@ class AuthInterceptor(MethodInterceptor):
         claims = self._authenticator.verify(credential, tenant)
         _claims.set(claims)  # whoever records a refusal wants to know whose it is
         _claims.set(self._checked(claims, needed))
-        _claims_again.set(partial(self._judged_again, credential, tenant, needed, self._authenticator.now()))
+        at_s = None if method in ENDLESS else self._authenticator.now()
+        _claims_again.set(partial(self._judged_again, credential, tenant, needed, at_s))
 
-    def _judged_again(self, credential: str, tenant: str, needed: str, began_s: float) -> Claims:
-        return self._checked(self._authenticator.verify(credential, tenant, at_s=began_s), needed)
+    def _judged_again(self, credential: str, tenant: str, needed: str, at_s: float | None) -> Claims:
+        return self._checked(self._authenticator.verify(credential, tenant, at_s=at_s), needed)
 
     def _checked(self, claims: Claims, needed: str) -> Claims:
         """Return the claims that a caller has for a method that asks for `needed`.

@@ -66,11 +66,20 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
                     ended.set_exception(error)
                 return
             full = self.calls >= self.calls_limit
-            serving = self._serve(name, state, full=full)
-            task = self._keep(cygrpc._schedule_rpc_coro(serving, state, self.event_loop, name))
-            if not full:
-                self.calls += 1
-                task.add_done_callback(self._ended)
+            handler = None if full or self.interceptors else self.handlers.get(name)
+            if handler is None:
+                serving = self._serve(name, state, full=full)
+            else:  # nothing has to see the call before it is served
+                serve = _SERVE[handler.request_streaming, handler.response_streaming]
+                serving = serve(handler, state, self.event_loop)
+            call = cygrpc._schedule_rpc_coro(serving, state, self.event_loop, name)
+            if full:
+                self._keep(call)
+                continue
+            self.calls += 1
+            task = self.event_loop.create_task(call)
+            self.running.add(task)
+            task.add_done_callback(self._ended)
 
     async def _serve(self, name: str, state: Any, *, full: bool) -> None:
         context = cygrpc._ServicerContext(state, None, None, self.event_loop)
@@ -103,7 +112,8 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
         task.add_done_callback(self.running.discard)
         return task
 
-    def _ended(self, _task: asyncio.Task[Any]) -> None:
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.running.discard(task)
         self.calls -= 1
 
 

@@ -18,7 +18,8 @@ from isthmus.delta import apply_apart, apply_delta, make_delta
 from isthmus.delta.container import HEADER_BYTES, Header, Method
 from isthmus.delta.elements import Kind
 from isthmus.delta.fields import pack_numbers, pack_signed
-from isthmus.delta.segments import GROUP_HEADER, MAX_MAP, Piece, read_group
+from isthmus.delta.model import BLOCK
+from isthmus.delta.segments import GROUP_HEADER, MAX_EARLY, MAX_MAP, Piece, read_group
 from isthmus.digests import sha256_bytes, sha256_file
 from isthmus.errors import DeltaError, DigestMismatchError
 
@@ -122,18 +123,37 @@ def copied(length: int, offset: int) -> bytes:
 
 
 def with_model(*fields: bytes, segments: int = 1, factor_model: int = 1) -> bytes:
-    """Return a map with two models, of INT8 and INT16, with one table each; the second one is the factors'."""
+    """Return a map with models of INT8, INT16, FLOAT32, with one table each; the second one is the factors'."""
     models = [
         struct.pack("<BBBB", kind, 1, 1, 0) + bytes(512) + bytes(1024) + struct.pack("<H", 4096)
-        for kind in (Kind.INT8, Kind.INT16)
+        for kind in (Kind.INT8, Kind.INT16, Kind.FLOAT32)
     ]
-    return struct.pack("<HHIB", 0, 2, segments, 0) + pack_numbers([factor_model]) + b"".join((*models, *fields))
+    return struct.pack("<HHIB", 0, 3, segments, 0) + pack_numbers([factor_model]) + b"".join((*models, *fields))
 
 
-def tensor(*, model: int = 0, row: int = 10, base: int = 0, flags: int = 0, rank: int = 0, shift: int = 0) -> bytes:
-    """Return the fields of a segment that is a tensor of 100 bytes at the begin of the base."""
-    fields = bytes([Piece.TENSOR]), pack_numbers([100]), pack_signed([0]), pack_numbers([model]), pack_numbers([row])
-    return b"".join(fields) + pack_signed([base]) + bytes([flags, rank]) + (pack_signed([shift]) if rank else b"")
+def tensor(
+    *,
+    model: int = 0,
+    row: int = 10,
+    base: int = 0,
+    flags: int = 0,
+    rank: int = 0,
+    shift: int = 0,
+    width: int = 0,
+    gain_shift: int = 0,
+    length: int = 100,
+) -> bytes:
+    """Return the fields of a segment that is a tensor at the begin of the base."""
+    fields = bytes([Piece.TENSOR]), pack_numbers([length]), pack_signed([0]), pack_numbers([model]), pack_numbers([row])
+    shifts = pack_signed([shift]) if rank else b"", pack_numbers([width]), pack_signed([gain_shift]) if width else b""
+    return b"".join(fields) + pack_signed([base]) + bytes([flags, rank]) + b"".join(shifts)
+
+
+def scaled(*, source: int = 0, model: int = 2, flags: int = 4, length: int = 48) -> bytes:
+    """Return the fields of a tensor of 48 bytes and of one that is made of it."""
+    pieces = bytes([Piece.TENSOR, Piece.SCALED]), pack_numbers([48, length]), pack_signed([0])
+    fields = pack_numbers([model, 25]), pack_signed([0]), bytes([flags, 0]), pack_numbers([0])
+    return with_model(*pieces, *fields, pack_numbers([source]), struct.pack("<f", 2.0), segments=2)
 
 
 STILL_ROWS = bytes([128] * 15)
@@ -165,7 +185,19 @@ HOSTILE = {
     "factors with a model of weights": grouped(
         with_model(tensor(rank=1), bytes(2), factor_model=0), length=100, lanes=1
     ),
-    "unknown flags": grouped(with_model(tensor(flags=4)), length=100, lanes=1),
+    "unknown flags": grouped(with_model(tensor(flags=8)), length=100, lanes=1),
+    "gains of integers": grouped(with_model(tensor(width=5), bytes(1)), length=100, lanes=1),
+    "gains of channels that are no rows": grouped(
+        with_model(tensor(model=2, row=5, width=4), bytes(1)), length=100, lanes=1
+    ),
+    "gains that are not exact": grouped(
+        with_model(tensor(model=2, row=5, width=5, gain_shift=-37), bytes(1)), length=100, lanes=1
+    ),
+    "an early tensor with still rows": grouped(with_model(tensor(flags=5), bytes([128] * 10)), length=100, lanes=1),
+    "a scaled tensor without a source": grouped(scaled(source=1), length=96, lanes=1),
+    "a scaled tensor of another length": grouped(scaled(length=40), length=88, lanes=1),
+    "a scaled tensor of one that is not held": grouped(scaled(flags=0), length=96, lanes=1),
+    "a scaled tensor of integers": grouped(scaled(model=0), length=96, lanes=1),
     "still rows that are not whole": grouped(with_model(tensor(row=7, flags=1), STILL_ROWS), length=100, lanes=1),
     "too many lanes": grouped(copied(100, 0), length=100, lanes=2**31),
     "more halvings than lanes": grouped(
@@ -203,10 +235,19 @@ def test_a_crafted_group_is_refused(tmp_path: Path, group: bytes) -> None:
 
 def test_factors_that_would_not_fit_into_memory_are_refused() -> None:
     size = 1 << 27
-    fields = bytes([Piece.TENSOR]), pack_numbers([size]), pack_signed([0]), pack_numbers([0, 1]), pack_signed([0])
-    group = grouped(with_model(*fields, bytes([0, 1]), pack_signed([0]), bytes(2)), length=size, lanes=1)
-    with pytest.raises(DeltaError, match="numbers in the factors"):
-        read_group(io.BytesIO(group), left=size, old_length=size)
+    ranked = tensor(row=1, rank=1, length=size) + bytes(2)
+    gained = tensor(model=2, row=1, width=1, length=size) + bytes(1)
+    for fields in (ranked, gained):
+        group = grouped(with_model(fields), length=size, lanes=1)
+        with pytest.raises(DeltaError, match="numbers in the factors"):
+            read_group(io.BytesIO(group), left=size, old_length=size)
+
+
+@pytest.mark.parametrize("length", [MAX_EARLY + 1, BLOCK + 1])
+def test_early_tensors_that_would_not_fit_into_memory_are_refused(length: int) -> None:
+    group = grouped(with_model(tensor(flags=4, row=1, length=length)), length=length, lanes=1)
+    with pytest.raises(DeltaError, match="early tensors"):
+        read_group(io.BytesIO(group), left=length, old_length=length)
 
 
 def test_a_frame_that_goes_on_for_ever_stops_at_the_announced_length(tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ from compiler.worker import ARTEFACT, JOB, RESULT, BuildJob, BuildResult
 from isthmus.errors import InputError
 from tests.compiler import models
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 TRIALS = 16
 Seen = list[tuple[str, int, int]]
 
 
 @dataclass(frozen=True)
 class Searched:
-    """A model, the only search of this file (tens of seconds, whatever the number of trials) and what it left."""
+    """A model, the only search of this file, and what it left."""
 
     model: CapturedModel
     database: Path

@@ -131,6 +131,10 @@ def test_life_of_a_device(tmp_path: Path) -> None:
                 status = await agent.status()
                 assert status["device_id"] == DEVICE
                 assert status["models"][0]["answers"] == {"edge": 2, "cloud": 2, "fallback": 0}
+                assert status["uplink"]["retries"] == 0
+                shown = await asyncio.to_thread(CliRunner().invoke, app, ["status", "--address", agent.address])
+                assert "uplink failures" in shown.stdout  # none, which is good to know
+                assert not [row for row in ("uplink retries", "uplink lost", "uplink skipped") if row in shown.stdout]
                 last = status["models"][0]["last_update"]
                 assert (last["outcome"], last["reason"]) == ("refused", "golden-mismatch")
                 assert (status["uplink"]["attempts"], status["uplink"]["successes"]) == (2, 2)

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from cloud.fleet import _checked_report, check_labels
+from cloud.fleet_messages import check_labels, checked_report
 from cloud.request_names import check_names
 from edge.messages import parse_message
 from edge.request import check_form, check_values, read_options
@@ -165,7 +165,7 @@ def signing_request(data: bytes) -> None:
 def report(data: bytes) -> None:
     """Take a device's report."""
     message = parse_message(fleet_pb2.ReportRequest, data)
-    kept = _checked_report(message)
+    kept = checked_report(message)
     assert all(getattr(kept, name).isprintable() for name in ("reason", "detail", "variant", "rollout", "step"))
 
 

@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from isthmus.status import StatusInterceptor
+from security import binding
 from security.apikeys import ApiKey, key_digest, new_api_key
 from security.authenticator import Authenticator
 from security.guard import CallGuard
@@ -234,6 +235,21 @@ def test_a_stream_ends_with_the_key_that_signed_its_token(own_workspace: Path) -
         assert set(await ended(running)) == {(grpc.StatusCode.UNAUTHENTICATED, "unknown-key")}
 
     play(lambda: Waiting(own_workspace), story)
+
+
+def test_a_stream_without_an_end_ends_with_its_credential(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "EXPIRY_LEEWAY_S", 0)  # keys have none
+
+    async def story(server: Waiting, channel: grpc.aio.Channel) -> None:
+        text, key = server.key(life_s=5)
+        server.book.replace((server.grant(),), (key,))
+        transfer, endless = [await server.begin(channel, kind, text) for kind in ("stream_unary", "stream_stream")]
+        assert await ended([endless]) == [UNKNOWN_KEY]
+        assert time.time() >= key.expires_at
+        server.finish.set()
+        assert await ended([transfer]) == [None]
+
+    play(lambda: Waiting(workspace), story)
 
 
 def test_a_transfer_may_outlast_its_token_whatever_others_are_granted(workspace: Path) -> None:

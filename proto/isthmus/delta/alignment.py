@@ -30,6 +30,7 @@ class Pair:
     length: int
     kind: Kind
     row: int
+    channel: int = 0  # elements of a row as the tensor says; rows may be joined to longer ones
 
 
 def pair_tensors(old: Sequence[Tensor], new: Sequence[Tensor], base: memoryview, target: memoryview) -> list[Pair]:
@@ -75,7 +76,7 @@ def _pair(new: Tensor, old: Tensor) -> Pair:
         row = 512
     while row < 64 and row * 2 <= count:
         row *= 2
-    return Pair(new.offset, old.offset, length, kind, row)
+    return Pair(new.offset, old.offset, length, kind, row, new.row if row % max(1, new.row) == 0 else 0)
 
 
 def _places(old: Sequence[Tensor], new: Sequence[Tensor], old_size: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:

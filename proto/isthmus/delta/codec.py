@@ -33,6 +33,7 @@ MAX_PATCH: Final = 1 << 24  # bytes of a base that is a dictionary as a whole: t
 MAX_WINDOW: Final = 25  # bits: what decoding holds of the target
 _HARDER: Final = 0.65  # the hardest level makes of general data hardly less than this share of the quickest
 _HARDER_OF_WEIGHTS: Final = 0.85  # and of files that are mostly weights
+_BLOCK: Final = 1 << 17  # bytes that zstd compresses at a time
 _NO_BASE: Final = "0" * 64
 
 
@@ -140,8 +141,8 @@ def _compress_below(data: memoryview, method: Method, base: memoryview, limit: i
     """Compress hard; stop and return None as soon as the result would not be below the limit."""
     compressing = _compressor(data, method, base, LEVEL).compressobj(size=len(data))
     parts, size = [], 0
-    for at in range(0, len(data), CHUNK):
-        parts.append(compressing.compress(data[at : at + CHUNK]))
+    for at in range(0, len(data), _BLOCK):
+        parts.append(compressing.compress(data[at : at + _BLOCK]))
         size += len(parts[-1])
         if size >= limit:
             return None

@@ -191,25 +191,29 @@ def bit_counts(kind: Kind) -> U8:
 
 def differences(old: Ints, new: Ints, kind: Kind) -> Differences:
     """Return the signed modular differences."""
-    if bits(kind) == 8:
-        return (new - old).view(np.int8)
-    half = 1 << (bits(kind) - 1)
-    mask = 2 * half - 1
-    return ((new.astype(np.int64) - old.astype(np.int64) + half) & mask) - half
+    return wrapped((new - old).view(f"<i{old.itemsize}"), kind)
+
+
+def wrapped(difference: Differences, kind: Kind) -> Differences:
+    """Return differences modulo 2^width, which those of whole bytes are already, between -2^(width-1) and its end."""
+    return ((difference + 8) & 15) - 8 if kind is Kind.INT4 else difference
 
 
 def to_symbols(difference: Differences, kind: Kind) -> tuple[U8, U32]:
     """Return the symbol and the raw bits of each difference."""
-    if bits(kind) == 8:
-        symbols, raw = _octet_symbols(kind)
-        octets = difference.astype(np.int8).view(np.uint8)
-        return symbols.take(octets), raw.take(octets)
-    return _to_symbols(difference, kind)
+    if bits(kind) <= 16:
+        symbols, raw = _known_symbols(kind)
+        place = difference.view(f"<u{difference.itemsize}")
+        return symbols.take(place), raw.take(place)
+    return _to_symbols(difference.astype(np.int64), kind)
 
 
 @cache
-def _octet_symbols(kind: Kind) -> tuple[U8, U32]:
-    return _to_symbols(np.arange(256).astype(np.uint8).view(np.int8).astype(np.int64), kind)
+def _known_symbols(kind: Kind) -> tuple[U8, U32]:
+    """Return the symbol and the raw bits of each difference of up to 16 bits, read as an unsigned number."""
+    size = width(kind)
+    numbers = np.arange(1 << 8 * size).astype(f"<u{size}").view(f"<i{size}")
+    return _to_symbols(wrapped(numbers, kind).astype(np.int64), kind)
 
 
 def _to_symbols(difference: Differences, kind: Kind) -> tuple[U8, U32]:
@@ -218,7 +222,8 @@ def _to_symbols(difference: Differences, kind: Kind) -> tuple[U8, U32]:
     pattern = size.astype(np.float64).view(np.int64) >> (52 - mantissa)
     cls = pattern - (1023 << mantissa)
     symbols = np.where(size == 0, 0, 1 + 2 * cls + (difference < 0)).astype(np.uint8)
-    return symbols, (size & ((1 << bit_counts(kind)[symbols].astype(np.int64)) - 1)).astype(np.uint32)
+    masks = (1 << bit_counts(kind).astype(np.int64)) - 1
+    return symbols, (size & masks.take(symbols)).astype(np.uint32)
 
 
 @cache

@@ -1,6 +1,8 @@
-"""Factors of a change of low rank, and how they are coded: as 16-bit numbers, before all tensors of their group.
+"""Factors of a change, and how they are coded: as 16-bit numbers, before all tensors of their group.
 
-A factor is a matrix with a column, here *vector*, per rank. The context of a vector's numbers is how large they are.
+A change of low rank has a left and a right factor: matrices with a column, here *vector*, per rank. Where whole
+channels were rescaled, as where a normalisation is folded into weights, a vector of *gains* has a number per channel.
+The context of a vector's numbers is how large they are.
 """
 
 from __future__ import annotations
@@ -24,19 +26,39 @@ KIND: Final = Kind.INT16
 MAX_RANK: Final = 64
 MAX_NUMBERS: Final = 1 << 22  # of all factors of a group
 MAX_SCALE: Final = 127
+LEAST_SHIFT: Final = -36  # of gains
 _EXACT: Final = 1 << 24  # below it single precision holds every integer
 _STEPS: Final = 4  # scales per octave
 _SMALLEST: Final = 2  # octaves below one that a scale can say
 _CHUNK: Final = 1 << 18  # numbers that are decoded together
 
 
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """What channels are multiplied by: 1 + number * 2^shift; exact in double precision, as `shift` is -36 to 0."""
+
+    numbers: I16
+    width: int  # elements of a channel
+    shift: int
+
+    def factors(self, channels: slice) -> NDArray[np.float64]:
+        """Return what some channels are multiplied by."""
+        return 1.0 + self.numbers[channels] * 2.0**self.shift
+
+
 @dataclass(frozen=True, slots=False)
 class Factors:
-    """A prediction of low rank: the values change by (left @ right.T) * 2^shift."""
+    """A prediction: the values are multiplied by the gains, and change by (left @ right.T) * 2^shift."""
 
     left: I16  # rows that are not still x rank
     right: I16  # columns x rank
     shift: int
+    gains: Gains | None = None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers there are."""
+        return self.left.size + self.right.size + (self.gains.numbers.size if self.gains else 0)
 
     @cached_property
     def parts(self) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
@@ -51,9 +73,11 @@ class Outline:
     """What is known of factors before their numbers are read."""
 
     shift: int
-    scales: U8  # of each vector of the left factor, then of each of the right one
+    scales: U8  # of each vector of the left factor, then of each of the right one, then of the gains
     rows: int
     columns: int
+    width: int = 0  # elements that share a gain; 0 where there are no gains
+    gain_shift: int = 0
 
     @property
     def rank(self) -> int:
@@ -61,19 +85,32 @@ class Outline:
         return self.scales.size // 2
 
     @property
+    def gains(self) -> int:
+        """How many gains there are."""
+        return self.rows * self.columns // self.width if self.width else 0
+
+    @property
     def numbers(self) -> int:
-        """How many numbers both have."""
-        return self.rank * (self.rows + self.columns)
+        """How many numbers there are."""
+        return self.rank * (self.rows + self.columns) + self.gains
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers each vector has."""
+        return [self.rows] * self.rank + [self.columns] * self.rank + [self.gains] * bool(self.width)
 
 
 def outline(factors: Factors) -> Outline:
     """Return what a delta says of factors beforehand."""
     scales = np.array([_scale(vector) for vector in _vectors(factors)], np.uint8)
-    return Outline(factors.shift, scales, factors.left.shape[0], factors.right.shape[0])
+    shape = factors.left.shape[0], factors.right.shape[0]
+    gains = factors.gains
+    return Outline(factors.shift, scales, *shape, gains.width if gains else 0, gains.shift if gains else 0)
 
 
 def _vectors(factors: Factors) -> list[I16]:
-    return [vector for part in (factors.left, factors.right) for vector in part.T]
+    vectors = [vector for part in (factors.left, factors.right) for vector in part.T]
+    return [*vectors, factors.gains.numbers] if factors.gains else vectors
 
 
 def _scale(vector: I16) -> int:
@@ -85,7 +122,7 @@ def code(made: Sequence[Factors]) -> Iterator[tuple[U16, U8, U32]]:
     """Yield contexts, symbols and raw bits of the numbers, in parts that are coded one after the other."""
     numbers = np.concatenate([vector for factors in made for vector in _vectors(factors)])
     contexts = _contexts([outline(factors) for factors in made])
-    symbols, raw = elements.to_symbols(numbers.astype(np.int64), KIND)
+    symbols, raw = elements.to_symbols(numbers, KIND)
     for at in range(0, numbers.size, _CHUNK):
         part = slice(at, at + _CHUNK)
         yield contexts[part], symbols[part], raw[part]
@@ -101,16 +138,19 @@ def read(outlines: Sequence[Outline], decode: Callable[[U16], tuple[U8, U32 | No
         numbers[at : at + _CHUNK] = elements.move(none, *decode(part), KIND).view(np.int16)
     at = 0
     for one in outlines:
-        middle, end = at + one.rank * one.rows, at + one.numbers
-        left, right = numbers[at:middle].reshape(one.rank, -1).T, numbers[middle:end].reshape(one.rank, -1).T
-        yield Factors(left, right, one.shift)
-        at = end
+        middle, end = at + one.rank * one.rows, at + one.rank * (one.rows + one.columns)
+        left, right = (
+            numbers[at:middle].reshape(one.rank, one.rows).T,
+            numbers[middle:end].reshape(one.rank, one.columns).T,
+        )
+        at += one.numbers
+        gains = Gains(numbers[end:at], one.width, one.gain_shift) if one.width else None
+        yield Factors(left, right, one.shift, gains)
 
 
 def _contexts(outlines: Sequence[Outline]) -> U16:
     scales = np.concatenate([one.scales for one in outlines]).astype(np.uint16) << np.uint16(3)
-    sizes = np.concatenate([np.repeat((one.rows, one.columns), one.rank) for one in outlines])
-    contexts: U16 = np.repeat(scales, sizes)
+    contexts: U16 = np.repeat(scales, [size for one in outlines for size in one.sizes])
     return contexts
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Final
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from isthmus.delta import elements
 from isthmus.delta.elements import FLOATS, Differences, Ints, Kind
-from isthmus.delta.factors import I16, Factors
+from isthmus.delta.factors import I16, LEAST_SHIFT, Factors, Gains
 from isthmus.delta.model import CONTEXTS, F64, I8, Model, Numbers, Prediction
 from isthmus.delta.rans import TOTAL, U16
 
@@ -30,6 +31,8 @@ _INT_OCTAVES: Final = 13.0  # how rare a change can be and still have a context 
 _SMALLEST_SIDE: Final = 32  # rows and columns of a matrix that has factors
 _TRIED_RANK: Final = 32
 _FACTOR_BITS: Final = 7.0  # of one number of a factor, about
+_SMALLEST_CHANNEL: Final = 8
+_GAIN_BITS: Final = 11.0  # of a gain, about
 _FACTOR_NOISE: Final = 0.05  # rounding the factors may add this share to the variance of what is left
 _EDGES: Final = (1.3, 1.6)  # of the largest singular value of noise: what is above is signal
 _FLOAT_BIAS: Final = {Kind.FLOAT16: 25, Kind.BFLOAT16: 134, Kind.FLOAT32: 150}  # of the exponent of a last place
@@ -43,35 +46,79 @@ _ARRAY_BITS: Final = 40.0
 _CAP: Final = 8  # a difference counts for no more than this when rates are fitted
 
 
-def fit_factors(old: Ints, new: Ints, kind: Kind, row: int) -> list[Factors]:
-    """Find factors whose product predicts enough of the change to pay for themselves, perhaps in more than one way."""
+def fit_factors(old: Ints, new: Ints, kind: Kind, row: int, channel: int) -> list[Factors]:
+    """Find what predicts enough of the change to pay for itself, perhaps in more than one way.
+
+    Args:
+        old: The old elements.
+        new: The new ones.
+        kind: What they are.
+        row: Elements of a row.
+        channel: Elements that may have been rescaled together; 0 where that is not known.
+    """
     rows = old.size // row
-    if min(rows, row) < _SMALLEST_SIDE or rows * row != old.size or kind is Kind.INT4:
+    if rows * row != old.size or kind is Kind.INT4:
         return []
+    gains = None
     if kind in FLOATS:
         with np.errstate(all="ignore"):
-            moved = elements.to_values(new, kind) - elements.to_values(old, kind)
+            values = elements.to_values(old, kind)
+            moved = elements.to_values(new, kind) - values
             steps = np.exp2(elements.exponents(kind) - _FLOAT_BIAS[kind])[elements.features(old, kind)]
         moved[~(np.abs(moved) < _LARGEST_CHANGE)] = 0
         floor = float(np.square(np.minimum(steps, 1.0)).sum()) / 12
+        gains = _fit_gains(values, moved, channel, floor)
     else:
         moved = elements.differences(old, new, kind).astype(np.float64)
         floor = 0.0
-    moved = moved.reshape(rows, row)
+    found = _fit_ranks(moved.reshape(rows, row), kind, floor)
+    if gains is None:
+        return found
+    none = np.zeros((rows, 0), np.int16), np.zeros((row, 0), np.int16)
+    return [Factors(*none, 0, gains), *(replace(factors, gains=gains) for factors in found)]
+
+
+def _fit_gains(values: F64, moved: F64, channel: int, floor: float) -> Gains | None:
+    """Find by how much channels were rescaled, and take that from what moved; None where it would not pay."""
+    if channel < _SMALLEST_CHANNEL or values.size % channel:
+        return None
+    with np.errstate(all="ignore"):
+        lines = np.where(np.abs(values) < _LARGEST_CHANGE, values, 0.0).reshape(-1, channel)
+    change = moved.reshape(-1, channel)
+    weights = np.square(lines).sum(axis=1)
+    sizes = np.divide((lines * change).sum(axis=1), weights, out=np.zeros(weights.size), where=weights > 0)
+    before = np.square(change).sum(axis=1)
+    after = before - np.square(sizes) * weights
+    least = 1e-30 + floor / weights.size
+    saved = channel / 2 * float(np.log2((before + least) / (np.maximum(after, 0) + least)).sum())
+    if saved < _GAIN_BITS * weights.size:
+        return None
+    rest, total = float(np.maximum(after, 0).sum()) + floor, float(weights.sum())
+    step = max(math.sqrt(12 * _FACTOR_NOISE * rest / total), float(np.abs(sizes).max()) / _INT16)
+    shift = min(0, max(LEAST_SHIFT, math.ceil(math.log2(step))))
+    numbers = np.clip(np.round(sizes / 2.0**shift), -_INT16, _INT16).astype(np.int16)
+    change -= lines * (numbers * 2.0**shift)[:, None]
+    return Gains(numbers, channel, shift)
+
+
+def _fit_ranks(moved: F64, kind: Kind, floor: float) -> list[Factors]:
+    rows, row = moved.shape
+    if min(rows, row) < _SMALLEST_SIDE:
+        return []
     total = float(np.square(moved).sum())
     if not 1e-60 < total < 1e60:
         return []
     left, sizes, right = _largest_parts(moved)
     rest = np.maximum(total - np.cumsum(np.square(sizes)), 1e-9 * total) + floor
     if kind in FLOATS:
-        gains = old.size / 2 * np.log2(np.concatenate(([total + floor], rest[:-1])) / rest)
-        worth = np.cumsum(gains - _FACTOR_BITS * (rows + row))
+        saved = moved.size / 2 * np.log2(np.concatenate(([total + floor], rest[:-1])) / rest)
+        worth = np.cumsum(saved - _FACTOR_BITS * (rows + row))
         ranks = {int(np.argmax(worth)) + 1 if worth.max() > 0 else 0}
     else:  # rounding to steps is noise: what rises above its singular values is signal
-        noise = np.sqrt(rest / old.size) * (math.sqrt(rows) + math.sqrt(row))
+        noise = np.sqrt(rest / moved.size) * (math.sqrt(rows) + math.sqrt(row))
         ranks = {int(np.count_nonzero(sizes > edge * noise)) for edge in _EDGES}
     return [
-        _rounded(left[:, :rank], sizes[:rank], right[:rank], _FACTOR_NOISE * rest[rank - 1] / old.size)
+        _rounded(left[:, :rank], sizes[:rank], right[:rank], _FACTOR_NOISE * rest[rank - 1] / moved.size)
         for rank in sorted(ranks - {0})
     ]
 
@@ -104,13 +151,11 @@ def _largest_parts(matrix: F64) -> tuple[F64, F64, F64]:
 
 def residual(difference: Differences, prediction: Prediction, kind: Kind) -> Differences:
     """Return what is coded: the difference less its prediction."""
-    half = 1 << (elements.bits(kind) - 1)
     left = difference
     if prediction.moves is not None:
-        left = ((left - prediction.moves + half) & (2 * half - 1)) - half
+        left = elements.wrapped(left - prediction.moves.astype(left.dtype), kind)
     if prediction.flips is not None:
-        left = np.where(prediction.flips, -left, left)
-        left[left == half] = -half
+        left = elements.wrapped(np.where(prediction.flips, -left, left), kind)
     return left
 
 
@@ -122,19 +167,19 @@ def fit_numbers(old: Ints, difference: Differences, kind: Kind, row: int) -> Num
 
 
 def _fit_floats(old: Ints, difference: Differences, kind: Kind, row: int) -> Numbers:
-    known = elements.exponents(kind)[elements.features(old, kind)]
-    size = np.log2(np.abs(difference) + 0.5) + known
+    size = np.log2(np.abs(difference.astype(np.float32)) + np.float32(0.5))
+    size += elements.exponents(kind).astype(np.float32).take(elements.features(old, kind))
     rows, whole = -(-size.size // row), size.size // row
     counts = np.full(rows, row, np.float64)
     counts[-1] = size.size - (rows - 1) * row
-    base = round(float(size.mean()) * FLOAT_STEPS)
+    base = round(float(size.mean(dtype=np.float64)) * FLOAT_STEPS)
     middle = base / FLOAT_STEPS
-    lines = (np.add.reduceat(size, np.arange(0, size.size, row)) - middle * counts) / (counts + 4)
+    lines = (np.add.reduceat(size, np.arange(0, size.size, row), dtype=np.float64) - middle * counts) / (counts + 4)
     chosen = _best([lines * FLOAT_STEPS], _worth_of_scales(lines, counts))
     columns = np.zeros(0, np.int8)
     if whole >= 8:
         taken = chosen[:whole].sum() / FLOAT_STEPS if chosen.size else 0.0
-        sums = size[: whole * row].reshape(whole, row).sum(axis=0) - middle * whole - taken
+        sums = size[: whole * row].reshape(whole, row).sum(axis=0, dtype=np.float64) - middle * whole - taken
         aside = sums / (whole + 4)
         columns = _best([aside * FLOAT_STEPS], _worth_of_scales(aside, np.full(row, float(whole))))
     return Numbers(base, chosen, columns)

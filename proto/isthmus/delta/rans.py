@@ -170,6 +170,16 @@ class Table:
         self.entries = np.concatenate(rows).astype(np.uint32)
 
 
+class _Raw:
+    """Raw bits per symbol: those that are pulled first, and those above."""
+
+    def __init__(self, counts: U8) -> None:
+        self.low = np.minimum(counts, 16).astype(np.uint32)
+        self.low_mask = (np.uint32(1) << self.low) - np.uint32(1)
+        high = np.maximum(counts, 16).astype(np.uint32) - np.uint32(16)
+        self.high = high if high.any() else None
+
+
 def _symbols(entries: U32) -> U8:
     return (entries >> _SHIFT).astype(np.uint8) & np.uint8(_SYMBOL_MASK)
 
@@ -200,16 +210,15 @@ class Decoder:
         """
         size, at = slots.size, 0
         bits = np.zeros(size, np.uint32) if bit_counts is not None else None
+        raw = _Raw(bit_counts) if bit_counts is not None else None
         while at < size:
             while self._halvings and self._done >= self._halvings[0]:
                 self._halve()
             end = min(at + self._state.size, size)
             state, entry = self._state[: end - at], slots[at:end]
             self._step(state, entry, table.entries)
-            if bits is not None and bit_counts is not None:
-                counts = bit_counts.take(_symbols(entry))
-                if counts.any():
-                    self._pull_bits(state, counts, bits[at:end])
+            if bits is not None and raw is not None:
+                self._pull_bits(state, _symbols(entry), raw, bits[at:end])
             self._done += end - at
             at = end
         return _symbols(slots), bits
@@ -227,16 +236,17 @@ class Decoder:
         state += slot
         self._refill(state)
 
-    def _pull_bits(self, state: U32, counts: U8, bits: U32) -> None:
-        low = np.minimum(counts, 16).astype(np.uint32)
-        np.bitwise_and(state, (np.uint32(1) << low) - np.uint32(1), out=bits)
+    def _pull_bits(self, state: U32, symbols: U8, raw: _Raw, bits: U32) -> None:
+        low = raw.low.take(symbols)
+        np.bitwise_and(state, raw.low_mask.take(symbols), out=bits)
         state >>= low
         self._refill(state)
-        if int(counts.max()) > 16:
-            high = (np.maximum(counts, 16) - np.uint8(16)).astype(np.uint32)
-            bits |= (state & ((np.uint32(1) << high) - np.uint32(1))) << _WORD
-            state >>= high
-            self._refill(state)
+        if raw.high is not None:
+            high = raw.high.take(symbols)
+            if high.any():
+                bits |= (state & ((np.uint32(1) << high) - np.uint32(1))) << _WORD
+                state >>= high
+                self._refill(state)
 
     def _refill(self, state: U32) -> None:
         (empty,) = (state < _LOW).nonzero()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,10 @@ import numpy as np
 
 from isthmus.delta import elements, model
 from isthmus.delta.container import Header, Method
+from isthmus.delta.early import decode_early, moved, read_exactly, scaled
 from isthmus.delta.elements import Kind
-from isthmus.delta.factors import Factors, read
+from isthmus.delta.factors import read
+from isthmus.delta.model import Model, Part
 from isthmus.delta.rans import U16, Decoder
 from isthmus.delta.segments import Group, Piece, Section, Segment, decompress, read_group, read_states
 from isthmus.digests import CHUNK
@@ -80,40 +82,43 @@ def _rebuild_group(file: BinaryIO, base: BinaryIO, group: Group) -> Iterator[byt
     literals = _Literals(file, base, group.sections, begin)
     coded = begin + sum(section.packed for section in group.sections)
     file.seek(coded)
-    states = _read(file, 4 * group.lanes)
+    states = read_exactly(file, 4 * group.lanes)
     words = _Words(file, coded + 4 * group.lanes, group.words)
     decoder = Decoder(read_states(states), words.take, group.halvings)
-    made = _factors(group, decoder)
+    tensors = _with_factors(group, decoder)
+    early = decode_early(base, tensors, group.models, decoder)
+    waiting = iter(enumerate(tensors))
     for segment in group.segments:
         if segment.piece is Piece.LITERAL:
             yield from literals.take(segment.length)
         elif segment.piece is Piece.COPY:
             base.seek(segment.old_offset)
             for at in range(0, segment.length, CHUNK):
-                yield _read(base, min(CHUNK, segment.length - at))
+                yield read_exactly(base, min(CHUNK, segment.length - at))
+        elif segment.piece is Piece.SCALED:
+            yield scaled(early[segment.source], segment.scale)
         else:
-            numbers = replace(segment.numbers, factors=made.popleft()) if segment.factors else segment.numbers
-            yield from _tensor(base, replace(segment, numbers=numbers), group.models[segment.model], decoder)
+            number, tensor = next(waiting)
+            if tensor.early:
+                yield early[number]
+            else:
+                yield from _tensor(base, tensor, group.models[tensor.model], decoder)
     decoder.finish()
     file.seek(begin + group.payload)
 
 
-def _factors(group: Group, decoder: Decoder) -> deque[Factors]:
-    """Return the factors of the tensors that have some, in their order."""
-    outlines = [segment.factors for segment in group.segments if segment.factors]
+def _with_factors(group: Group, decoder: Decoder) -> list[Segment]:
+    """Return the tensors of a group, with the numbers of their factors."""
+    tensors = [segment for segment in group.segments if segment.piece is Piece.TENSOR]
+    outlines = [segment.factors for segment in tensors if segment.factors]
     if not outlines:
-        return deque()
+        return tensors
     mine = group.models[group.factor_model]
-    return deque(
-        read(outlines, lambda part: decoder.decode(mine.slots.take(part, mode="clip"), mine.table, mine.bit_counts))
-    )
-
-
-def _read(file: BinaryIO, size: int) -> bytes:
-    data = file.read(size)
-    if len(data) != size:
-        raise DeltaError("the delta or its base ends too early")
-    return data
+    made = read(outlines, lambda part: decoder.decode(mine.slots.take(part, mode="clip"), mine.table, mine.bit_counts))
+    return [
+        replace(segment, numbers=replace(segment.numbers, factors=next(made))) if segment.factors else segment
+        for segment in tensors
+    ]
 
 
 @dataclass(slots=True)
@@ -125,7 +130,7 @@ class _Words:
     def take(self, count: int) -> U16:
         self.file.seek(self.at)
         count = min(count, self.left)
-        data = _read(self.file, 2 * count)
+        data = read_exactly(self.file, 2 * count)
         self.at += 2 * count
         self.left -= count
         return np.frombuffer(data, "<u2").astype(np.uint16)
@@ -150,7 +155,7 @@ class _Literals:
     def _next(self) -> None:
         section = next(self._sections)
         self._file.seek(self._at)
-        frame = _read(self._file, section.packed)
+        frame = read_exactly(self._file, section.packed)
         self._at += section.packed
         self._data = memoryview(decompress(frame, section.length, dictionary(self._base, section.dictionary)))
 
@@ -160,7 +165,7 @@ def dictionary(base: BinaryIO, runs: tuple[tuple[int, int], ...]) -> bytes:
     parts = []
     for offset, size in runs:
         base.seek(offset)
-        parts.append(_read(base, size))
+        parts.append(read_exactly(base, size))
     return b"".join(parts)
 
 
@@ -174,32 +179,30 @@ def blocks(kind: Kind, segment: Segment) -> Iterator[tuple[int, int, int]]:
         yield number * rows, at, min(size, segment.length - at)
 
 
-def _tensor(base: BinaryIO, segment: Segment, mine: model.Model, decoder: Decoder) -> Iterator[bytes]:
+def _tensor(base: BinaryIO, segment: Segment, mine: Model, decoder: Decoder) -> Iterator[bytes]:
     lines = segment.numbers.rows
-    moved = 0  # rows before this block that are not still
+    before = 0  # rows before this block that are not still
     for first_row, at, size in blocks(mine.kind, segment):
         base.seek(segment.old_offset + at)
-        old = elements.to_ints(_read(base, size), mine.kind)
+        old = elements.to_ints(read_exactly(base, size), mine.kind)
         rows = -(-old.size // segment.row)
         moving = np.flatnonzero(lines[first_row : first_row + rows] != model.STILL)
         if moving.size == rows or not lines.size:
-            new = _moved(old, segment, mine, decoder, slice(first_row, first_row + rows), moved)
-            moved += rows
+            new = _moved(old, segment, mine, decoder, slice(first_row, first_row + rows), before)
+            before += rows
         else:
             new = old.copy()
             square = new.reshape(rows, segment.row)
             part = square[moving]
-            square[moving] = _moved(part.ravel(), segment, mine, decoder, moving + first_row, moved).reshape(part.shape)
-            moved += moving.size
+            square[moving] = _moved(part.ravel(), segment, mine, decoder, moving + first_row, before).reshape(
+                part.shape
+            )
+            before += moving.size
         yield elements.to_bytes(new, mine.kind)
 
 
 def _moved(
-    old: elements.Ints, segment: Segment, mine: model.Model, decoder: Decoder, lines: model.Lines, first: int
+    old: elements.Ints, segment: Segment, mine: Model, decoder: Decoder, lines: model.Lines, first: int
 ) -> elements.Ints:
     """Return the new elements of the rows `lines`, which begin with the row `first` of those that are not still."""
-    numbers = segment.numbers
-    expected = model.predict(mine.kind, old, numbers.factors, slice(first, first + -(-old.size // segment.row)))
-    contexts = model.contexts(old, mine.kind, mine.feature_numbers, numbers, expected.buckets, segment.row, lines)
-    symbols, raw = decoder.decode(mine.slots.take(contexts, mode="clip"), mine.table, mine.bit_counts)
-    return elements.move(old, symbols, raw, mine.kind, expected.moves, expected.flips)
+    return moved(old, [Part(segment.numbers, segment.row, old.size, lines, first)], mine, decoder)

@@ -7,17 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.delta import elements, factors, fitting, model
 from isthmus.delta.alignment import Pair, sampled_cost
+from isthmus.delta.early import early_blocks
 from isthmus.delta.elements import FLOATS, Kind
 from isthmus.delta.factors import MAX_NUMBERS, Factors
 from isthmus.delta.literals import Run, compress, pack_literals
-from isthmus.delta.model import Model
+from isthmus.delta.model import Model, Numbers, Part
 from isthmus.delta.rans import U8, U16, U32, Coded, Stream, encode
 from isthmus.delta.rebuild import blocks
+from isthmus.delta.scaling import find_scaled
 from isthmus.delta.segments import (
     GROUP_HEADER,
+    MAX_EARLY,
     MAX_GROUP,
     Piece,
     Segment,
@@ -27,7 +31,7 @@ from isthmus.delta.segments import (
 _PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
 _LANE_SHARE: Final = 0.008  # of what is coded may go into the lanes
 _LITTLE_LANE_SHARE: Final = 0.002  # does not matter
-_LANES_PER_SYMBOL: Final = 9000.0  # and byte of the target: more hardly make it faster
+_LANES_PER_SYMBOL: Final = 18000.0  # and byte of the target: more hardly make it faster
 _LANE_BITS: Final = 8.8  # that a lane costs
 _MOST_LANES: Final = 14  # as a power of two
 _STILL: Final = 0.1  # of the rows: so many that are still are left out
@@ -105,21 +109,7 @@ def _complement(runs: Sequence[Run], size: int) -> list[Run]:
 
 
 def _write_group(runs: Sequence[Pair | Run], base: memoryview, target: memoryview, free: Sequence[Run]) -> bytes:
-    drafts: dict[int, _Draft] = {}
-    segments: list[Segment] = []
-    literals: list[Run] = []
-    room = MAX_NUMBERS
-    for run in runs:
-        made = _draft(run, base, target, room) if isinstance(run, Pair) else run
-        if isinstance(made, _Draft):
-            room -= made.segment.factors.numbers if made.segment.factors else 0
-            drafts[len(segments)] = made
-            segments.append(made.segment)
-        elif isinstance(made, Segment):
-            segments.append(made)
-        else:
-            literals.append(made)
-            segments.append(Segment(Piece.LITERAL, made[1]))
+    segments, drafts, literals = _drafted(runs, base, target)
     models, arrays = _fit(drafts, segments)
     stream = _code(arrays, sum(segment.length for segment in segments))
     sections, frames = pack_literals(literals, base, target, free)
@@ -130,6 +120,61 @@ def _write_group(runs: Sequence[Pair | Run], base: memoryview, target: memoryvie
     lanes, words = stream.states.size, stream.words
     header = GROUP_HEADER.pack(length, len(packed), len(raw), sum(map(len, frames)), words.size, lanes)
     return b"".join((header, packed, *frames, stream.states.astype("<u4").tobytes(), words.astype("<u2").tobytes()))
+
+
+def _drafted(
+    runs: Sequence[Pair | Run], base: memoryview, target: memoryview
+) -> tuple[list[Segment], dict[int, _Draft], list[Run]]:
+    """Return segments without models, what is coded by the number of its segment, and the literals."""
+    scaled = find_scaled((run for run in runs if isinstance(run, Pair)), base, target)
+    made: dict[Pair | Run, _Draft | Segment | Run] = {}
+    room = MAX_NUMBERS
+    for run in sorted(runs, key=lambda run: run in scaled):  # sources first
+        if not isinstance(run, Pair):
+            made[run] = run
+        elif run in scaled and isinstance(made[scaled[run][0]], _Draft):
+            made[run] = Segment(Piece.SCALED, run.length, scale=scaled[run][1])
+        else:
+            made[run] = draft = _draft(run, base, target, room)
+            if isinstance(draft, _Draft) and draft.segment.factors:
+                room -= draft.segment.factors.numbers
+    segments: list[Segment] = []
+    drafts: dict[int, _Draft] = {}
+    literals: list[Run] = []
+    tensors: dict[Pair | Run, int] = {}
+    for place, run in enumerate(runs):
+        part = made[run]
+        if isinstance(part, _Draft):
+            tensors[run] = len(drafts)
+            drafts[place] = part
+            segments.append(part.segment)
+        elif isinstance(part, Segment):
+            segments.append(part)
+        else:
+            literals.append(part)
+            segments.append(Segment(Piece.LITERAL, part[1]))
+    sources = {
+        place: tensors[scaled[run][0]]
+        for place, run in enumerate(runs)
+        if isinstance(run, Pair) and segments[place].piece is Piece.SCALED
+    }
+    for place, source in sources.items():
+        segments[place] = replace(segments[place], source=source)
+    _choose_early(segments, drafts, set(sources.values()))
+    return segments, drafts, literals
+
+
+def _choose_early(segments: list[Segment], drafts: dict[int, _Draft], sources: set[int]) -> None:
+    """Say of tensors that they are early: those that others are made of, and the shortest ones."""
+    room = MAX_EARLY
+    by_length = sorted(enumerate(drafts), key=lambda entry: (entry[0] not in sources, segments[entry[1]].length))
+    for _, place in by_length:
+        draft = drafts[place]
+        room -= draft.segment.length
+        if room < 0:
+            return
+        if draft.symbols.size <= model.BLOCK and not draft.segment.numbers.still_rows:
+            segments[place] = draft.segment = replace(draft.segment, early=True)
 
 
 def _draft(pair: Pair, base: memoryview, target: memoryview, room: int) -> _Draft | Segment | Run:
@@ -145,9 +190,10 @@ def _draft(pair: Pair, base: memoryview, target: memoryview, room: int) -> _Draf
         old, new = (values.reshape(-1, pair.row)[lines].ravel() for values in (old, new))
     difference = elements.differences(old, new, pair.kind)
     best = _modelled(pair, old, difference, lines, None)
-    least = _entropy(best)
-    for found in fitting.fit_factors(old, new, pair.kind, pair.row):
-        if found.left.size + found.right.size <= room:
+    candidates = fitting.fit_factors(old, new, pair.kind, pair.row, pair.channel)
+    least = _entropy(best) if candidates else 0.0
+    for found in candidates:
+        if found.numbers <= room:
             draft = _modelled(pair, old, difference, lines, found)
             bits = _entropy(draft) + factors.bits(found)
             best, least = (draft, bits) if bits < least else (best, least)
@@ -167,7 +213,8 @@ def _lines(old: elements.Ints, new: elements.Ints, row: int) -> model.Lines:
 def _modelled(
     pair: Pair, old: elements.Ints, difference: elements.Differences, lines: model.Lines, found: Factors | None
 ) -> _Draft:
-    expected = model.predict(pair.kind, old, found, slice(None))
+    part = Part(Numbers(factors=found), pair.row, old.size, lines)
+    expected = model.predict(pair.kind, old, [part])
     left = fitting.residual(difference, expected, pair.kind)
     numbers = replace(fitting.fit_numbers(old, left, pair.kind, pair.row), factors=found)
     if isinstance(lines, np.ndarray):
@@ -177,28 +224,39 @@ def _modelled(
     outlined = factors.outline(found) if found else None
     segment = Segment(Piece.TENSOR, pair.length, pair.old_offset, 0, pair.row, numbers, outlined)
     features = first_features(pair.kind)
-    contexts = model.contexts(old, pair.kind, features, numbers, expected.buckets, pair.row, lines)
+    contexts = model.contexts(old, pair.kind, features, [replace(part, numbers=numbers)], expected.buckets)
     return _Draft(segment, pair.kind, contexts, *elements.to_symbols(left, pair.kind))
 
 
-def _counts(draft: _Draft) -> fitting.Counts:
-    return _counted(draft.kind, draft.contexts, draft.symbols)
+def _no_counts(kind: Kind) -> fitting.Counts:
+    return np.zeros((model.CONTEXTS, elements.symbol_count(kind)), np.int64)
 
 
-def _counted(kind: Kind, contexts: U16, symbols: U8) -> fitting.Counts:
-    width = elements.symbol_count(kind)
-    index = contexts.astype(np.int32) * width + symbols
-    return np.bincount(index, minlength=model.CONTEXTS * width).reshape(model.CONTEXTS, width)
+def _add_counts(counts: fitting.Counts, contexts: U16, symbols: U8) -> None:
+    """Count symbols in their contexts."""
+    first, last, width = int(contexts.min(initial=model.CONTEXTS - 1)), int(contexts.max(initial=0)), counts.shape[1]
+    mine = _index(contexts, symbols, first, width)
+    counts[first : last + 1] += np.bincount(mine, minlength=(last + 1 - first) * width).reshape(-1, width)
+
+
+def _index(contexts: U16, symbols: U8, first: int, width: int) -> NDArray[np.int32]:
+    index: NDArray[np.int32] = contexts.astype(np.int32)
+    index -= first
+    index *= width
+    index += symbols
+    return index
 
 
 def _entropy(draft: _Draft) -> float:
     """Return the bits that a draft needs, about, with frequencies of its own."""
-    counts = _counts(draft)
-    totals = counts.sum(axis=1, keepdims=True)
-    row, symbol = np.nonzero(counts)
-    used = counts[row, symbol].astype(np.float64)
-    coded = -(used * np.log2(used / totals[row, 0])).sum()
-    return float(coded + (counts.sum(axis=0) * elements.bit_counts(draft.kind)).sum())
+    width = elements.symbol_count(draft.kind)
+    first = int(draft.contexts.min(initial=model.CONTEXTS - 1))
+    counts = np.bincount(_index(draft.contexts, draft.symbols, first, width))
+    used = np.flatnonzero(counts)
+    here = counts[used].astype(np.float64)
+    totals = np.bincount(used // width, weights=here)
+    coded = (totals[totals > 0] * np.log2(totals[totals > 0])).sum() - (here * np.log2(here)).sum()
+    return float(coded + (here * elements.bit_counts(draft.kind)[used % width]).sum())
 
 
 def first_features(kind: Kind) -> factors.I16:
@@ -213,8 +271,8 @@ def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model
     """Fit models for the tensors of each kind, those with raw bits apart: to look for such bits takes time."""
     counts: dict[tuple[Kind, bool], fitting.Counts] = {}
     for draft in drafts.values():
-        mine = _counts(draft)
-        counts[draft.group] = counts[draft.group] + mine if draft.group in counts else mine
+        mine = counts.setdefault(draft.group, _no_counts(draft.kind))
+        _add_counts(mine, draft.contexts, draft.symbols)
     groups = sorted(counts)
     models = [fitting.fit_model(group[0], counts[group], first_features(group[0])) for group in groups]
     arrays: list[Coded] = []
@@ -222,18 +280,31 @@ def _fit(drafts: dict[int, _Draft], segments: list[Segment]) -> tuple[list[Model
     if made:
         models.append(_fit_factors(made, arrays))
     for place, draft in drafts.items():
-        number = groups.index(draft.group)
-        segments[place] = replace(segments[place], model=number)
-        arrays += _arrays(draft, models[number])
+        segments[place] = draft.segment = replace(draft.segment, model=groups.index(draft.group))
+    coded = list(drafts.values())
+    for block in early_blocks([draft.segment for draft in coded], [mine.kind for mine in models]):
+        joined = [_coded(coded[number], models[coded[number].segment.model], slice(None)) for number in block]
+        arrays.append(
+            replace(
+                joined[0],
+                **{
+                    name: np.concatenate([getattr(one, name) for one in joined])
+                    for name in ("symbols", "contexts", "bits")
+                },
+            )
+        )
+    for draft in coded:
+        if not draft.segment.early:
+            arrays += _arrays(draft, models[draft.segment.model])
     return models, arrays
 
 
 def _fit_factors(made: Sequence[Factors], arrays: list[Coded]) -> Model:
     """Fit the model of the factors' numbers, and append those to the arrays."""
     parts = list(factors.code(made))
-    counts = _counted(factors.KIND, *parts[0][:2])
-    for contexts, symbols, _ in parts[1:]:
-        counts += _counted(factors.KIND, contexts, symbols)
+    counts = _no_counts(factors.KIND)
+    for contexts, symbols, _ in parts:
+        _add_counts(counts, contexts, symbols)
     mine = fitting.fit_model(factors.KIND, counts, first_features(factors.KIND))
     for contexts, symbols, raw in parts:
         arrays.append(Coded(symbols, mine.groups.take(contexts), mine.frequencies, mine.bit_counts, raw))
@@ -251,8 +322,12 @@ def _arrays(draft: _Draft, mine: Model) -> Iterator[Coded]:
             count = int(np.count_nonzero(mine_here != model.STILL)) * segment.row
         part = slice(begin, begin + count)
         begin += count
-        groups = mine.groups.take(draft.contexts[part])
-        yield Coded(draft.symbols[part], groups, mine.frequencies, mine.bit_counts, draft.raw[part])
+        yield _coded(draft, mine, part)
+
+
+def _coded(draft: _Draft, mine: Model, part: slice) -> Coded:
+    groups = mine.groups.take(draft.contexts[part])
+    return Coded(draft.symbols[part], groups, mine.frequencies, mine.bit_counts, draft.raw[part])
 
 
 def _code(arrays: Sequence[Coded], length: int) -> Stream:

@@ -45,7 +45,7 @@ def _write(name: str, old: bytes, new: bytes, layout: Path | None = None) -> Non
 
 
 def _tensors(rng: np.random.Generator) -> tuple[Arrays, Arrays]:
-    """Return tensors of every kind that safetensors has: with factors, still rows, raw bits, outliers; some are new."""
+    """Return tensors of every kind that safetensors has: with factors, gains, still rows, raw bits, outliers; new."""
     half, half_new = tuned(rng, (96, 80), rank=2, noise=1e-4)
     single, single_new = tuned(rng, (40, 64), rank=1, noise=1e-5)
     octets = rng.integers(-100, 100, (256, 40)).astype(np.int8)
@@ -55,12 +55,18 @@ def _tensors(rng: np.random.Generator) -> tuple[Arrays, Arrays]:
     words = rng.integers(-9000, 9000, 300).astype(np.int16)
     whole = rng.integers(-(1 << 30), 1 << 30, 50).astype(np.int32)
     half_new[3, 7] = np.inf
+    folded = (rng.normal(size=(60, 3, 8)) * 0.1).astype(np.float16)
+    grown = folded * (1 + rng.normal(size=(60, 1, 1)) * 0.05) + rng.normal(size=folded.shape) * 1e-4
+    scales = (rng.random(70) * (1 + np.outer((0.0, 0.01), rng.normal(size=70)))).astype(np.float32)
     old: Arrays = {"half": half.astype(np.float16), "single": single, "octets": octets, "ranked": ranked,
-           "words": words, "whole": whole, "same": np.arange(200, dtype=np.uint8)}  # fmt: skip
+           "words": words, "whole": whole, "same": np.arange(200, dtype=np.uint8),
+           "folded": folded, "scales": scales[0], "products": scales[0] * np.float32(0.3)}  # fmt: skip
     new: Arrays = {"half": half_new.astype(np.float16), "single": single_new, "octets": moved,
            "ranked": (ranked + np.floor(steps + rng.random(steps.shape))).astype(np.int8),
            "words": words + rng.integers(-40, 40, 300).astype(np.int16), "whole": whole + 70000,
-           "same": old["same"], "added": rng.normal(size=30).astype(np.float32)}  # fmt: skip
+           "same": old["same"], "added": rng.normal(size=30).astype(np.float32),
+           "folded": grown.astype(np.float16), "scales": scales[1],
+           "products": scales[1] * np.float32(0.4)}  # fmt: skip
     return old, new
 
 

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +175,34 @@ def test_a_change_of_low_rank_costs_little_more_than_its_factors(folder: Path) -
     method, part = share(folder, safetensors({"w": old.astype(np.float16)}), safetensors({"w": new.astype(np.float16)}))
     assert method is Method.SEGMENTS
     assert part < 0.13
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_channels_that_were_rescaled_cost_little_more_than_a_number_each(
+    folder: Path, dtype: type[np.floating[Any]]
+) -> None:
+    rng = np.random.default_rng(12)
+    old = (rng.normal(size=(300, 4, 10)) * 0.05).astype(dtype)  # short channels: rows are joined, gains are not
+    noise = rng.normal(size=old.shape) * 2e-4
+    gains = (rng.integers(-400, 400, 300) * 2.0**-10)[:, None, None]
+    _, part = share(folder, safetensors({"w": old}), safetensors({"w": (old * (1 + gains) + noise).astype(dtype)}))
+    _, noisy = share(folder, safetensors({"w": old}), safetensors({"w": (old + noise).astype(dtype)}))
+    assert part * old.nbytes < noisy * old.nbytes + 4 * 300
+
+
+def test_scales_that_are_others_times_a_number_cost_next_to_nothing(folder: Path) -> None:
+    rng = np.random.default_rng(13)
+    versions = []
+    before = rng.uniform(0.001, 0.01, 2000)
+    for seen, moves in ((0.017, 0.0), (0.0193, 0.02)):
+        scales = (before * (1 + moves * rng.normal(size=2000))).astype(np.float32)
+        versions.append({"of biases": scales * np.float32(seen), "of weights": scales})
+    old, new = versions
+    _, both = share(folder, safetensors(old), safetensors(new))
+    for version in versions:
+        del version["of biases"]
+    _, one = share(folder, safetensors(old), safetensors(new))
+    assert both * 16000 < one * 8000 + 200
 
 
 @pytest.mark.parametrize("write", [safetensors, onnx_model])
