@@ -315,6 +315,21 @@ def test_a_refused_call_is_sent_again_and_one_that_may_have_run_is_not() -> None
     asyncio.run(story())
 
 
+def test_a_server_that_cancels_when_the_time_is_up_is_late_and_not_lost() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _connection: int) -> None:
+        while True:
+            stream = await next_call(reader)
+            writer.write(http2.frame(http2.RST_STREAM, 0, stream, http2.number(http2.CANCEL)))
+
+    async def story() -> None:
+        async with scripted(script) as address, channel_to(address) as channel:
+            assert (await failure(channel)).code is grpc.StatusCode.CANCELLED
+            for _ in range(20):
+                assert (await failure(channel, timeout_s=0.009)).code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+    asyncio.run(story())
+
+
 def test_frames_that_only_other_servers_send_are_understood() -> None:
     data = b"\0\0\0\0\3yes"
 
