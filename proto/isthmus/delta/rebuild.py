@@ -17,8 +17,9 @@ from isthmus.delta.early import decode_early, moved, read_exactly, scaled
 from isthmus.delta.elements import Kind
 from isthmus.delta.factors import read
 from isthmus.delta.model import Model, Part
+from isthmus.delta.pieces import Piece, Segment
 from isthmus.delta.rans import U16, Decoder
-from isthmus.delta.segments import Group, Piece, Section, Segment, decompress, read_group, read_states
+from isthmus.delta.segments import Group, Section, decompress, read_group, read_states
 from isthmus.digests import CHUNK
 from isthmus.errors import DeltaError
 

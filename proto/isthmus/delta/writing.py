@@ -16,17 +16,11 @@ from isthmus.delta.elements import FLOATS, Kind
 from isthmus.delta.factors import MAX_NUMBERS, Factors
 from isthmus.delta.literals import Run, compress, pack_literals
 from isthmus.delta.model import Model, Numbers, Part
+from isthmus.delta.pieces import MAX_EARLY, Piece, Segment
 from isthmus.delta.rans import U8, U16, U32, Coded, Stream, encode
 from isthmus.delta.rebuild import blocks
 from isthmus.delta.scaling import find_scaled
-from isthmus.delta.segments import (
-    GROUP_HEADER,
-    MAX_EARLY,
-    MAX_GROUP,
-    Piece,
-    Segment,
-    pack_map,
-)
+from isthmus.delta.segments import GROUP_HEADER, MAX_GROUP, pack_map
 
 _PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
 _LANE_SHARE: Final = 0.008  # of what is coded may go into the lanes
