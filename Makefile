@@ -6,6 +6,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STORY  ?= news
+WORKERS ?= 2
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT:
@@ -28,11 +29,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup  ## Run the whole story on real data; STORY=meter is the small one.
 	@$(BIN)/python -m examples.quickstart --story $(STORY)
 
-test: setup  ## Run all tests.
-	@$(BIN)/python -m pytest
+test: setup  ## Run all tests, in WORKERS=2 processes.
+	@$(BIN)/python -m pytest -n $(WORKERS)
 
 test-fast: setup  ## Run the tests that need no servers or compilers.
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
 aarch64: setup  ## Prepare an Arm device under emulation, for the tests that use one (Debian 12).
 	@$(BIN)/python -m tests.aarch64.setup

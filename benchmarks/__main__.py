@@ -13,6 +13,7 @@ NAMES: Final = (
     "soak",
     "swap",
     "policy",
+    "sequences",
     "delta",
     "overhead",
     "compile",

@@ -114,22 +114,44 @@ def descriptors(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-def soak(site: Site, load: Child, model: ServedModel, *, minutes: float, slice_s: float, warm_s: float) -> Soak:
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long the load lasts, each of its slices, and the warm-up before it."""
+
+    minutes: float
+    slice_s: float
+    warm_s: float
+
+
+QUICK: Final = Length(0.4, slice_s=1.0, warm_s=2.0)
+
+
+def run(folder: Path, model: ServedModel, length: Length) -> tuple[list[dict[str, Any]], list[Goal]]:
+    """Start the servers and soak them; return the rows of the table, and the goals."""
+    with (
+        running(folder, {model.name: model}, threshold=threshold_of(model)) as site,
+        child("load", ["-m", "benchmarks.servers.load"], folder) as load,
+    ):
+        result = soak(site, load, model, length)
+        return result.rows(), result.goals(counted=counted(site))
+
+
+def soak(site: Site, load: Child, model: ServedModel, length: Length) -> Soak:
     """Measure the capacity, then put 70 % of it on the agent for so many minutes, the cloud's death included."""
     job = {"address": site.agent_address, "model": model.name, "inputs": str(model.inputs), "clients": CLIENTS}
-    warm = [load.ask(job | {"seconds": warm_s / 2}) for _ in range(2)]
+    warm = [load.ask(job | {"seconds": length.warm_s / 2}) for _ in range(2)]
     capacity = len(warm[-1]["ms"]) / warm[-1]["elapsed_s"]
-    note(f"capacity {capacity:.0f} requests/s; {LOAD:.0%} of it for {minutes:g} minutes")
-    warm.append(load.ask(job | {"seconds": warm_s, "rate": LOAD * capacity}))
+    note(f"capacity {capacity:.0f} requests/s; {LOAD:.0%} of it for {length.minutes:g} minutes")
+    warm.append(load.ask(job | {"seconds": length.warm_s, "rate": LOAD * capacity}))
     result, pid = Soak(warm=sum(len(part["ms"]) for part in warm)), site.agent.process.pid
     for phase in PHASES:
         if phase == "cloud dead":
             site.cloud.kill()
         elif phase == "healthy again":
             site.restart_cloud()
-        until = time.monotonic() + minutes * 60 / len(PHASES)
+        until = time.monotonic() + length.minutes * 60 / len(PHASES)
         while time.monotonic() < until:
-            done = load.ask(job | {"seconds": slice_s, "rate": LOAD * capacity})
+            done = load.ask(job | {"seconds": length.slice_s, "rate": LOAD * capacity})
             told = Counter(done["routes"]), done["failures"], resident_kib(pid), descriptors(pid)
             result.samples.append(Sample(phase, done["ms"], *told))
     return result
@@ -147,17 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="half a minute")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
-    minutes, slice_s, warm_s = (0.4, 1.0, 2.0) if chosen.quick else (chosen.minutes, 5.0, 30.0)
+    length = QUICK if chosen.quick else Length(chosen.minutes, slice_s=5.0, warm_s=30.0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = workload.small(folder, rows=_ROWS)
-        with (
-            running(folder, {model.name: model}, threshold=threshold_of(model)) as site,
-            child("load", ["-m", "benchmarks.servers.load"], folder) as load,
-        ):
-            result = soak(site, load, model, minutes=minutes, slice_s=slice_s, warm_s=warm_s)
-            goals = result.goals(counted=counted(site))
-    publish("soak", result.rows(), goals, chosen.json)
+        rows, goals = run(folder, workload.small(folder, rows=_ROWS), length)
+    publish("soak", rows, goals, chosen.json)
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cloud.operator_cli import CloudOption, ConfigOption, TenantOption, TokenOption, TrustOption, connect
+from cloud.connection import Connection, asks_cloud
 from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 
@@ -29,42 +29,36 @@ OutputOption = Annotated[
 
 
 @role_app.command()
+@asks_cloud
 def grant(
     principal: PrincipalArgument,
     role: Annotated[str, typer.Argument(metavar="ROLE", help="admin, operator, auditor, client or device.")],
     model: ModelOption = None,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Give PRINCIPAL a role, for some models or all; holds within seconds."""
     from cloud.access_client import AccessClient
 
-    flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
-    with connect(flags, config) as (client, _):
+    with connection.open() as (client, _):
         record = AccessClient(client).grant(principal, role, model or ())
     show_record("granted", record, as_json=as_json)
 
 
 @role_app.command()
+@asks_cloud
 def revoke(
     principal: PrincipalArgument,
     role: Annotated[str, typer.Argument(metavar="[ROLE]", help="Which; all of them where it is not given.")] = "",
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Take a role from PRINCIPAL; holds within seconds."""
     from cloud.access_client import AccessClient
 
-    flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
-    with connect(flags, config) as (client, _):
+    with connection.open() as (client, _):
         count = AccessClient(client).revoke(principal, role)
     if as_json:
         show_record("revoked", {"principal": principal, "revoked": count}, as_json=True)
@@ -73,85 +67,73 @@ def revoke(
 
 
 @role_app.command("list")
+@asks_cloud
 def list_roles(
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """List the roles that were granted."""
     from cloud.access_client import AccessClient
 
-    flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
-    with connect(flags, config) as (client, _):
+    with connection.open() as (client, _):
         show_table("granted roles", AccessClient(client).grants(), as_json=as_json)
 
 
 @apikey_app.command()
+@asks_cloud
 def create(
     name: KeyNameArgument,
     role: Annotated[str, typer.Option(help="What the key is good for.")] = "client",
     model: ModelOption = None,
     ttl: TtlOption = "90d",
     output: OutputOption = None,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Make an API key; it is shown this once. Clients send it as `authorization: Bearer KEY`."""
     from cloud.access_client import AccessClient
 
     _check_output(output)
-    flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
-    with connect(flags, config) as (client, _):
+    with connection.open() as (client, _):
         key, record = AccessClient(client).create_key(name, role, model or (), _seconds(ttl))
     _show_key(key, record, output, as_json=as_json)
 
 
 @apikey_app.command()
+@asks_cloud
 def rotate(
     name: KeyNameArgument,
     ttl: TtlOption = "90d",
     overlap: Annotated[str, typer.Option(help="How long the old key goes on: 1h, 7d; 0s ends it now.")] = "24h",
     output: OutputOption = None,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Make the next key of a client; both are valid until the overlap is over."""
     from cloud.access_client import AccessClient
 
     _check_output(output)
-    flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
-    with connect(flags, config) as (client, _):
+    with connection.open() as (client, _):
         key, record = AccessClient(client).rotate_key(name, _seconds(ttl), _seconds(overlap))
     _show_key(key, record, output, as_json=as_json)
 
 
 @apikey_app.command("revoke")
+@asks_cloud
 def revoke_key(
     name: KeyNameArgument,
     prefix: Annotated[str, typer.Option(help="Only the key with this prefix.")] = "",
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Take back a client's keys; holds within seconds."""
     from cloud.access_client import AccessClient
 
-    flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
-    with connect(flags, config) as (client, _):
+    with connection.open() as (client, _):
         count = AccessClient(client).revoke_key(name, prefix)
     if as_json:
         show_record("revoked", {"name": name, "revoked": count}, as_json=True)
@@ -160,19 +142,16 @@ def revoke_key(
 
 
 @apikey_app.command("list")
+@asks_cloud
 def list_keys(
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """List the API keys by prefix: who has them, until when, last used. Their roles: isthmus role list."""
     from cloud.access_client import AccessClient
 
-    flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
-    with connect(flags, config) as (client, _):
+    with connection.open() as (client, _):
         show_table("API keys", AccessClient(client).keys(), as_json=as_json)
 
 

@@ -15,7 +15,7 @@ import structlog
 
 from cloud.access_store import AccessStore, Keep
 from cloud.access_tables import ApiKeyRow, RoleGrant
-from cloud.fleet import timestamp
+from cloud.fleet_messages import timestamp
 from isthmus.errors import InputError
 from isthmus.v1 import access_pb2, access_pb2_grpc
 from security.durations import format_duration

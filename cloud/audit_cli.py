@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cloud.operator_cli import ConfigOption, TenantOption, TrustOption, connect
+from cloud.connection import Connection, asks_cloud, asks_whole_cloud
 from isthmus.errors import InputError, TrustError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 
@@ -32,8 +32,6 @@ HomeOption = Annotated[
 FolderOption = Annotated[
     Path | None, typer.Option("--folder", help="The log, or a copy of it, where it is not in --home.", metavar="DIR")
 ]
-CloudOption = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud, to ask it over the wire.")]
-TokenOption = Annotated[Path | None, typer.Option(help="File with an auditor's token.")]
 SinceOption = Annotated[
     str | None, typer.Option(help="From then on: 2026-11-30T12:00, or so long ago: 90s, 15m, 12h, 30d.")
 ]
@@ -94,6 +92,7 @@ def verify(
 
 
 @app.command("search")
+@asks_cloud
 def search_records(
     action: Annotated[str, typer.Option(help="Part of the action: Invite, rollout., ModelInfer.")] = "",
     subject: Annotated[str, typer.Option(help="Who.")] = "",
@@ -109,11 +108,8 @@ def search_records(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="The newest so many.")] = 100,
     home: HomeOption = None,
     folder: FolderOption = None,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Show matching records, oldest first: of --home or --folder, or else asked of the cloud, of one tenant."""
@@ -129,7 +125,7 @@ def search_records(
     if home is not None or folder is not None:
         records = list(deque(look(_local(home, folder), query), maxlen=limit))
     else:
-        with connect(_address(cloud, trust, token_file, tenant), config) as (client, _):
+        with connection.open() as (client, _):
             records = list(_asked(client, query, limit))
     if as_json:
         show_table("records", records, as_json=True)
@@ -138,17 +134,15 @@ def search_records(
 
 
 @app.command()
+@asks_cloud
 def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Gets the records: one JSON object a line.")],
     since: SinceOption = None,
     until: UntilOption = None,
     home: HomeOption = None,
     folder: FolderOption = None,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Write records to a file; where the log is at hand (--home, --folder) with the checkpoints that are in it."""
@@ -163,7 +157,7 @@ def export(
                 file.write(canonical(record) + b"\n")
                 count += 1
         else:
-            with connect(_address(cloud, trust, token_file, tenant), config) as (client, _):
+            with connection.open() as (client, _):
                 for lines in client.export_records(_times(query)):
                     file.write(lines)
                     count += lines.count(b"\n")
@@ -171,16 +165,15 @@ def export(
 
 
 @app.command("head")
+@asks_whole_cloud
 def show_heads(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Keep the heads here, away from the cloud.", metavar="FILE")
     ] = None,
     home: HomeOption = None,
     folder: FolderOption = None,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Show the signed head of every chain; kept elsewhere, it proves later what the log was (verify --head)."""
@@ -189,7 +182,7 @@ def show_heads(
     if home is not None or folder is not None:
         heads = [path.read_bytes() for path in sorted(_local(home, folder).glob("*.head"))]
     else:
-        with connect(_address(cloud, trust, token_file, ""), config) as (client, _):
+        with connection.open() as (client, _):
             heads = client.audit_heads()
     parsed = [parse_head(data) for data in heads]
     if output is not None:
@@ -209,10 +202,6 @@ def rotate_key(
     key_id = rotate_audit_key(home)
     show_record("audit key", {"key": key_id, "public_keys": str(home / PUBLIC)}, as_json=as_json)
     note("restart the cloud: it signs with the new key from then on. Hand audit.pub to whoever verifies")
-
-
-def _address(cloud: str | None, trust: Path | None, token_file: Path | None, tenant: str | None) -> dict[str, object]:
-    return {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
 
 
 def _local(home: Path | None, folder: Path | None) -> Path:

@@ -145,7 +145,9 @@ async def start_cloud(settings: CloudSettings) -> Cloud:
         guard, verifier = Guard(), issuer.verifier()
         revocations = Revocations(database, guard)
         await revocations.refresh()
-        limits = await open_limits(settings, database, state, replicas.statistics_by_source, stack)
+        limits = await open_limits(
+            settings, database, state, replicas.statistics_by_source, catalog, repositories.names, stack
+        )
         for name, work in limits.works.items():
             await stack.enter_async_context(background(work(), name=name))
         authenticator = Authenticator(verifier, book=book, issuers=issuers, tenants=repositories.names)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from cloud.connection import Connection, asks_cloud
 from isthmus.settings import load_settings
-from isthmus.terminal import JsonOption, show_record, show_table
+from isthmus.terminal import JsonOption, note, show_record, show_table
 
 app = typer.Typer(no_args_is_help=True, help="Run the gateway, registry and Triton.")
 
@@ -45,38 +46,30 @@ def serve(
 
 
 @app.command()
+@asks_cloud
 def accept(
     files: Annotated[list[Path], typer.Argument(help="N.root.json, targets.json or publisher-NAME.json.")],
-    cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
-    trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="File with an operator's token.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Tenant to act in, for admins of the cloud.")] = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
+    as_json: JsonOption = False,
 ) -> None:
     """Hand signed metadata to the cloud: a new root, delegations. All FILES take effect, or none."""
-    from cloud.operator_cli import connect
-    from isthmus.terminal import note
     from security.keyfiles import read_file
 
     offered = {path.name: read_file(path, hint="isthmus keys makes these files") for path in files}
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
+    with connection.open() as (client, _):
         client.submit(offered)
+    if as_json:
+        show_record("accepted", {"files": list(offered)}, as_json=True)
+        return
     note(f"the cloud serves {', '.join(offered)}")
 
 
 @app.command()
-def status(
-    cloud: Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.")] = None,
-    trust: Annotated[Path | None, typer.Option(help="Folder with ca.pem.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="File with an operator's token.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Tenant to act in, for admins of the cloud.")] = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@asks_cloud
+def status(*, connection: Connection, as_json: JsonOption = False) -> None:
     """Show Triton's version, the loaded heavy models and their counters."""
-    from cloud.operator_cli import connect
-
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
+    with connection.open() as (client, _):
         record = client.status()
     if as_json:
         show_record("cloud", record, as_json=True)

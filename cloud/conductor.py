@@ -1,11 +1,9 @@
-"""Drives the fleet: keeps the roster up to date, writes what devices and operators say, and moves rollouts on.
+"""Moves rollouts on, and keeps what runs beside that going: previews, starts, decisions, housekeeping.
 
-Every change goes to the database first and reaches the roster by reading it back, so this process, its successor
-after a crash and a replica beside it follow one record. Rules:
+Rules, with those of `cloud.fleet_record`:
 1. A rollout is changed only by who still sees its newest revision (compare and set under the database's write lock);
    of two replicas that decide at once, one finds that the other was faster and looks again.
-2. A report is on the disk before the device hears that it was taken; reports that wait together share a commit.
-3. Replicas find each other's changes by asking for one row every `poll_s`; watchers hear of them at once then.
+2. Replicas find each other's changes by asking for one row every `poll_s`; watchers hear of them at once then.
 """
 
 from __future__ import annotations
@@ -13,51 +11,33 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final, TypeVar
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Final
 
 import structlog
-from sqlalchemy import delete, select, update
+from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cloud import database as db
 from cloud import rollout as rules
+from cloud.device_desk import DeviceDesk
+from cloud.fleet_record import Releases
 from cloud.recorder import Recorder
-from cloud.records import (
-    Ask,
-    check_ask,
-    check_version,
-    keep_report,
-    on_device,
-    rollout_event,
-    settle,
-    warnings,
-)
-from cloud.roster import Device, Layer, Roster, Told
+from cloud.records import Ask, check_ask, rollout_event, settle, warnings
+from cloud.roster import Layer, Roster
 from isthmus.bundle import Variant
-from isthmus.errors import ConflictError, IdentityError, InputError, IsthmusError, NotFoundError
+from isthmus.errors import ConflictError, InputError, IsthmusError, NotFoundError
 from security.custom import Terms
-from security.tenancy import DEFAULT_TENANT
+
+__all__ = ["Conductor", "Preview", "Releases", "unknown_rollout"]
 
 POLL_S: Final = 1.0
 SEEN_S: Final = 30.0  # how often connected devices are noted as seen; well below what counts as online
 HOUSEKEEPING_S: Final = 3600.0
-KEEP_EVENTS_S: Final = 90 * 86400.0
-_CHUNK: Final = 500  # devices in one statement
-_T = TypeVar("_T")
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Releases:
-    """What the registry knows and does for the fleet; `terms` may block."""
-
-    terms: Callable[[str, int], Terms]
-    prepare: Callable[[str, int], Awaitable[None]]  # before a rollout: heavy model and deltas
-    follow: Callable[[Collection[str]], Coroutine[Any, Any, None]]  # models whose versions or release changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +52,7 @@ class Preview:
     warnings: list[str]
 
 
-@dataclass(slots=True, eq=False)
-class _Watcher:
-    device: str
-    models: frozenset[str]
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class Conductor:
+class Conductor(DeviceDesk):
     """See the module; lives in one event loop.
 
     Args:
@@ -101,50 +74,8 @@ class Conductor:
         poll_s: float = POLL_S,
         recorder: Recorder | None = None,
     ) -> None:
-        self._recorder = recorder or Recorder()
-        self._database, self._releases, self._clock, self._poll_s = database, releases, clock, poll_s
-        self.roster = roster
-        self._refreshing, self._writing = asyncio.Lock(), asyncio.Lock()
-        self._watchers: dict[str, set[_Watcher]] = {}
-        self._pending: list[tuple[Callable[[Session, int], None], asyncio.Future[None]]] = []
-        self._next_refresh: asyncio.Task[None] | None = None  # that has not begun to read
-        self._following: set[asyncio.Task[None]] = set()
-        self._closed = False
-
-    # -- following ----------------------------------------------------------------------------------------------
-
-    async def refresh(self) -> None:
-        """Take in what changed in the database until now, and tell the watchers; callers that wait share one look."""
-        if self._next_refresh is None:
-            self._next_refresh = asyncio.create_task(self._refresh())
-        await asyncio.shield(self._next_refresh)
-
-    async def _refresh(self) -> None:
-        async with self._refreshing:
-            self._next_refresh = None  # who comes from here on may know of something that this look misses
-            changes = await asyncio.to_thread(self.roster.load, self.roster.revision)
-            started = self.roster.revision >= 0
-            concerned = self.roster.apply(changes)
-        self._notify(concerned)
-        if started and changes.models:  # not waited for: it may load heavy models, or be what called this
-            task = asyncio.create_task(self._releases.follow({row.name for row in changes.models}))
-            self._following.add(task)
-            task.add_done_callback(self._followed)
-
-    def _followed(self, task: asyncio.Task[None]) -> None:
-        self._following.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("releases were not followed", exc_info=error)
-
-    def _notify(self, concerned: set[tuple[str, str]]) -> None:
-        everywhere = {model for device, model in concerned if not device}
-        for watchers in self._watchers.values():
-            for watcher in watchers:
-                if everywhere & watcher.models:
-                    watcher.changed.set()
-        for device, _ in concerned:
-            for watcher in self._watchers.get(device, ()):
-                watcher.changed.set()
+        super().__init__(database, roster, releases, clock)
+        self._recorder, self._poll_s = recorder or Recorder(), poll_s
 
     async def run(self) -> None:
         """Follow and decide until cancelled; a database that is away for a while is asked again."""
@@ -164,207 +95,6 @@ class Conductor:
                 log.exception("the database does not answer", kind=type(error).__name__)
             await asyncio.sleep(self._poll_s)
 
-    def close(self) -> None:
-        """Send all watchers home: the process is about to stop."""
-        self._closed = True
-        for watchers in self._watchers.values():
-            for watcher in watchers:
-                watcher.changed.set()
-
-    # -- devices ------------------------------------------------------------------------------------------------
-
-    async def watch(
-        self, device_id: str, models: Collection[str], facts: bytes, tenant: str = DEFAULT_TENANT
-    ) -> AsyncGenerator[tuple[str, Told], None]:
-        """Yield what the device is told about each model: now, and whenever it changes.
-
-        Raises:
-            IdentityError: A device of this name belongs to another tenant.
-        """
-        if await self._knows(device_id):
-            self._check_tenant(device_id, tenant)
-        await self._note_watch(device_id, models, facts)
-        watcher = _Watcher(device_id, frozenset(models))
-        self._watchers.setdefault(device_id, set()).add(watcher)
-        device = self._any_device(device_id, tenant)
-        device.streams += 1
-        told: dict[str, Told] = {}
-        try:
-            while not self._closed:
-                watcher.changed.clear()
-                for model in models:
-                    news = self.roster.told(self._any_device(device_id, tenant), model)
-                    if news.version and told.get(model) != news:
-                        told[model] = news
-                        yield model, news
-                await watcher.changed.wait()
-        finally:
-            device.streams -= 1
-            device.last_seen_at = self._clock()
-            self._watchers[device_id].discard(watcher)
-            if not self._watchers[device_id]:
-                del self._watchers[device_id]
-
-    async def _knows(self, device_id: str) -> bool:
-        """Return whether a device is enrolled, perhaps a moment ago and at another replica."""
-        if device_id not in self.roster.devices:
-            await self.refresh()
-        return device_id in self.roster.devices
-
-    def _any_device(self, device_id: str, tenant: str) -> Device:
-        """Return the device, or what stands for one whose enrolment this record does not have."""
-        return self.roster.devices.get(device_id) or Device(device_id, 0.0, 0.0, tenant=tenant)
-
-    def _check_tenant(self, device_id: str, tenant: str) -> None:
-        if self.roster.devices[device_id].tenant != tenant:
-            raise IdentityError("the device is not enrolled here", reason="unknown-device")
-
-    async def _note_watch(self, device_id: str, models: Collection[str], facts: bytes) -> None:
-        if not await self._knows(device_id):
-            return
-        device = self.roster.devices[device_id]
-        device.last_seen_at = self._clock()
-        watched = {model for model, entry in device.models.items() if entry.watched}
-        if device.facts_bytes == facts and watched == set(models):
-            return
-
-        def note(session: Session, revision: int) -> None:
-            row = session.get_one(db.Device, device_id)
-            row.facts, row.last_seen_at, row.revision = facts, self._clock(), revision
-            for model in set(models) | watched:
-                entry = on_device(session, device_id, model)
-                entry.watched, entry.revision = model in models, revision
-
-        await self._together(note)
-
-    async def report(self, device_id: str, report: Any, tenant: str = DEFAULT_TENANT) -> None:
-        """Keep a device's report; it is durable when this returns. One that is older than what is known is dropped.
-
-        Raises:
-            IdentityError: The device is not enrolled here.
-        """
-        if not await self._knows(device_id):
-            raise IdentityError("the device is not enrolled here", reason="unknown-device")
-        self._check_tenant(device_id, tenant)
-        await self._together(lambda session, revision: keep_report(session, device_id, report, self._clock(), revision))
-
-    async def _together(self, work: Callable[[Session, int], None]) -> None:
-        """Write something that thousands of devices do at once: whatever waits together shares a transaction."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.append((work, done))
-        async with self._writing:
-            if not done.done():  # nobody took it along while we waited for our turn
-                await asyncio.shield(self._write_pending())
-        await done
-
-    async def _write_pending(self) -> None:
-        batch, self._pending = self._pending, []
-
-        def write(session: Session) -> None:
-            revision = db.next_revision(session)
-            for work, _ in batch:
-                work(session, revision)
-
-        try:
-            await self._write(write)
-        except Exception as error:
-            for _, done in batch:
-                if not done.done():
-                    done.set_exception(error)
-        else:
-            for _, done in batch:
-                if not done.done():
-                    done.set_result(None)
-
-    def _note_seen(self, session: Session) -> None:
-        connected = [device.id for device in self.roster.devices.values() if device.streams]
-        if not connected:
-            return
-        values = {"last_seen_at": self._clock(), "revision": db.next_revision(session)}
-        for start in range(0, len(connected), _CHUNK):
-            part = connected[start : start + _CHUNK]
-            session.execute(update(db.Device).where(db.Device.id.in_(part)).values(values))
-
-    def _forget_old_events(self, session: Session) -> None:
-        session.execute(delete(db.Event).where(db.Event.at < self._clock() - KEEP_EVENTS_S))
-
-    async def set_labels(self, device_id: str, labels: Mapping[str, str], remove: Collection[str], by: str) -> None:
-        """Set and remove labels of a device.
-
-        Raises:
-            NotFoundError: There is no such device.
-        """
-        self.roster.device(device_id)
-
-        def change(session: Session) -> None:
-            session.get_one(db.Device, device_id).revision = db.next_revision(session)
-            session.execute(
-                delete(db.DeviceLabel).where(
-                    db.DeviceLabel.device_id == device_id, db.DeviceLabel.key.in_([*remove, *labels])
-                )
-            )
-            session.add_all(db.DeviceLabel(device_id=device_id, key=key, value=labels[key]) for key in labels)
-            text = ", ".join(
-                [*(f"{key}={value}" for key, value in sorted(labels.items())), *(f"-{key}" for key in remove)]
-            )
-            session.add(db.Event(at=self._clock(), kind="labelled", device_id=device_id, detail=f"{text} by {by}"))
-
-        await self._write(change)
-
-    async def pin(self, device_id: str, model: str, version: int | None, by: str) -> None:
-        """Hold a device at a version of a model, or let it go (None).
-
-        Raises:
-            NotFoundError: There is no such device, or no such version.
-        """
-        self.roster.device(device_id)
-
-        def change(session: Session) -> None:
-            if version is not None:
-                check_version(session, model, version)
-            entry = on_device(session, device_id, model)
-            entry.pin, entry.revision = version, db.next_revision(session)
-            kind = "unpinned" if version is None else "pinned"
-            session.add(
-                db.Event(
-                    at=self._clock(),
-                    kind=kind,
-                    device_id=device_id,
-                    model=model,
-                    version=version or 0,
-                    detail=f"by {by}",
-                )
-            )
-
-        await self._write(change)
-
-    async def retry(self, device_id: str, model: str, by: str) -> int:
-        """Ask a device to try again what failed on it; return the number of the attempt.
-
-        Raises:
-            NotFoundError: There is no such device, or it does not run the model.
-        """
-        if model not in self.roster.device(device_id).models:
-            raise NotFoundError(f"device {device_id} does not run a model {model[:80]!r}", reason="unknown-model")
-
-        def change(session: Session) -> int:
-            entry = on_device(session, device_id, model)
-            entry.attempt, entry.revision = entry.attempt + 1, db.next_revision(session)
-            session.add(db.Event(at=self._clock(), kind="retry", device_id=device_id, model=model, detail=f"by {by}"))
-            return entry.attempt
-
-        return await self._write(change)
-
-    async def events(self, *, device_id: str = "", rollout: str = "", limit: int = 100) -> list[db.Event]:
-        """Return the newest events of a device or a rollout, newest first."""
-        chosen = db.Event.device_id == device_id if device_id else db.Event.rollout == rollout
-
-        def read() -> list[db.Event]:
-            with self._database.read() as session:
-                return [*session.scalars(select(db.Event).where(chosen).order_by(db.Event.id.desc()).limit(limit))]
-
-        return await asyncio.to_thread(read)
-
     async def takers(self, rollout: str) -> set[str]:
         """Return the devices on which a rollout's version has served."""
         served = select(db.Event.device_id).where(
@@ -376,8 +106,6 @@ class Conductor:
                 return set(session.scalars(served.distinct()))
 
         return await asyncio.to_thread(read)
-
-    # -- rollouts -----------------------------------------------------------------------------------------------
 
     async def preview(self, ask: Ask) -> Preview:
         """Return what a rollout would do.
@@ -556,19 +284,6 @@ class Conductor:
             return True
 
         return await self._write(write)
-
-    # -- writing ------------------------------------------------------------------------------------------------
-
-    async def _write(self, work: Callable[[Session], _T]) -> _T:
-        """Run one transaction to its end, whoever asked for it, and take in what it changed."""
-
-        def run() -> _T:
-            with self._database.write() as session:
-                return work(session)
-
-        result = await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(run)))
-        await self.refresh()
-        return result
 
 
 def unknown_rollout(name: str) -> NotFoundError:

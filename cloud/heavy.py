@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import structlog
@@ -54,8 +54,7 @@ _NO_BACKEND: Final = "unable to find backend library"
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class HeavyId:
+class HeavyId(NamedTuple):
     """One version of a model's heavy half."""
 
     model: str

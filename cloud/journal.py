@@ -21,9 +21,9 @@ import struct
 import uuid
 import zlib
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -33,8 +33,7 @@ _NUMBER: Final = struct.Struct("<I")
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(NamedTuple):
     """What counts are kept by; `hour` is the Unix time at which it began."""
 
     hour: int
@@ -144,7 +143,7 @@ class Journal:
         data = b""
         if number is None:
             number = self._keys[key] = len(self._keys)
-            data = _entry(b"K", _NUMBER.pack(number) + json.dumps(astuple(key)).encode())
+            data = _entry(b"K", _NUMBER.pack(number) + json.dumps(key).encode())
         data += _entry(b"C", _COUNT.pack(number, outcome, bytes_in, bytes_out, calls, call_us))
         try:
             if os.write(self._file, data) == len(data):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cloud.admission import Admission
+from cloud.catalog import Catalog
 from cloud.config import CloudSettings
 from cloud.database import Database
 from cloud.journal import Journal
@@ -43,6 +44,8 @@ async def open_limits(
     database: Database,
     state: Path,
     tritons: Callable[[], Awaitable[Mapping[str, list[Any]]]],
+    catalog: Catalog,
+    tenants: Callable[[], Collection[str]],
     stack: AsyncExitStack,
 ) -> Limits:
     """Open everything; when `stack` ends, what was counted is in the database, so it must end before that does.
@@ -52,6 +55,8 @@ async def open_limits(
         database: Where quotas and usage are kept.
         state: Folder for the journal.
         tritons: See TritonUsage.
+        catalog: The models that there are.
+        tenants: Returns the tenants that there are.
         stack: Closes what was opened.
 
     Raises:
@@ -73,7 +78,8 @@ async def open_limits(
     if isinstance(store, RedisQuotas):
         works["leases"] = store.renew
     admission = Admission(book, store, streams=settings.device_streams)
-    return Limits(admission, store, meter, UsageService(usage, quotas, meter, compute, follower), works)
+    service = UsageService(usage, quotas, meter, compute, follower, catalog, tenants=tenants)
+    return Limits(admission, store, meter, service, works)
 
 
 def _store(settings: CloudSettings) -> QuotaStore:

@@ -19,7 +19,7 @@ from isthmus.address import check_free
 from isthmus.errors import ConfigError
 from isthmus.metrics_server import MetricsServer
 from isthmus.oip import SERVICE
-from isthmus.status import StatusInterceptor
+from isthmus.status import MethodInterceptor, StatusInterceptor
 from security.listener import Listener
 from security.tls import server_credentials
 
@@ -37,7 +37,7 @@ _SERVICES: Final = (
 )
 
 
-def open_server(settings: CloudSettings, *interceptors: grpc.aio.ServerInterceptor) -> tuple[grpc.aio.Server, str, str]:
+def open_server(settings: CloudSettings, *interceptors: MethodInterceptor) -> tuple[grpc.aio.Server, str, str]:
     """Return a server that is bound to its two addresses, and these: for everybody, and for devices."""
     server = Listener(
         settings.listener,

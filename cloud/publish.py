@@ -21,38 +21,30 @@ One publish or release runs at a time.
 from __future__ import annotations
 
 import asyncio
-import hmac
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import structlog
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from cloud import database as db
 from cloud.blobs import Blobs, Deltas
+from cloud.bundle_files import check_blobs, check_identity, check_vouched, golden_inputs, materialise
 from cloud.catalog import Catalog, unknown_model
 from cloud.deltas import PreparedDelta, prepare_deltas
 from cloud.heavy import HeavyId
-from cloud.ownership import BlobOwners, record_blobs
-from cloud.records import check_no_rollout, end_share, supersede
+from cloud.ownership import BlobOwners
 from cloud.replicas import Replicas
-from isthmus.bundle import CALIBRATION, GOLDEN, Manifest, Variant, parse_calibration, parse_manifest
+from cloud.restoration import finish_publishes, record_owners
+from cloud.version_record import VersionRecord
+from isthmus.bundle import Manifest, Variant, parse_manifest
 from isthmus.digests import sha256_bytes
-from isthmus.errors import BundleError, ConflictError, InputError, IsthmusError, NotFoundError, TrustError
-from isthmus.tensors import Array
+from isthmus.errors import BundleError, ConflictError, InputError, NotFoundError, TrustError
 from security.custom import Terms
-from security.metadata import Targets, manifest_path, parse
+from security.metadata import Targets, manifest_path
 from security.tenancy import DEFAULT_TENANT, check_new_name
 from security.tenants import TenantRepositories
-
-_GOLDEN_ROWS: Final = 4  # enough to see the form of an answer
-_INPUT: Final = "input."
 
 log = structlog.get_logger(__name__)
 
@@ -104,9 +96,10 @@ class Publisher:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database, self._blobs, self._deltas = database, blobs, deltas
+        self._versions = VersionRecord(database, clock)
         self._repositories, self._owners = repositories, owners
         self._catalog, self._pool = catalog, pool
-        self._heavy_versions, self._clock = heavy_versions, clock
+        self._heavy_versions = heavy_versions
         self._delta_bases, self._used_bases, self._fleet = delta_bases, used_bases, fleet
         self._traffic = traffic
         self._lock = asyncio.Lock()
@@ -117,8 +110,10 @@ class Publisher:
         A heavy model that does not load any more is logged: the others must serve. So is a version that was committed
         and cannot be told to the database.
         """
-        await asyncio.to_thread(self._reconcile)
-        await asyncio.to_thread(self._record_blobs)
+        await asyncio.to_thread(
+            finish_publishes, self._database, self._versions, self._repositories, self._blobs, self._owners
+        )
+        await asyncio.to_thread(record_owners, self._owners, self._blobs)
         with self._database.read() as session:
             models = session.scalars(select(db.Model.name)).all()
         for model in models:
@@ -134,17 +129,6 @@ class Publisher:
             self._catalog.publish(row.model, row.version, HeavyId(row.model, row.heavy_version), of_model.tenant)
         if of_model.released is not None:
             self._catalog.release(model, of_model.released)
-
-    def _record_blobs(self) -> None:
-        """Record whose the blobs of versions are that a release before tenants published."""
-        found = []
-        for model, version, digest in self._owners.unrecorded():
-            try:
-                found.append((parse_manifest(self._blobs.read_all(digest)), digest))
-            except IsthmusError as error:  # its files can be had again once it is mended and the cloud started anew
-                log.warning("a version's files are not handed out", model=model, version=version, reason=error.reason)
-        if found:
-            self._owners.record_all(found)
 
     async def _load_wanted(self, model: str) -> None:
         for heavy in sorted(self._wanted(model)):
@@ -194,13 +178,13 @@ class Publisher:
                 self._check, model, version, manifest_json, targets_json, role, tenant
             )  # (1), (2), (3)
             if release:
-                await asyncio.to_thread(self._check_release, model)
+                await asyncio.to_thread(self._versions.check_release, model)
             deltas = await self._prepare_deltas(manifest)  # (4)
-            heavy = await asyncio.to_thread(self._heavy_id, manifest)
+            heavy = await asyncio.to_thread(self._versions.heavy_id, manifest)
             fresh = heavy not in self._pool.loaded
             try:
                 await self._load_heavy(heavy, manifest)  # (5)
-                await self._pool.try_out(heavy, manifest, await asyncio.to_thread(self._golden_inputs, manifest))
+                await self._pool.try_out(heavy, manifest, await asyncio.to_thread(golden_inputs, self._blobs, manifest))
                 await asyncio.to_thread(self._blobs.store, manifest_json)
                 await _uninterrupted(
                     self._commit(manifest, manifest_json, targets_json, role, heavy, tenant)
@@ -233,7 +217,7 @@ class Publisher:
                     f"model {model!r} has no version {version}; it has {', '.join(map(str, known[-5:]))}",
                     reason="unknown-version",
                 )
-            await asyncio.to_thread(self._check_release, model)
+            await asyncio.to_thread(self._versions.check_release, model)
             await asyncio.to_thread(self.check_not_withdrawn, model, version)
             heavy = self._catalog.heavy(model, version)
             await self._load_heavy(heavy, await asyncio.to_thread(self.manifest, model, heavy.version))
@@ -336,23 +320,23 @@ class Publisher:
     ) -> Manifest:
         """Return the manifest when it may be published; blocks, for signatures and thousands of blobs take a while."""
         manifest = parse_manifest(manifest_json)  # (1)
-        _check_identity(manifest, model, version)
-        self._check_newest(model, version)
+        check_identity(manifest, model, version)
+        self._versions.check_newest(model, version)
         self._repositories.of(tenant).accept_targets(targets_json, role)  # (2)
-        _check_vouched(targets_json, manifest, manifest_json)
-        self._check_blobs(manifest, tenant)  # (3)
+        check_vouched(targets_json, manifest, manifest_json)
+        check_blobs(self._blobs, self._owners, manifest, tenant)  # (3)
         return manifest
 
     async def _commit(
         self, manifest: Manifest, manifest_json: bytes, targets_json: bytes, role: str, heavy: HeavyId, tenant: str
     ) -> None:
         await asyncio.to_thread(self._repositories.of(tenant).commit, targets_json, role)
-        await asyncio.to_thread(self._record, manifest, sha256_bytes(manifest_json), heavy, tenant)
+        await asyncio.to_thread(self._versions.record, manifest, sha256_bytes(manifest_json), heavy, tenant)
         self._catalog.publish(manifest.name, manifest.version, heavy, tenant)
         log.info("version published", model=manifest.name, version=manifest.version, heavy=heavy.name, tenant=tenant)
 
     async def _release(self, model: str, version: int) -> None:
-        await asyncio.to_thread(self._record_release, model, version)
+        await asyncio.to_thread(self._versions.record_release, model, version)
         self._catalog.release(model, version)
         log.info("version released", model=model, version=version)
 
@@ -363,123 +347,10 @@ class Publisher:
                 await self._pool.retire(heavy)
         await self._pool.sweep()
 
-    def _reconcile(self) -> None:
-        """Tell the database of versions whose publish was cut short after the commit, oldest first."""
-        with self._database.read() as session:
-            known = {manifest_path(row.model, row.version) for row in session.scalars(select(db.Version))}
-        tenants = self._repositories.names()
-        missing = [
-            (target, tenant)
-            for tenant in tenants
-            for path, target in self._repositories.of(tenant).listed().items()
-            if path not in known
-        ]
-        for target, tenant in sorted(missing, key=lambda found: int(found[0].path.split("/")[1])):
-            try:
-                sha256 = target.hashes["sha256"]
-                manifest = parse_manifest(self._blobs.read_all(sha256))
-                # What a tenant has signed for says nothing about what is not its own.
-                check_new_name(tenant, manifest.name, tenants)
-                _check_identity(manifest, *_named(target.path))
-                self._check_blobs(manifest, tenant)
-                self._check_newest(manifest.name, manifest.version)
-                self._record(manifest, sha256, self._heavy_id(manifest), tenant)
-            except IsthmusError as error:
-                log.warning("a committed version is not whole", path=target.path, reason=error.reason)
-            else:
-                log.info("publish that was cut short is finished", model=manifest.name, version=manifest.version)
-
-    def _check_newest(self, model: str, version: int) -> None:
-        with self._database.read() as session:
-            newest = session.scalar(select(func.max(db.Version.version)).where(db.Version.model == model))
-        if newest is not None and version <= newest:
-            raise ConflictError(
-                f"version {version} of {model!r} cannot be published: {newest} is there; compile it as {newest + 1}",
-                reason="already-published",
-            )
-
-    def _check_blobs(self, manifest: Manifest, tenant: str) -> None:
-        owned = self._owners.owned(tenant, {entry.sha256 for entry in manifest.files.values()})
-        missing = [
-            path
-            for path, entry in manifest.files.items()
-            if entry.sha256 not in owned
-            or not self._blobs.has(entry.sha256)
-            or self._blobs.length(entry.sha256) != entry.length
-        ]
-        if missing:
-            raise NotFoundError(f"blobs of {len(missing)} files are not stored: {missing[:3]}", reason="missing-blobs")
-        calibration = parse_calibration(self._blobs.read_all(manifest.files[CALIBRATION].sha256))
-        if (calibration.model, calibration.version) != (manifest.name, manifest.version):
-            raise BundleError(
-                f"{CALIBRATION} belongs to {calibration.model}@{calibration.version}, "
-                f"the bundle is {manifest.name}@{manifest.version}"
-            )
-
-    def _heavy_id(self, manifest: Manifest) -> HeavyId:
-        """Return where the heavy model is served: with an earlier version whose heavy folder is the same, or anew."""
-        same = select(db.Version.heavy_version).where(
-            db.Version.model == manifest.name, db.Version.heavy_digest == manifest.heavy.digest
-        )
-        with self._database.read() as session:
-            found = session.scalar(same.limit(1))
-        return HeavyId(manifest.name, manifest.version if found is None else found)
-
     async def _load_heavy(self, heavy: HeavyId, manifest: Manifest) -> None:
         if heavy not in self._pool.loaded:
-            await asyncio.to_thread(self._materialise, self._pool.folder(heavy), manifest)
+            await asyncio.to_thread(materialise, self._blobs, self._pool.folder(heavy), manifest)
             await self._pool.load(heavy)
-
-    def _materialise(self, folder: Path, manifest: Manifest) -> None:
-        """Write the heavy files into a Triton model folder: whole or not at all, verified."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
-        try:
-            for path, entry in manifest.files_below("heavy/"):
-                self._blobs.copy_to(entry.sha256, temporary / path.removeprefix("heavy/"))
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.replace(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-    def _golden_inputs(self, manifest: Manifest) -> dict[str, Array]:
-        try:
-            tensors = load_safetensors(self._blobs.read_all(manifest.files[GOLDEN].sha256))
-            return {spec.name: tensors[_INPUT + spec.name][:_GOLDEN_ROWS] for spec in manifest.inputs}
-        except (SafetensorError, KeyError) as error:
-            raise BundleError(f"{GOLDEN} does not hold inputs of the model: {error}") from error
-
-    def _record(self, manifest: Manifest, manifest_sha256: str, heavy: HeavyId, tenant: str) -> None:
-        with self._database.write() as session:
-            if session.get(db.Model, manifest.name) is None:
-                session.add(db.Model(name=manifest.name, tenant=tenant))
-                session.flush()
-            session.get_one(db.Model, manifest.name).revision = db.next_revision(session)
-            session.add(
-                db.Version(
-                    model=manifest.name,
-                    version=manifest.version,
-                    manifest_sha256=manifest_sha256,
-                    heavy_digest=manifest.heavy.digest,
-                    heavy_version=heavy.version,
-                    published_at=self._clock(),
-                )
-            )
-            record_blobs(session, manifest, manifest_sha256)
-
-    def _record_release(self, model: str, version: int) -> None:
-        with self._database.write() as session:
-            revision = db.next_revision(session)
-            supersede(session, model, revision)
-            end_share(session, model, version, revision)
-            row = session.get_one(db.Model, model)
-            row.released, row.revision = version, revision
-
-    def _check_release(self, model: str) -> None:
-        """Refuse early what _record_release would refuse after the work: an open rollout of the model."""
-        with self._database.read() as session:
-            check_no_rollout(session, model)
 
 
 async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
@@ -490,24 +361,3 @@ async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         await asyncio.wait((task,))
         raise
-
-
-def _check_identity(manifest: Manifest, model: str, version: int) -> None:
-    if (manifest.name, manifest.version) != (model, version):
-        raise BundleError(f"expected the manifest of {model}@{version}, got {manifest.name}@{manifest.version}")
-
-
-def _named(target_path: str) -> tuple[str, int]:
-    """Return the model and version that a target path names."""
-    model, version, _ = target_path.split("/")
-    return model, int(version)
-
-
-def _check_vouched(targets_json: bytes, manifest: Manifest, manifest_json: bytes) -> None:
-    path = f"{manifest.name}/{manifest.version}/manifest.json"
-    target = parse(targets_json, Targets).signed.targets.get(path)
-    if target is None:
-        raise TrustError(f"the signed metadata does not list {path}", reason="unsigned")
-    same_digest = hmac.compare_digest(target.hashes.get("sha256", ""), sha256_bytes(manifest_json))
-    if target.length != len(manifest_json) or not same_digest:
-        raise TrustError(f"the signed metadata vouches for another {path}", reason="digest-mismatch")

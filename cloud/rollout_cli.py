@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cloud.operator_cli import (
-    CloudOption,
-    ConfigOption,
-    TenantOption,
-    TokenOption,
-    TrustOption,
-    connect,
-    parse_labels,
-    parse_version,
-)
+from cloud.connection import Connection, asks_cloud
+from cloud.operator_cli import parse_labels, parse_version
 from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 
@@ -33,6 +23,7 @@ RolloutArgument = Annotated[str, typer.Argument(help="The rollout, or its model:
 
 
 @app.command()
+@asks_cloud
 def start(
     version: Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="For example triage@3.")],
     stages: Annotated[
@@ -54,11 +45,8 @@ def start(
     done_share: Annotated[str, typer.Option(help="Share of a stage's online devices that must be done.")] = "95%",
     stage_limit: Annotated[str, typer.Option(help="When a stage is decided on what there is.")] = "24h",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Move devices to MODEL@VERSION stage by stage; a bad version stops by itself and everybody goes back."""
@@ -79,7 +67,7 @@ def start(
         ),
         dry_run=True,
     )  # fmt: skip
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
+    with connection.open() as (client, _):
         plan = client.start_rollout(request)  # shown before anything is done
         if not as_json:
             _show_plan(plan)
@@ -95,18 +83,16 @@ def start(
 
 
 @app.command()
+@asks_cloud
 def status(
     rollout: RolloutArgument,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until it is over.")] = False,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Show how a rollout stands, what it waits for and what happened."""
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
+    with connection.open() as (client, _):
         if watch and not as_json:
             _watch(client, rollout)
             return
@@ -142,85 +128,62 @@ def _watch(client: CloudClient, rollout: str) -> None:
 
 
 @app.command()
+@asks_cloud
 def pause(
     rollout: RolloutArgument,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Tell no further device until `resume`; devices that took the version keep it."""
-    _change(
-        "pause",
-        rollout,
-        {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant},
-        config,
-        as_json=as_json,
-    )
+    _change("pause", rollout, connection, as_json=as_json)
 
 
 @app.command()
+@asks_cloud
 def resume(
     rollout: RolloutArgument,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Go on with a paused rollout; its stage gets its whole time again."""
-    _change(
-        "resume",
-        rollout,
-        {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant},
-        config,
-        as_json=as_json,
-    )
+    _change("resume", rollout, connection, as_json=as_json)
 
 
 @app.command()
+@asks_cloud
 def abort(
     rollout: RolloutArgument,
     reason: Annotated[str, typer.Option(help="For the record.")] = "",
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """End a rollout and send every device that took the version back."""
-    flags = {"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}
-    _change("abort", rollout, flags, config, as_json=as_json, reason=reason)
+    _change("abort", rollout, connection, as_json=as_json, reason=reason)
 
 
 @app.command("list")
+@asks_cloud
 def list_rollouts(
     model: Annotated[str, typer.Option(help="Only those of one model.")] = "",
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """List the rollouts, newest first."""
     from cloud.fleet_rows import rollout_row
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
+    with connection.open() as (client, _):
         rows = [rollout_row(rollout) for rollout in client.rollouts(model)]
     show_table("rollouts", rows, as_json=as_json)
 
 
-def _change(
-    change: str, name: str, flags: Mapping[str, object], config: Path | None, *, as_json: bool, reason: str = ""
-) -> None:
+def _change(change: str, name: str, connection: Connection, *, as_json: bool, reason: str = "") -> None:
     from cloud.fleet_rows import rollout_record
 
-    with connect(flags, config) as (client, _):
+    with connection.open() as (client, _):
         rollout = client.change_rollout(change, name, reason)
     if as_json:
         show_record("rollout", rollout_record(rollout), as_json=True)

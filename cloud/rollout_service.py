@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from cloud import rollout as rules
 from cloud.conductor import Conductor
-from cloud.fleet import check_labels, check_may_see, event_message, timestamp
+from cloud.fleet import check_may_see
+from cloud.fleet_messages import check_labels, event_message, timestamp
 from cloud.records import Ask
 from cloud.roster import Layer
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc

@@ -232,8 +232,12 @@ class Roster:
         return self.tenants.get(model, device.tenant) == device.tenant
 
     def is_online(self, device: Device) -> bool:
-        """Return whether a device watches here, or was heard of lately by any replica."""
-        return device.streams > 0 or self._clock() - device.last_seen_at < ONLINE_S
+        """Return whether a device watches here, or was heard of lately by any replica.
+
+        Enrolment does not count: the device's agent may be started much later, or on a site that never has a network.
+        """
+        connected = device.last_seen_at > device.enrolled_at
+        return device.streams > 0 or (connected and self._clock() - device.last_seen_at < ONLINE_S)
 
     def misfit(self, device: Device, model: str, version: int) -> str:
         """Return why no variant of a version runs on a device, or nothing: it fits, or one of the two is not known."""
@@ -372,8 +376,7 @@ def _heard(report: db.Report) -> rules.Heard:
     seen = fleet_pb2.Evidence.FromString(report.evidence)
     evidence = rules.Evidence(
         requests=seen.requests, errors=seen.errors, audited=seen.audited, disagreed=seen.disagreed,
-        latency_p50_ms=seen.latency_p50_ms, seconds=seen.seconds, before_requests=seen.before_requests,
-        before_latency_p50_ms=seen.before_latency_p50_ms,
+        seconds=seen.seconds,
     )  # fmt: skip
     return rules.Heard(
         version=report.version,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cloud.operator_cli import CloudOption, ConfigOption, TenantOption, TokenOption, TrustOption, connect
+from cloud.connection import Connection, asks_cloud, asks_whole_cloud
 from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
 from security.durations import parse_duration
@@ -22,6 +22,7 @@ _SPLIT_HINT = "for example --canary 7=5%, or --ab 7=50%"
 
 
 @app.command("set")
+@asks_cloud
 def set_traffic(
     model: ModelArgument,
     canary: Annotated[
@@ -43,11 +44,8 @@ def set_traffic(
     cache: Annotated[
         str | None, typer.Option(help="How long answers are kept for equal requests: 30s, 10m; 0 for never.")
     ] = None,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Change how requests for MODEL that name no version are spread; what is not named here stays as it is."""
@@ -67,25 +65,23 @@ def set_traffic(
         request.cache_s = 0 if cache == "0" else int(parse_duration(cache).total_seconds())
     if not any(request.HasField(part) for part in ("split", "shadow", "cache_s")):
         raise InputError("nothing to change", hint="name at least one of --canary, --ab, --shadow, --cache")
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
+    with connection.open() as (client, _):
         record = TrafficClient(client).set(request)
     show_record("traffic", record if as_json else _flat(record), as_json=as_json)
 
 
 @app.command()
+@asks_cloud
 def show(
     model: Annotated[str, typer.Argument(help="A model; all that have a policy by default.")] = "",
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Show policies, and what this cloud has counted since it started."""
     from cloud.traffic_client import TrafficClient
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
+    with connection.open() as (client, _):
         records = TrafficClient(client).reports(model)
     if as_json:
         show_table("traffic", records, as_json=True)
@@ -96,19 +92,17 @@ def show(
 
 
 @app.command()
+@asks_cloud
 def rollback(
     model: ModelArgument,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    tenant: TenantOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """End canary, A/B test and shadow of MODEL at once: the released version answers."""
     from cloud.traffic_client import TrafficClient
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": tenant}, config) as (client, _):
+    with connection.open() as (client, _):
         record = TrafficClient(client).roll_back(model)
     if as_json:
         show_record("traffic", record, as_json=True)
@@ -117,35 +111,33 @@ def rollback(
 
 
 @app.command()
+@asks_whole_cloud
 def replicas(
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Show the Tritons of the cloud."""
     from cloud.traffic_client import TrafficClient
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
+    with connection.open() as (client, _):
         show_table("Tritons", TrafficClient(client).replicas(), as_json=as_json)
 
 
 @app.command()
+@asks_whole_cloud
 def drain(
     replica: ReplicaArgument,
     wait: Annotated[str, typer.Option(help="How long to wait for its requests.")] = "30s",
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Send TRITON no new requests and wait for those that it has; then it can be stopped."""
     from cloud.traffic_client import TrafficClient
 
     wait_s = int(parse_duration(wait).total_seconds())
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
+    with connection.open() as (client, _):
         row = TrafficClient(client).drain(replica, wait_s)
     show_table("Triton", [row], as_json=as_json)
     if row["under_way"]:
@@ -153,18 +145,17 @@ def drain(
 
 
 @app.command()
+@asks_whole_cloud
 def resume(
     replica: ReplicaArgument,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Let a drained TRITON serve again."""
     from cloud.traffic_client import TrafficClient
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
+    with connection.open() as (client, _):
         show_table("Triton", [TrafficClient(client).resume(replica)], as_json=as_json)
 
 

@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy import select
@@ -45,8 +45,7 @@ from isthmus.v1 import traffic_pb2
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """Which version answers a request, and why."""
 
     version: int

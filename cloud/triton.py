@@ -9,8 +9,6 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,9 +16,12 @@ from typing import Any, Final
 import grpc
 import structlog
 from google.protobuf import json_format, text_format
+from google.protobuf.message import DecodeError
 
+from cloud.unary_call import CallError
+from cloud.unary_channel import UnaryChannel
 from isthmus.errors import BundleError, ConfigError, InputError, IsthmusError, UnavailableError
-from isthmus.oip import MODEL_INFER, model_config_pb2, service_pb2, service_pb2_grpc
+from isthmus.oip import MODEL_INFER, SERVICE, model_config_pb2, service_pb2, service_pb2_grpc
 from isthmus.status import TOO_LATE
 from security.tls import channel_credentials
 
@@ -28,11 +29,10 @@ CONFIG: Final = "config.pbtxt"
 CONTROL_S: Final = 5.0  # deadline of calls that neither infer nor load
 FAILED: Final = "heavy-failed"
 _DEAD_STUB: Final = "is not healthy"
-_UNSENT: Final = ("failed to connect to all addresses", "connections to all backends failing")  # what gRPC says
 _BUSY: Final = "Exceeds maximum queue size"
 _NOT_TAKEN: Final = ("stopped accepting new inference requests", "has no available versions", "Server not ready")
-_METHOD: Final = MODEL_INFER.encode()
-_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
+_SERVER_LIVE: Final = f"/{SERVICE}/ServerLive"
+_MOST_BYTES: Final = 1 << 30  # of an answer
 LOST: Final = "triton-unavailable"  # the reason of errors of the connection, not of an answer
 _OPTIONS: Final = (
     # A restarted Triton is found again within half a second, not after gRPC's default back-off of up to two minutes.
@@ -40,7 +40,7 @@ _OPTIONS: Final = (
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_receive_message_length", 1 << 30),
+    ("grpc.max_receive_message_length", _MOST_BYTES),
     ("grpc.max_send_message_length", -1),  # a model pushed to an external Triton is one message
 )
 
@@ -58,7 +58,7 @@ class NotAcceptedError(UnavailableError):
 
 
 class TritonClient:
-    """One connection to one Triton server."""
+    """Connections to one Triton server: one for inference, one for the rest."""
 
     def __init__(self, address: str, *, ca: Path | None = None) -> None:
         self.address = address
@@ -68,12 +68,12 @@ class TritonClient:
             credentials = channel_credentials(ca)
             self._channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        # The public call object costs each request a task, callbacks and an entry in a set of weak references: a tenth
-        # of what the gateway adds to Triton. What it is made of needs none of them, and takes and gives bytes as is.
-        self._calls: Any = self._channel._channel  # type: ignore[attr-defined]  # noqa: SLF001
+        # Inference has a connection of its own that the event loop reads and writes itself.
+        self._inference = UnaryChannel(address, ca=ca, most_bytes=_MOST_BYTES)
 
     async def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
+        await self._inference.close()
         await self._channel.close()
 
     async def infer(self, request: bytes, *, timeout_s: float) -> bytes:
@@ -86,29 +86,25 @@ class TritonClient:
             UnavailableError: The connection broke while it may have run, or time ran out.
             IsthmusError: The model itself failed on this request.
         """
-        call = self._calls.call(_METHOD, time.time() + timeout_s, None, None, 0)
         try:
-            answer = await call.unary_unary(request, (), None)
-        except asyncio.CancelledError:
-            call.cancel("the caller has left")
-            raise
-        if call.is_ok():
-            return bytes(answer)
-        status = await call.status()
-        raise _inference_error(_CODES[status.code()], status.details() or "")
+            return await self._inference.call(MODEL_INFER, request, timeout_s=timeout_s)
+        except CallError as error:
+            if error.unsent:
+                raise NotAcceptedError("the heavy model is not available now", reason=LOST) from error
+            raise _inference_error(error.code, error.details) from error
 
     async def is_live(self) -> bool:
-        """Return whether Triton answers."""
+        """Return whether Triton answers, on the connection for inference."""
         try:
-            answer = await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=CONTROL_S)
-        except grpc.aio.AioRpcError:
+            answer = await self._inference.call(_SERVER_LIVE, b"", timeout_s=CONTROL_S)
+            return bool(service_pb2.ServerLiveResponse.FromString(answer).live)
+        except (CallError, DecodeError):
             return False
-        return bool(answer.live)
 
     async def wait_until_live(self, timeout_s: float) -> None:
-        """Wait until Triton answers on this very connection.
+        """Wait until Triton answers on these very connections.
 
-        Calls that failed while Triton was down have made the connection pause before its next attempt. Until then it
+        Calls that failed while Triton was down have made a connection pause before its next attempt. Until then it
         refuses everything, although a new connection would be answered.
 
         Raises:
@@ -116,7 +112,8 @@ class TritonClient:
         """
         try:
             await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s, wait_for_ready=True)
-        except grpc.aio.AioRpcError as error:
+            await self._inference.wait_until_connected(timeout_s)
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
             raise UnavailableError("Triton does not answer", reason="triton-unavailable") from error
 
     async def is_ready(self, name: str) -> bool:
@@ -212,8 +209,6 @@ def _inference_error(code: grpc.StatusCode, detail: str) -> IsthmusError:
             return NotAcceptedError("the heavy model's queue is full", reason="heavy-busy")
         if any(words in detail for words in _NOT_TAKEN):
             return NotAcceptedError("the heavy model is not loaded now", reason="heavy-not-loaded")
-        if any(words in detail for words in _UNSENT):
-            return NotAcceptedError("the heavy model is not available now", reason=LOST)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return UnavailableError("the heavy model is not available now", reason=LOST)
     return IsthmusError("the heavy model failed on this request", reason=FAILED)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict
+from difflib import get_close_matches
 from typing import Any, Final
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.exc import SQLAlchemyError
 
+from cloud.catalog import Catalog
 from cloud.journal import Counts
 from cloud.metering import Meter
 from cloud.quota_follow import QuotaFollower
-from cloud.quotas import Limits, Scope, parse_rate
+from cloud.quotas import EACH, Limits, Scope, parse_rate
 from cloud.triton_usage import Sums, TritonUsage
 from cloud.usage_rows import GROUPS, Question, QuotaTable, UsageTable
 from isthmus.errors import InputError, NotFoundError, PermissionDeniedError, UnavailableError
@@ -39,6 +41,8 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         meter: Counts that are not in the database yet.
         compute: What Triton did.
         follower: Makes a change of quotas count.
+        catalog: The models that there are.
+        tenants: Returns the tenants that there are.
         clock: Unix seconds.
     """
 
@@ -49,11 +53,13 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         meter: Meter,
         compute: TritonUsage,
         follower: QuotaFollower,
+        catalog: Catalog,
         *,
+        tenants: Callable[[], Collection[str]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._usage, self._quotas, self._meter, self._follower = usage, quotas, meter, follower
-        self._compute, self._clock = compute, clock
+        self._compute, self._catalog, self._tenants, self._clock = compute, catalog, tenants, clock
 
     async def GetUsage(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Stream usage, this gateway's up to this moment.
@@ -98,15 +104,39 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
 
         Raises:
             InputError: It cannot be.
+            NotFoundError: There is no such tenant.
             PermissionDeniedError: The caller is no admin of the cloud.
         """
         del context
         by = _check_cloud_admin().subject
         scope, limits = _scope(request), _limits(request.limits)
+        await asyncio.to_thread(self._check_tenant, scope.tenant)
         await asyncio.to_thread(self._quotas.put, scope, limits, at=self._clock(), by=by)
         await self._follower.refresh()
         log.info("quota set", scope=str(scope), by=by)
-        return usage_pb2.SetQuotaResponse()
+        return usage_pb2.SetQuotaResponse(warnings=self._warnings(scope))
+
+    def _check_tenant(self, tenant: str) -> None:
+        names = self._tenants()
+        if tenant != EACH and tenant not in names:
+            close = get_close_matches(tenant, names, n=1)
+            raise NotFoundError(
+                f"there is no tenant {tenant!r}",
+                hint=f"did you mean {close[0]}?" if close else "isthmus tenant list --home DIR/cloud shows them",
+                reason="unknown-tenant",
+            )
+
+    def _warnings(self, scope: Scope) -> list[str]:
+        """Return what may not be meant: a quota may be there before the model that it is for is published."""
+        if scope.model in ("", EACH):
+            return []
+        tenant = self._catalog.tenant(scope.model)
+        if tenant is not None and scope.tenant in (EACH, tenant):
+            return []
+        models = [name for name in self._catalog.models if scope.tenant in (EACH, self._catalog.tenant(name))]
+        close = get_close_matches(scope.model, models, n=1)
+        of = "" if scope.tenant == EACH else f" of tenant {scope.tenant}"
+        return [f"no model{of} is called {scope.model!r} yet" + (f"; did you mean {close[0]}?" if close else "")]
 
     async def ListQuotas(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Return the quotas that are set.

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from cloud.operator_cli import CloudOption, ConfigOption, TokenOption, TrustOption, connect
+from cloud.connection import Connection, asks_whole_cloud
 from isthmus.errors import InputError
-from isthmus.terminal import JsonOption, note, show_table
+from isthmus.terminal import JsonOption, note, show_record, show_table
 
 quota_app = typer.Typer(no_args_is_help=True, help="Set, show and clear what tenants, devices and models may ask.")
 usage_app = typer.Typer(add_completion=False, help="Show what was asked of the cloud.")
@@ -28,6 +28,7 @@ ModelOption = Annotated[str, typer.Option(help="A model; * is each. Default: all
 
 
 @quota_app.command("set")
+@asks_whole_cloud
 def set_quota(
     tenant: TenantOption,
     device: DeviceOption = "",
@@ -37,10 +38,9 @@ def set_quota(
     bytes_rate: Annotated[str, typer.Option(help="Bytes of requests in a time: 10MB/s.")] = "",
     bytes_burst: Annotated[str, typer.Option(help="Bytes at once: 50MB. Default: one second's worth.")] = "",
     concurrency: Annotated[int | None, typer.Option(min=0, help="Requests in progress.")] = None,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
+    as_json: JsonOption = False,
 ) -> None:
     """Set a quota in place of what was set for the same tenant, device and model; what is left out has no limit."""
     from cloud.quotas import Limits, Scope, parse_rate, parse_size
@@ -58,23 +58,28 @@ def set_quota(
         rate=rate, burst=burst, bytes_rate=bytes_rate, bytes_burst=most_bytes, concurrency=concurrency
     )
     scope = usage_pb2.QuotaScope(tenant=tenant, device=device, model=model)
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
-        client.set_quota(usage_pb2.Quota(scope=scope, limits=message))
+    with connection.open() as (client, _):
+        quota = usage_pb2.Quota(scope=scope, limits=message)
+        warnings = client.set_quota(quota)
+    if as_json:
+        show_record("quota", _quota_row(quota) | {"warnings": warnings}, as_json=True)
+        return
     what = "no limit" if limits.unlimited else "this quota"
     note(f"{Scope(tenant, device, model)}: {what} counts from now on")
+    for text in warnings:
+        note(f"warning: {text}")
 
 
 @quota_app.command("show")
+@asks_whole_cloud
 def show_quotas(
     tenant: Annotated[str, typer.Option(help="Only this tenant's.")] = "",
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """List the quotas that are set; where none is, the cloud's configuration counts."""
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": _own_if(tenant)}, config) as (
+    with connection.open(tenant=_own_if(tenant)) as (
         client,
         _,
     ):
@@ -83,25 +88,30 @@ def show_quotas(
 
 
 @quota_app.command("clear")
+@asks_whole_cloud
 def clear_quota(
     tenant: TenantOption,
     device: DeviceOption = "",
     model: ModelOption = "",
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove a quota: a less specific one counts then, or the cloud's configuration."""
     from cloud.quotas import Scope
     from isthmus.v1 import usage_pb2
 
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": ""}, config) as (client, _):
+    with connection.open() as (client, _):
         client.clear_quota(usage_pb2.QuotaScope(tenant=tenant, device=device, model=model))
+    if as_json:
+        shown = {"tenant": tenant, "device": device or None, "model": model or None, "cleared": True}
+        show_record("quota", shown, as_json=True)
+        return
     note(f"{Scope(tenant, device, model)}: cleared")
 
 
 @usage_app.command()
+@asks_whole_cloud
 def usage(
     tenant: Annotated[str, typer.Option(help="Only this tenant's.")] = "",
     device: Annotated[str, typer.Option(help="Only of this device, or other caller.")] = "",
@@ -119,10 +129,8 @@ def usage(
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="Write CSV to this file; - is standard output.")
     ] = None,
-    cloud: CloudOption = None,
-    trust: TrustOption = None,
-    token_file: TokenOption = None,
-    config: ConfigOption = None,
+    *,
+    connection: Connection,
     as_json: JsonOption = False,
 ) -> None:
     """Show requests, bytes and time, added up. Usage is kept by the hour: times are those of whole hours."""
@@ -135,7 +143,7 @@ def usage(
         "since": Timestamp(seconds=_hour("--since", since)) if since else None,
         "until": Timestamp(seconds=_hour("--until", until)) if until else None,
     }
-    with connect({"cloud": cloud, "trust": trust, "token_file": token_file, "tenant": _own_if(tenant)}, config) as (
+    with connection.open(tenant=_own_if(tenant)) as (
         client,
         _,
     ):

@@ -53,7 +53,7 @@ class UsageTable:
                 return
             run.segment = segment.number
             rows = [
-                dict(zip(_KEYS, astuple(key), strict=True)) | dict(zip(_COUNTS, astuple(counts), strict=True))
+                dict(zip(_KEYS, key, strict=True)) | dict(zip(_COUNTS, astuple(counts), strict=True))
                 for key, counts in usage.items()
             ]
             for start in range(0, len(rows), _AT_ONCE):

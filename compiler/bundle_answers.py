@@ -69,8 +69,9 @@ def answer(
     check_calibration(manifest, variant, calibration)
     point = calibration.variants[variant.id]
     model = _described(bundle / variant.entry, manifest)
-    classes = next(spec.shape[1] for spec in manifest.outputs if spec.name == calibration.output)
-    samples = load_labelled(data, model, classes=classes)
+    classes = next(spec.shape[-1] for spec in manifest.outputs if spec.name == calibration.output)
+    decoding = calibration.decoding
+    samples = load_labelled(data, model, classes=classes, sequences=bool(decoding))
     light_runner = load_target(variant.runtime, role="light").open(bundle / variant.entry, threads=threads)
     outputs = run_over(
         light_runner.infer, model, samples.inputs, batch=BATCH, advance=lambda *at: advance("light model", *at)
@@ -79,7 +80,7 @@ def answer(
     heavy = run_over(
         heavy_runner.infer, model, samples.inputs, batch=BATCH, advance=lambda *at: advance("heavy model", *at)
     )
-    answers = Answers(outputs, heavy[calibration.output], samples.labels, calibration.output)
+    answers = Answers(outputs, heavy[calibration.output], samples.labels, calibration.output, decoding)
     wish = Wish(
         calibration.operating_point,
         score=calibration.score,
@@ -90,9 +91,9 @@ def answer(
     cloud = cloud_answers(answers, point.temperature, point.fusion)
     rows = Rows(
         scores=score_rows(outputs, calibration.output, point.temperature, wish),
-        light_right=correct(answers.logits, samples.labels),
-        cloud_right=correct(cloud, samples.labels),
-        probabilities=softmax(answers.logits, point.temperature)[0],
+        light_right=correct(answers.logits, samples.labels, decoding),
+        cloud_right=correct(cloud, samples.labels, decoding),
+        probabilities=None if decoding else softmax(answers.logits, point.temperature)[0],
         bytes_up=_sizes(manifest, model, samples),
     )
     return Evaluated(manifest, variant, calibration, answers, rows)

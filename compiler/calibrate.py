@@ -23,9 +23,8 @@ from compiler.evaluate import (
     Floats,
     Labels,
     Logits,
-    accuracy,
-    agreement,
     area_under_risk,
+    calibration_gap,
     correct,
     expected_calibration_error,
     negative_log_likelihood,
@@ -34,6 +33,7 @@ from compiler.evaluate import (
 from compiler.fusion import choose_fusion
 from compiler.operating_point import ALWAYS, Evidence, choose
 from isthmus.bundle import CurvePoint, Fusion, GainStep, OperatingPoint, VariantCalibration
+from isthmus.decoding import Decoding, decode, same_answers
 from isthmus.fusion import fuse
 from isthmus.scores import ScoreOptions, open_score
 from isthmus.scores.costs import class_thresholds
@@ -53,7 +53,8 @@ class Answers:
     light: Mapping[str, Array]  # the compiled variant's outputs, at least those that the score reads
     heavy: Logits
     labels: Labels
-    output: str = "logits"  # the light output with one logit per class
+    output: str = "logits"  # the light output with one logit per class, or per token
+    decoding: Decoding = ""
 
     @property
     def logits(self) -> Logits:
@@ -84,16 +85,26 @@ def calibrate(answers: Answers, wish: Wish) -> VariantCalibration:
     """
     fit, rest = divide(len(answers))
     logits, heavy, labels = answers.logits, answers.heavy, answers.labels
-    temperature = choose_temperature(logits[fit], labels[fit])
+    decoding = answers.decoding
+    # How sure a sequence is depends on its alignment, which labels do not tell: its temperature is left alone.
+    temperature = 1.0 if decoding else choose_temperature(logits[fit], labels[fit])
     scores = score_rows(answers.light, answers.output, temperature, wish)
-    fusion = choose_fusion(logits, heavy, labels, temperature, fit, rest) if wish.fusion == "auto" else None
-    evidence = Evidence(scores, correct(logits, labels), correct(cloud_answers(answers, temperature, fusion), labels))
+    fused = wish.fusion == "auto" and not decoding  # two alignments have no mean
+    fusion = choose_fusion(logits, heavy, labels, temperature, fit, rest) if fused else None
+    light_right = correct(logits, labels, decoding)
+    cloud_right = correct(cloud_answers(answers, temperature, fusion), labels, decoding)
+    evidence = Evidence(scores, light_right, cloud_right)
     # The target of accuracy is tested on rows that decided about fusion: one of two, so each may fail half as often.
-    halved = wish.point.kind == "target_accuracy" and wish.fusion == "auto"
+    halved = wish.point.kind == "target_accuracy" and fused
     point = wish.point.model_copy(update={"delta": wish.point.delta / 2}) if halved else wish.point
     threshold = choose(point, evidence.take(fit), evidence.take(rest), samples=len(answers))
     escalated = route(scores, threshold.value)
-    same = np.argmax(logits, axis=1) == np.argmax(heavy, axis=1)
+    same = same_answers(decode(logits, decoding), decode(heavy, decoding))
+    gaps = (
+        (calibration_gap(scores, light_right),) * 2
+        if decoding
+        else tuple(expected_calibration_error(logits, labels, divisor) for divisor in (1.0, temperature))
+    )
     return VariantCalibration(
         temperature=temperature,
         threshold=threshold.value,
@@ -102,13 +113,13 @@ def calibrate(answers: Answers, wish: Wish) -> VariantCalibration:
         samples=threshold.samples,
         escalation_rate=float(escalated.mean()),
         accuracy=float(np.where(escalated, evidence.cloud_right, evidence.light_right).mean()),
-        edge_accuracy=accuracy(logits, labels),
-        agreement=agreement(logits, heavy),
+        edge_accuracy=float(light_right.mean()),
+        agreement=float(same.mean()),
         edge_agreement=None if escalated.all() else float(same[~escalated].mean()),
         mends=float((evidence.cloud_right & ~evidence.light_right).mean()),
         spoils=float((evidence.light_right & ~evidence.cloud_right).mean()),
-        ece_before=expected_calibration_error(logits, labels),
-        ece_after=expected_calibration_error(logits, labels, temperature),
+        ece_before=gaps[0],
+        ece_after=gaps[1],
         aurc=area_under_risk(scores, evidence.light_right),
         scores=tuple(float(value) for value in np.quantile(scores, np.linspace(0.0, 1.0, 101))),
         gains=gain_steps(evidence),

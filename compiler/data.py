@@ -41,7 +41,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class LabelledSamples(Samples):
-    """Samples with the class of each."""
+    """Samples with the class of each, or its tokens."""
 
     labels: Labels
 
@@ -61,19 +61,33 @@ def load_samples(path: Path, model: CapturedModel) -> Samples:
     return Samples(arrays, sha256_file(path))
 
 
-def load_labelled(path: Path, model: CapturedModel, *, classes: int) -> LabelledSamples:
+def load_labelled(path: Path, model: CapturedModel, *, classes: int, sequences: bool = False) -> LabelledSamples:
     """Return the inputs and labels in `path`.
+
+    Args:
+        path: A safetensors file.
+        model: What takes the inputs.
+        classes: How many there are; of sequences, how many tokens.
+        sequences: Whether a label is a row of tokens, packed to the left, with 0 after its end.
 
     Raises:
         InputError: As `load_samples`, or labels are missing or are not classes.
     """
     samples = load_samples(path, model)
     labels = _read(path, [LABELS])[LABELS]
-    if labels.dtype != np.int64 or labels.shape != (len(samples),):
-        raise InputError(f"{path}: {LABELS!r}: expected int64[{len(samples)}], got {labels.dtype}{list(labels.shape)}")
+    shape = (len(samples), "tokens") if sequences else (len(samples),)
+    if labels.dtype != np.int64 or labels.ndim != len(shape) or len(labels) != len(samples) or labels.size == 0:
+        expected = f"int64[{', '.join(map(str, shape))}]"
+        raise InputError(f"{path}: {LABELS!r}: expected {expected}, got {labels.dtype}{list(labels.shape)}")
     if labels.min() < 0 or labels.max() >= classes:
         raise InputError(
-            f"{path}: {LABELS!r}: expected classes 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
+            f"{path}: {LABELS!r}: expected {'tokens' if sequences else 'classes'} 0 to {classes - 1}, "
+            f"got {labels.min()} to {labels.max()}"
+        )
+    if sequences and ((labels[:, 1:] != 0) & (labels[:, :-1] == 0)).any():
+        raise InputError(
+            f"{path}: {LABELS!r}: expected tokens first and 0 after them, got a token after a 0",
+            hint="0 is the blank, or padding: no label holds it before its end",
         )
     return LabelledSamples(samples.inputs, samples.sha256, labels)
 

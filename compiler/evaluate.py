@@ -1,6 +1,7 @@
 """What models are worth: metrics with intervals, agreement, calibration error, and the areas under two curves.
 
-Pure functions of arrays: logits are [samples, classes], labels and scores [samples]. Nothing here reads a file.
+Pure functions of arrays: logits are [samples, classes], labels and scores [samples]; of sequences [samples, positions,
+tokens] and [samples, tokens] (isthmus.decoding). Nothing here reads a file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.decoding import Decoding, decode, same_answers
 from isthmus.scores import ScoreOptions, open_score
 
 Floats = NDArray[np.float64]
@@ -34,14 +36,14 @@ def route(scores: Floats, threshold: float) -> Flags:
     return np.asarray(scores < threshold)
 
 
-def correct(logits: Logits, labels: Labels) -> Flags:
-    """Return which rows' largest logit is that of the label."""
-    return np.asarray(np.argmax(logits, axis=1) == labels)
+def correct(logits: Logits, labels: Labels, decoding: Decoding = "") -> Flags:
+    """Return which rows say what the label says; a sequence is right as a whole, or wrong."""
+    return same_answers(decode(logits, decoding), labels)
 
 
-def accuracy(logits: Logits, labels: Labels) -> float:
+def accuracy(logits: Logits, labels: Labels, decoding: Decoding = "") -> float:
     """Return the share of rows that are right."""
-    return float(correct(logits, labels).mean())
+    return float(correct(logits, labels, decoding).mean())
 
 
 def _share_right(right: Floats, labels: Floats, answers: Floats) -> Floats:
@@ -70,9 +72,10 @@ METRICS: Final[Mapping[str, Callable[[Floats, Floats, Floats], Floats]]] = {
 }
 
 
-def measure(metric: str, logits: Logits, labels: Labels) -> float:
+def measure(metric: str, logits: Logits, labels: Labels, decoding: Decoding = "") -> float:
     """Return one of `METRICS` over all rows."""
-    return float(METRICS[metric](*_counts(np.argmax(logits, axis=1), labels, np.ones((1, len(labels)))))[0])
+    answers, truth = _as_classes(logits, labels, decoding)
+    return float(METRICS[metric](*_counts(answers, truth, np.ones((1, len(truth)))))[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +88,29 @@ class Comparison:
     drop_interval: tuple[float, float]
 
 
-def compare(metric: str, logits: Logits, source: Logits, labels: Labels) -> Comparison:
+def compare(metric: str, logits: Logits, source: Logits, labels: Labels, decoding: Decoding = "") -> Comparison:
     """Return how two models do on the same rows, with percentile bootstrap intervals (Efron & Tibshirani, 1993).
 
     Rows are drawn for both models together, since their errors go together: the interval of the difference is far
     narrower than the two intervals suggest. The draws are seeded, so that the same data give the same interval.
     """
-    ours, theirs = np.argmax(logits, axis=1), np.argmax(source, axis=1)
-    cells, row_of = np.unique(np.stack([labels, ours, theirs]), axis=1, return_inverse=True)
+    (ours, truth), (theirs, _) = (_as_classes(answers, labels, decoding) for answers in (logits, source))
+    cells, row_of = np.unique(np.stack([truth, ours, theirs]), axis=1, return_inverse=True)
     rows = np.bincount(row_of.reshape(-1), minlength=cells.shape[1])
     rng = np.random.default_rng(0)
     draws = np.concatenate([rows[None], rng.multinomial(len(labels), rows / len(labels), size=DRAWS)]).astype(float)
     ours_by_draw, theirs_by_draw = (
-        METRICS[metric](*_counts(cells[answers], cells[0], draws, classes=logits.shape[1])) for answers in (1, 2)
+        METRICS[metric](*_counts(cells[answers], cells[0], draws, classes=logits.shape[-1])) for answers in (1, 2)
     )
     drops = theirs_by_draw - ours_by_draw
     return Comparison(float(ours_by_draw[0]), _interval(ours_by_draw[1:]), float(drops[0]), _interval(drops[1:]))
+
+
+def _as_classes(logits: Logits, labels: Labels, decoding: Decoding) -> tuple[Labels, Labels]:
+    """Return answers and truth as classes; of sequences there are two, those that are right (1) and the others."""
+    if not decoding:
+        return np.argmax(logits, axis=1), labels
+    return correct(logits, labels, decoding).astype(np.int64), np.ones(len(labels), np.int64)
 
 
 def _counts(answers: Labels, labels: Labels, weights: Floats, classes: int = 0) -> tuple[Floats, Floats, Floats]:
@@ -114,11 +124,6 @@ def _counts(answers: Labels, labels: Labels, weights: Floats, classes: int = 0) 
 def _interval(values: Floats) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
-
-
-def agreement(light_logits: Logits, heavy_logits: Logits) -> float:
-    """Return the share of rows for which both models give the same label."""
-    return float((np.argmax(light_logits, axis=1) == np.argmax(heavy_logits, axis=1)).mean())
 
 
 def area_under_risk(scores: Floats, right: Flags) -> float:
@@ -135,10 +140,14 @@ def mean_accuracy(scores: Floats, light_right: Flags, cloud_right: Flags) -> flo
 
 
 def expected_calibration_error(logits: Logits, labels: Labels, temperature: float = 1.0) -> float:
+    """Return the mean gap between the largest probability and accuracy."""
+    return calibration_gap(max_probability(logits, temperature), correct(logits, labels))
+
+
+def calibration_gap(scores: Floats, right: Flags) -> float:
     """Return the mean gap between score and accuracy, over `ECE_BINS` bins of equal width."""
-    scores = max_probability(logits, temperature)
     bins = np.minimum((scores * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-    gaps = np.bincount(bins, weights=scores - correct(logits, labels), minlength=ECE_BINS)
+    gaps = np.bincount(bins, weights=scores - right, minlength=ECE_BINS)
     return float(np.abs(gaps).sum() / len(scores))
 
 

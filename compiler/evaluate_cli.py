@@ -51,7 +51,9 @@ def evaluate_command(
         evaluated = answer(bundle, data, variant_id=variant, threads=threads, advance=advance)
         rows, point = evaluated.rows, evaluated.calibration.variants[evaluated.variant.id]
         samples = draw_rows(len(rows), draws, seed)
-        wanted = policy or [name for name in POLICIES if name != "cost" or point.gains]  # older records have none
+        known = [name for name in POLICIES if name != "cost" or point.gains]  # older records have none
+        # The filters of others read probabilities of classes.
+        wanted = policy or [name for name in known if rows.probabilities is not None or not name.startswith("sedna")]
         policies: dict[str, PolicyFigures] = {}
         for place, text in enumerate(wanted):
             advance("policies", place, len(wanted))
@@ -83,7 +85,8 @@ def _judged_scores(evaluated: Evaluated, samples: Any, advance: Any) -> dict[str
     temperature = evaluated.calibration.variants[evaluated.variant.id].temperature
     options = ScoreOptions(answers.output, temperature)
     found = {f"{evaluated.calibration.score}, as calibrated": rows.scores}
-    found |= {name: open_score(name, options)(answers.light) for name in _SCORES if name != evaluated.calibration.score}
+    others = () if answers.decoding else [name for name in _SCORES if name != evaluated.calibration.score]
+    found |= {name: open_score(name, options)(answers.light) for name in others}
     found["random"] = np.random.default_rng(0).random(len(rows))
     found["oracle"] = oracle_scores(rows.light_right, rows.cloud_right)
     judged: dict[str, ScoreFigures] = {}

@@ -24,6 +24,7 @@ from compiler.verify import Materials, Proof, tolerance, verdict
 from compiler.worker import ARTEFACT, GOLDEN, LOGITS, RESULT, BuildJob, BuildResult
 from compiler.workshop import Workshop
 from isthmus.bundle import Ceilings
+from isthmus.decoding import Decoding
 from isthmus.errors import ConfigError, InputError, IsthmusError
 from isthmus.machine import machine
 from isthmus.tensors import Array
@@ -68,6 +69,7 @@ class Subject:
     samples: Path | None  # for quantization
     name: str
     max_batch: int
+    decoding: Decoding = ""  # how that output is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,8 @@ def _judge(
 def _compare(subject: Subject, logits: Logits | None) -> Comparison | None:
     if subject.labels is None or logits is None:
         return None
-    return compare(subject.guard.metric, logits, subject.reference[subject.score_output], subject.labels)
+    source = subject.reference[subject.score_output]
+    return compare(subject.guard.metric, logits, source, subject.labels, subject.decoding)
 
 
 def _verdict(subject: Subject, candidate: Candidate, proof: Proof, comparison: Comparison | None) -> str:

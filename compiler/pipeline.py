@@ -227,13 +227,15 @@ def _prepare(plan: Plan, shop: Workshop, recipe_path: Path) -> _Job:
     check_same_interface(light, heavy, features=_features(recipe, light))
     score = _score_output(recipe, light)
     labels = recipe.model.labels
-    if labels and len(labels) != score.shape[1]:
-        raise InputError(f"output {score.name!r} has {score.shape[1]} classes, model.labels has {len(labels)}")
+    classes, sequences = score.shape[-1], bool(recipe.calibration.read_as)
+    if labels and len(labels) != classes:
+        what = "tokens" if sequences else "classes"
+        raise InputError(f"output {score.name!r} has {classes} {what}, model.labels has {len(labels)}")
     # 3
-    data = load_labelled(recipe.data.calibration, light, classes=score.shape[1])
+    data = load_labelled(recipe.data.calibration, light, classes=classes, sequences=sequences)
     if recipe.data.quantization is not None:
         if has_labels(recipe.data.quantization):
-            load_labelled(recipe.data.quantization, light, classes=score.shape[1])
+            load_labelled(recipe.data.quantization, light, classes=classes, sequences=sequences)
         else:
             load_samples(recipe.data.quantization, light)
     return _Job(plan, light, heavy, data, score.name, shop)
@@ -256,11 +258,12 @@ def _score_output(recipe: Recipe, light: CapturedModel) -> TensorSpec:
     by_name = {spec.name: spec for spec in light.outputs if spec.name != recipe.calibration.features}
     name = recipe.calibration.output or ("logits" if "logits" in by_name or len(by_name) > 1 else next(iter(by_name)))
     spec = by_name.get(name)
-    if spec is None or spec.datatype != "FP32" or len(spec.shape) != 2 or spec.shape[1] < 2:
+    axes = ("batch", "positions", "tokens") if recipe.calibration.read_as else ("batch", "classes")
+    if spec is None or spec.datatype != "FP32" or len(spec.shape) != len(axes) or spec.shape[-1] < 2:
         raise InputError(
-            f"calibration.output: expected an FP32 output with one logit per class, got {name!r}; the model has "
-            + ", ".join(f"{s.name} {s.datatype}{list(s.shape)}" for s in light.outputs),
-            hint="name the output with shape [batch, classes] as calibration.output",
+            f"calibration.output: expected an FP32 output with one logit per {'token' if axes[2:] else 'class'}, got "
+            f"{name!r}; the model has " + ", ".join(f"{s.name} {s.datatype}{list(s.shape)}" for s in light.outputs),
+            hint=f"name the output with shape [{', '.join(axes)}] as calibration.output",
         )
     return spec
 
@@ -309,6 +312,7 @@ def _subject(job: _Job, work: Path) -> Subject:
         golden={name: array[rows] for name, array in reference.items()},
         score_output=job.score_output,
         labels=job.data.labels,
+        decoding=recipe.calibration.read_as,
         guard=recipe.guard,
         samples=_quantization(job, work),
         name=recipe.model.name,
@@ -323,7 +327,7 @@ def _quantization(job: _Job, work: Path) -> Path | None:
         return None
     samples = load_samples(path, job.light)
     tensors = {name: np.ascontiguousarray(array) for name, array in sorted(samples.inputs.items())}
-    if has_labels(path):
+    if has_labels(path) and not job.recipe.calibration.read_as:  # targets control the accuracy of classes only
         tensors[LABELS] = load_file(path)[LABELS]
     save_file(tensors, work / "quantization.safetensors")
     return work / "quantization.safetensors"
@@ -359,12 +363,12 @@ def _measured(job: _Job, entry: Accepted) -> Accepted:
 
 
 def _report(job: _Job, subject: Subject, accepted: list[Accepted], left_out: list[LeftOut], heavy: Logits) -> Report:
-    metric, labels = job.recipe.guard.metric, job.data.labels
+    metric, labels, decoding = job.recipe.guard.metric, job.data.labels, job.recipe.calibration.read_as
     variants = tuple(entry.report for entry in accepted)
     return Report(
         samples=len(job.data),
-        light_accuracy=metric_of(metric, subject.reference[job.score_output], labels),
-        heavy_accuracy=metric_of(metric, heavy, labels),
+        light_accuracy=metric_of(metric, subject.reference[job.score_output], labels, decoding),
+        heavy_accuracy=metric_of(metric, heavy, labels, decoding),
         guard=job.recipe.guard,
         variants=variants,
         left_out=tuple(left_out),

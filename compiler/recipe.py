@@ -12,12 +12,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compiler.evaluate import METRICS
 from compiler.sources import SourceOptions, resolve
 from compiler.targets import TARGETS, Serving
 from isthmus.bundle import INT8, Name, OperatingPoint, Precision, Version
+from isthmus.decoding import Decoding
 from isthmus.digests import sha256_bytes
 from isthmus.errors import InputError
 
@@ -155,8 +156,9 @@ class CalibrationSection(_Section):
     max_risk: Share | None = None  # at most this share of the edge's own answers is wrong
     target_accuracy: Share | None = None  # at least this share of all answers is right
     delta: float = Field(default=0.1, gt=0, lt=1, allow_inf_nan=False)
-    output: str = ""  # the output with one logit per class; empty: "logits", or the only one there is
-    score: Literal["max_probability", "margin", "entropy", "energy", "learned"] = "max_probability"
+    output: str = ""  # the output with one logit per class or token; empty: "logits", or the only one there is
+    score: Literal["max_probability", "margin", "entropy", "energy", "learned", "sequence"] = "max_probability"
+    decoding: Decoding = ""  # of sequences: "ctc" when empty, or "tokens"
     features: str = ""  # a further output of the light model, for the learned score
     class_costs: dict[str, Cost] = {}  # of a wrong answer, by label; 1 for all others
     fusion: bool = True  # let both models answer escalated requests, where that wins on the calibration data
@@ -168,7 +170,26 @@ class CalibrationSection(_Section):
             raise ValueError(f"give one of {', '.join(_POINTS)}, not {' and '.join(asked)}")
         if self.features and self.score != "learned":
             raise ValueError(f"features are read by the learned score only, and score is {self.score!r}")
+        if self.score != "sequence" and self.decoding:
+            raise ValueError(f"decoding is how sequences are read, and score is {self.score!r}")
+        if self.score == "sequence" and self.class_costs:
+            raise ValueError("class_costs are of classes, and score is 'sequence'")
         return self
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _no_detections(cls, score: object) -> object:
+        if score == "detection":
+            raise ValueError(
+                "'detection' cannot be calibrated: what a right answer is (which boxes must be found, how well) "
+                "is not defined by labels that are read here; use the score in a policy of your own"
+            )
+        return score
+
+    @property
+    def read_as(self) -> Decoding:
+        """Return how the output is read."""
+        return (self.decoding or "ctc") if self.score == "sequence" else ""
 
     @property
     def point(self) -> OperatingPoint:
@@ -217,6 +238,10 @@ class Recipe(_Section):
             raise ValueError("data.quantization is needed, for heavy.precision is int8")
         if self.calibration.score == "learned" and self.data.deferral is None:
             raise ValueError("data.deferral is needed, for calibration.score is learned")
+        if self.calibration.score == "sequence" and self.guard.metric != "accuracy":
+            raise ValueError(
+                f"guard.metric {self.guard.metric!r} is of classes; sequences are right or wrong: 'accuracy'"
+            )
         roles = {name: entry.role for name, entry in TARGETS.items()}
         heavy = [variant.target for variant in self.variants if roles.get(variant.target) == "heavy"]
         if heavy:

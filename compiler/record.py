@@ -74,7 +74,7 @@ def calibration_record(stage: Stage, accepted: list[Accepted], bundle: Path) -> 
             features=section.features,
             head=head,
         )
-        answers = Answers(light, stage.heavy_answers, stage.data.labels, stage.output)
+        answers = Answers(light, stage.heavy_answers, stage.data.labels, stage.output, section.read_as)
         variants[entry.candidate.id] = calibrate(answers, wish)
         stage.shop.advance(f"calibrate {entry.candidate.id}", 1, 1)
     return Calibration(
@@ -82,12 +82,13 @@ def calibration_record(stage: Stage, accepted: list[Accepted], bundle: Path) -> 
         version=model.version,
         score=section.score,
         output=stage.output,
+        decoding=section.read_as,
         features=section.features,
         costs=costs,
         seed=SEED,
         operating_point=section.point,
         data=CalibrationData(sha256=stage.data.sha256, samples=len(stage.data), fitted=len(divide(len(stage.data))[0])),
-        heavy_accuracy=measure("accuracy", stage.heavy_answers, stage.data.labels),
+        heavy_accuracy=measure("accuracy", stage.heavy_answers, stage.data.labels, section.read_as),
         variants=variants,
     )
 

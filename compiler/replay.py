@@ -38,7 +38,7 @@ class Rows:
     scores: Floats
     light_right: Flags
     cloud_right: Flags
-    probabilities: Floats  # [rows, classes]
+    probabilities: Floats | None  # [rows, classes]; sequences have none
     bytes_up: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -134,7 +134,7 @@ def replay(text: str, point: VariantCalibration, rows: Rows, link: Link, *, seed
                     float(rows.scores[row]),
                     bytes_up=int(rows.bytes_up[row]),
                     link=link,
-                    probabilities=rows.probabilities[row],
+                    probabilities=None if rows.probabilities is None else rows.probabilities[row],
                     gain=float(gain[row]),
                 )
             )

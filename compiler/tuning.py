@@ -1,7 +1,7 @@
 """A search for faster loops than the rules give, for who has the time: MetaSchedule on each function, best of both.
 
-TVM's own tuner starts workers that take half a minute to import it; here candidates are built and measured in this
-process, one after the other, on one thread. What was found is kept in a folder, by processor and workload:
+TVM's own tuner starts workers that take half a minute to import what it needs; here candidates are built and measured
+in this process, one after the other, on one thread. What was found is kept in a folder, by processor and workload:
 
     <processor>/database_workload.json        the functions that were searched, as TVM writes them
     <processor>/database_tuning_record.json   the fastest schedules of each
@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +33,7 @@ from compiler.targets import Tuning
 from isthmus.errors import InputError
 
 LEDGER: Final = "ledger.json"
+_INTRINSICS: Final = "tvm.s_tir.tensor_intrin"
 _BATCH: Final = 8  # candidates of one function in turn
 _POPULATION: Final = 64  # schedules that the search keeps; more take longer to mutate than to measure
 _WORTH: Final = 0.97  # a tuned function replaces the rules' when it takes at most this share of their time
@@ -272,6 +275,8 @@ class _Search:
         strategy = ms.search_strategy.EvolutionarySearch(
             population_size=_POPULATION, init_min_unmeasured=16, genetic_num_iters=2
         )
+        # A context imports the intrinsics of all machines, which takes half a minute, and these rules use none of them.
+        sys.modules.setdefault(_INTRINSICS, ModuleType(_INTRINSICS))
         try:
             context = ms.TuneContext(
                 mod=task.plain, target=self._target, space_generator=space, search_strategy=strategy,

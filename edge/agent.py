@@ -24,6 +24,7 @@ import structlog
 from edge.access import AccessToken
 from edge.audit import Audit
 from edge.backoff import Backoff
+from edge.bench import Choice
 from edge.certificate import CertificateKeeper
 from edge.conditions import PostponedError
 from edge.deferred.assembly import Deferred
@@ -223,6 +224,7 @@ class Agent:
         await self.server.stop(0)  # a no-op after an orderly stop
         if self.audit is not None:
             await self.audit.stop()
+        await self.uplink.stragglers.stop()
         if self.metrics is not None:
             await self.metrics.stop()
         for spool in self.spools.values():
@@ -289,8 +291,19 @@ def describe_status(
     uplink: Uplink,
     deferred: Deferred | None = None,
     audit: Audit | None = None,
+    choice: Callable[[str], Choice | None] = lambda _: None,
 ) -> agent_pb2.GetStatusResponse:
-    """Return the agent's counters and versions."""
+    """Return the agent's counters and versions.
+
+    Args:
+        device_id: The device's name.
+        models: What is served.
+        updaters: Bring versions, by model.
+        uplink: Where escalations are counted.
+        deferred: Late answers, where there are any.
+        audit: Compares answers, where it does.
+        choice: Returns which variant of a model was measured to be the fastest here.
+    """
     counters = uplink.counters
     status = agent_pb2.GetStatusResponse(
         device_id=device_id,
@@ -305,6 +318,7 @@ def describe_status(
             retries=counters.retries,
             lost=counters.lost,
             hedged=counters.hedged,
+            late=counters.late,
         ),
     )
     if deferred is not None:
@@ -323,6 +337,11 @@ def describe_status(
             model.threshold = live.operating_point.threshold if live.policy.threshold is None else live.policy.threshold
             if audit is not None:
                 model.audit.CopyFrom(agent_pb2.AuditStatus(**asdict(audit.report(live))))
+        measured = choice(name)
+        if measured is not None:
+            model.measured.CopyFrom(
+                agent_pb2.MeasuredVariant(**measured.model_dump(include={"variant", "latency_ms", "version"}))
+            )
         if name in updaters:
             _add_update(model, updaters[name])
     return status

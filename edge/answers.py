@@ -19,6 +19,7 @@ from isthmus.oip import read_parameters, service_pb2, set_parameter
 from isthmus.tensors import Array, decode_outputs, encode_outputs
 
 FUSED_PARAMETER: Final = "isthmus.fused"
+_KEPT_BYTES: Final = 16_384  # an answer's worth keeping for what is compared and fused: the outputs of classifiers
 _CLOUD_VERSION: Final = "isthmus.cloud_version"
 
 
@@ -74,11 +75,13 @@ def promised(response: Any, refusal: NotKept | None) -> Any:
     return response
 
 
-def without_contents(response: Any) -> Any:
-    """Return what an answer is like, without its tensors' values."""
+def kept_answer(response: Any) -> Any:
+    """Return what is kept of a light answer beside its request: what it is like, and itself unless it is large."""
     template = service_pb2.ModelInferResponse()
     for output in response.outputs:
         template.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
+    if sum(map(len, response.raw_output_contents)) <= _KEPT_BYTES:
+        template.raw_output_contents.extend(response.raw_output_contents)
     return template
 
 

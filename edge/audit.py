@@ -186,7 +186,7 @@ class Audit:
             auditor.failed += 1
             return
         output = live.calibration.output
-        agreed, rows = count_agreement(light[output], heavy[output])
+        agreed, rows = count_agreement(light[output], heavy[output], live.calibration.decoding)
         # The record's rate is one of rows: a batch is as many audits as it has rows.
         raised = [auditor.note(agreed=row < agreed) for row in range(rows)]
         if True in raised:

@@ -60,7 +60,7 @@ class Batcher:
 
     def __init__(self, worker: Worker, *, delay_s: float, max_rows: int, queue: int = 64) -> None:
         self.pending = 0  # requests that wait or run
-        self._worker = worker
+        self.worker = worker
         self._delay_s = delay_s
         self._max_rows = max_rows
         self._queue = queue
@@ -88,7 +88,7 @@ class Batcher:
 
     def close(self) -> None:
         """Close the runtime; nothing waits any more."""
-        self._worker.close()
+        self.worker.close()
 
     def _add(self, request: _Waiting) -> None:
         signature = tuple((name, array.dtype.str, array.shape[1:]) for name, array in request.inputs.items())
@@ -134,7 +134,7 @@ class Batcher:
 
     async def _answer_together(self, requests: Sequence[_Waiting]) -> None:
         joined = {name: np.concatenate([request.inputs[name] for request in requests]) for name in requests[0].inputs}
-        outputs = await self._worker.infer(joined)
+        outputs = await self.worker.infer(joined)
         total = sum(request.rows for request in requests)
         for name, array in outputs.items():
             if array.ndim == 0 or len(array) != total:
@@ -148,7 +148,7 @@ class Batcher:
 
     async def _answer_alone(self, request: _Waiting) -> None:
         try:
-            outputs = await self._worker.infer(request.inputs)
+            outputs = await self.worker.infer(request.inputs)
         except Exception as error:
             if not request.answer.done():
                 request.answer.set_exception(error)

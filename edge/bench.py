@@ -4,13 +4,15 @@ A variant takes part when its files are there, its runtime is installed, its pla
 what would be refused must not win. The variants are timed in turn, a few calls of each after the other, so that
 whatever else the device does meets all alike; the figure is the median of the calls on one row of the golden inputs.
 
-    DEVICE/variant.json   {"models": {NAME: {"variant": ID, "latency_ms": ..., "version": ...}}}
+    DEVICE/variant.json   {"models": {NAME: {"variant": ID, "latency_ms": ..., "version": ..., "hardware": ...}}}
 
-The updater prefers a variant that is named there; it never refuses a version that does not have it.
+The updater prefers a variant that is named there; it never refuses a version that does not have it. With `choose_by =
+"install"`, the agent measures by itself (edge.audition).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -24,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file
 
 from edge.plan import fits
-from edge.runtimes import Runtime, is_installed, open_runtime
+from edge.runtimes import RUNTIMES, Runtime, is_installed, open_runtime
 from edge.selftest import run_selftest
 from edge.store import check_slot, write_atomically
 from isthmus.bundle import (
@@ -39,7 +41,7 @@ from isthmus.bundle import (
     parse_manifest,
 )
 from isthmus.errors import BundleError, IsthmusError
-from isthmus.machine import computes_bfloat16, machine
+from isthmus.machine import computes_bfloat16, machine, processor_name
 from isthmus.tensors import Array
 
 _FILE: Final = "variant.json"
@@ -145,14 +147,21 @@ class Choice(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     variant: str
-    latency_ms: float
+    latency_ms: float | None = None  # None where measuring ended the process, and is not tried again
     version: int  # of the bundle that was measured
+    hardware: str = ""  # what it was measured on; empty where nobody knows
 
 
 class _Choices(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     models: dict[str, Choice] = {}
+
+
+def hardware() -> str:
+    """Return what measured times depend on: the processor, its cores, and the runtimes that are installed."""
+    runtimes = ", ".join(name for name in RUNTIMES if is_installed(name))
+    return f"{machine()}, {processor_name() or 'unknown processor'}, {os.cpu_count()} cores; {runtimes}"
 
 
 def read_choice(home: Path, model: str) -> Choice | None:

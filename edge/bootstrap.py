@@ -11,7 +11,8 @@ import grpc
 from edge.access import AccessToken
 from edge.agent import Agent, MetricsListener, describe_status
 from edge.audit import ALARM, Audit
-from edge.bench import read_choice
+from edge.audition import Audition
+from edge.bench import Choice, measure_variants, read_choice
 from edge.breaker import Breaker
 from edge.certificate import CertificateKeeper
 from edge.channel import RenewableChannel
@@ -24,6 +25,7 @@ from edge.fetcher import Pace, RegistryFetcher, SignedManifests
 from edge.fleet import Desired, FleetLink
 from edge.hedge import Hedge
 from edge.identity import DeviceHome, Enrolment
+from edge.lessons import Lessons
 from edge.model import LiveModel, ServedModels, open_model
 from edge.offline import Imports, StickFetcher, StickManifests
 from edge.outbox import Outbox
@@ -40,6 +42,7 @@ from edge.shadow import Shadow
 from edge.spool import Spool
 from edge.state import Order
 from edge.store import SlotStore
+from edge.stragglers import Stragglers
 from edge.updater import Updater
 from edge.uplink import Uplink
 from isthmus import __version__
@@ -48,7 +51,7 @@ from isthmus.bundle import Manifest, Variant, check_name
 from isthmus.errors import ConfigError
 from isthmus.machine import computes_bfloat16, machine
 from isthmus.policies import check_serving
-from isthmus.status import StatusInterceptor
+from isthmus.status import MethodInterceptor, StatusInterceptor
 from isthmus.stick import Stick
 from isthmus.tensors import Array
 from isthmus.v1 import fleet_pb2
@@ -102,14 +105,15 @@ def build_agent(settings: EdgeSettings) -> Agent:
         if settings.capture
     }
     spool_full = asyncio.Event()
-    deferred = _deferred(settings, home, uplink)
+    lessons = Lessons(models, partial(_capture, spools, spool_full) if settings.capture else None)
+    deferred = _deferred(settings, home, uplink, lessons)
     cache = ResponseCache(settings.response_cache_mib << 20) if settings.response_cache_mib else None
     router = Router(
         models,
         uplink,
         limits=QuestionLimits(settings.default_deadline_s, settings.allow_non_finite),
         model_calls=settings.model_calls,
-        capture=partial(_capture, spools, spool_full) if settings.capture else None,
+        lessons=lessons,
         hedge=Hedge(above=settings.hedge_above) if settings.hedge else None,
         deferral=None if deferred is None else deferred.deferral,
         cache=cache,
@@ -122,7 +126,9 @@ def build_agent(settings: EdgeSettings) -> Agent:
     server = AgentServer(
         settings.listen,
         InferenceService(models, router, may_use=may_use, stream_requests=settings.stream_requests),
-        lambda: describe_status(enrolment.device_id, models, updaters, uplink, deferred, audit),
+        lambda: describe_status(
+            enrolment.device_id, models, updaters, uplink, deferred, audit, partial(_choice, settings, home)
+        ),
         imports=imports,
         unix_socket=settings.unix_socket,
         credentials=credentials,
@@ -200,6 +206,7 @@ def _uplink(settings: EdgeSettings, channel: grpc.aio.Channel, token: AccessToke
         unauthenticated=token.renew_soon,
         retries=RetryBudget(ratio=settings.retry_ratio, burst=settings.retry_burst),
         quota=QuotaPause(first_s=settings.breaker_first_wait_s, longest_s=settings.breaker_longest_wait_s),
+        stragglers=Stragglers(settings.capture_late_s if settings.capture else 0.0),
     )
 
 
@@ -237,6 +244,7 @@ def _updaters(
             conditions=Conditions(settings.updates, enrolment.device_id, name),
             audit=audit,
             shadow=shadow,
+            audition=_audition(settings, home, name),
         )
         for name, _ in models
     }
@@ -287,6 +295,7 @@ async def install_stick(settings: EdgeSettings, stick: Stick, *, accept_stale: b
             open_slot=partial(open_model, threads=settings.threads, policy=settings.policy),
             report=lambda _: None,
             conditions=Conditions(UpdateSettings(crashes=settings.updates.crashes), enrolment.device_id, model),
+            audition=_audition(settings, home, model),
         )
         outcome = await updater.update(Order(version=stick.index.version))
         models.swap(model, None)
@@ -302,8 +311,20 @@ def _facts() -> fleet_pb2.DeviceFacts:
     )
 
 
+def _choice(settings: EdgeSettings, home: DeviceHome, model: str) -> Choice | None:
+    """Return what was measured for a model, where it counts."""
+    ignored = settings.choose_by == "order" or settings.variant is not None
+    return None if ignored else read_choice(home.path, model)
+
+
+def _audition(settings: EdgeSettings, home: DeviceHome, model: str) -> Audition | None:
+    if settings.choose_by != "install" or settings.variant is not None:
+        return None
+    return Audition(home.path, model, measure=partial(measure_variants, threads=settings.threads))
+
+
 def _choose(settings: EdgeSettings, home: DeviceHome, manifest: Manifest) -> Variant:
-    choice = read_choice(home.path, manifest.name) if settings.choose_by == "measure" else None
+    choice = _choice(settings, home, manifest.name)
     return choose_variant(
         manifest,
         configured=settings.variant,
@@ -316,7 +337,7 @@ def _choose(settings: EdgeSettings, home: DeviceHome, manifest: Manifest) -> Var
 
 def _protection(
     settings: EdgeSettings, home: DeviceHome, verifier: TokenVerifier, tenant: str
-) -> tuple[grpc.ServerCredentials | None, tuple[grpc.aio.ServerInterceptor, ...]]:
+) -> tuple[grpc.ServerCredentials | None, tuple[MethodInterceptor, ...]]:
     if is_local(settings.listen):
         return None, ()
     guards = (StatusInterceptor(), AuthInterceptor(verifier, tenant=tenant), CallGuard(settings.listener))
@@ -328,7 +349,7 @@ def _limits(settings: EdgeSettings) -> ListenerLimits:
     return settings.listener.model_copy(update={"age_s": 0.0}) if is_local(settings.listen) else settings.listener
 
 
-def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink) -> Deferred | None:
+def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink, lessons: Lessons) -> Deferred | None:
     if not settings.defer:
         return None
     return open_deferred(
@@ -340,6 +361,7 @@ def _deferred(settings: EdgeSettings, home: DeviceHome, uplink: Uplink) -> Defer
         concurrency=settings.defer_concurrency,
         deadline_s=settings.defer_deadline_s,
         owner=(lambda: "") if is_local(settings.listen) else _caller,
+        lessons=lessons,
     )
 
 

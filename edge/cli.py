@@ -19,6 +19,10 @@ Address = Annotated[str, typer.Option(help="Where the agent listens.")]
 Ca = Annotated[Path | None, typer.Option(help="CA of an agent that listens with TLS.")]
 TokenFile = Annotated[Path | None, typer.Option(help="File with an access token, with --ca.")]
 _ADDRESS: Final = "127.0.0.1:8001"
+# Counts that say something at zero, too; those of what seldom happens are shown when it has.
+_SAID_OF_NONE: Final = frozenset(
+    {"uplink attempts", "uplink successes", "uplink failures", "deferred pending", "deferred results"}
+)
 Queue = Annotated[str, typer.Option(help="What the requests named in isthmus.queue.")]
 Home = Annotated[Path, typer.Option(help="The device's folder.")]
 
@@ -94,7 +98,7 @@ def bench(
     """Measure the variants of a bundle on this machine, batch 1, and rank those that pass their self-test."""
     from dataclasses import asdict
 
-    from edge.bench import Choice, measure_variants, write_choice
+    from edge.bench import Choice, hardware, measure_variants, write_choice
     from edge.identity import DeviceHome
     from isthmus.errors import BundleError
 
@@ -110,9 +114,8 @@ def bench(
     if best.latency_ms is None:
         raise BundleError("no variant can run here", hint="the notes say why", reason="no-fitting-variant")
     if home is not None:
-        write_choice(
-            home, manifest.name, Choice(variant=best.variant, latency_ms=best.latency_ms, version=manifest.version)
-        )
+        choice = Choice(variant=best.variant, latency_ms=best.latency_ms, version=manifest.version, hardware=hardware())
+        write_choice(home, manifest.name, choice)
         note(f"{home}: updates of {manifest.name} prefer {best.variant}")
 
 
@@ -134,15 +137,24 @@ def status(
     deferred: dict[str, Any] = answer["deferred"] or {}
     uplink_told = {f"uplink {name}": value for name, value in uplink.items()}
     deferred_told = {f"deferred {name}": value for name, value in deferred.items()}
-    show_record("agent", {"device": answer["device_id"], **uplink_told, **deferred_told})
+    show_record("agent", {"device": answer["device_id"], **_telling(uplink_told | deferred_told)})
     for model in answer["models"]:
         show_record(model["model"], _told(model))
+
+
+def _telling(counts: dict[str, Any]) -> dict[str, Any]:
+    """Return the counts that say something to a person: what happened, and what is worth knowing not to have."""
+    return {name: value for name, value in counts.items() if value or name in _SAID_OF_NONE}
 
 
 def _told(model: dict[str, Any]) -> dict[str, Any]:
     last = model.get("last_update") or {}
     update = f"{last['from_version']} -> {last['to_version']} {last['outcome']} {last['reason']}" if last else None
     plain = {name: model[name] for name in ("version", "variant", "threshold")}
+    if (measured := model.get("measured")) is not None:
+        took = measured.get("latency_ms")
+        told = "not measured again" if took is None else f"{took:.3g} ms"
+        plain["fastest measured"] = f"{measured['variant']}, {told} (version {measured['version']})"
     trial = model.get("trial")
     answers = {f"answers {route}": count for route, count in model["answers"].items()}
     update_told = {"step": model["step"], **({} if trial is None else _told_trial(trial)), "last update": update}

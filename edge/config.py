@@ -73,9 +73,9 @@ class EdgeSettings(Settings):
         default=False, description="Allow metrics_listen beyond loopback, without TLS or tokens."
     )
     variant: str | None = Field(default=None, description="Variant to install, whatever was measured.")
-    choose_by: Literal["measure", "order"] = Field(
+    choose_by: Literal["measure", "order", "install"] = Field(
         default="measure",
-        description="Without `variant`: the one that `isthmus edge bench` found fastest, or always the bundle's first.",
+        description="Without `variant`: the fastest that was measured; always the bundle's first; or measure first.",
     )
     threads: int = Field(default=1, ge=1, le=256, description="Threads that one light inference may use.")
     queue: int = Field(default=64, ge=1, le=4096, description="Light inferences that may wait for their turn.")
@@ -135,6 +135,9 @@ class EdgeSettings(Settings):
     capture: bool = Field(default=False, description="Keep escalated requests with the cloud's answers.")
     capture_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for captures, MiB a model.")
     capture_flush_s: float = Field(default=60.0, gt=0, description="Longest time a capture stays in memory, seconds.")
+    capture_late_s: float = Field(
+        default=2.0, ge=0, le=60, description="With `capture`: how long after its deadline an answer is still taken."
+    )
     defer: bool = Field(default=True, description="Keep hard requests that ask for it until the cloud is back.")
     defer_mib: int = Field(default=64, ge=1, le=1 << 20, description="Disk space for deferred requests, MiB.")
     defer_requests: int = Field(default=10_000, ge=1, le=1_000_000, description="Deferred requests that may wait.")

@@ -8,6 +8,7 @@ loop, so that whatever adds up there adds up in every scrape:
     cloud answers      = isthmus_escalations_total succeeded + isthmus_cache_hits_total of the route cloud
                          - audits that agreed or disagreed - deferred requests that were answered
     escalations        attempted = succeeded + failed + cancelled + those in progress
+    late answers       of those that failed
 """
 
 from __future__ import annotations
@@ -193,6 +194,8 @@ class AgentCollector(Collector):
         escalations = _counter("isthmus_escalations", "Escalations; skipped ones were not attempted.", "outcome")
         for outcome, count in outcomes.items():
             escalations.add_metric((outcome,), count)
+        late = _counter("isthmus_late_answers", "Failed escalations whose answer came after all, and was learnt from.")
+        late.add_metric((), counters.late)
         bytes_up = _counter("isthmus_bytes_up", "Bytes of escalated requests.")
         bytes_up.add_metric((), counters.bytes_up)
         state = _gauge("isthmus_breaker_state", "1 for the state that a breaker is in.", "breaker", "state")
@@ -200,7 +203,7 @@ class AgentCollector(Collector):
         for breaker, now in breakers.items():
             for name in get_args(State):
                 state.add_metric((breaker, name), int(name == now))
-        yield from (escalations, bytes_up, state)
+        yield from (escalations, late, bytes_up, state)
 
 
 def agent_registry(collector: AgentCollector) -> CollectorRegistry:

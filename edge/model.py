@@ -96,6 +96,16 @@ class LiveModel:
         """
         return await self._worker.infer(inputs)
 
+    async def time_beside(
+        self, other: LiveModel, inputs: Mapping[str, Array], others: Mapping[str, Array]
+    ) -> tuple[float, float]:
+        """Return the seconds that one call takes here and one takes there, see `edge.runtimes.Worker.time_beside`."""
+        return await self._single.time_beside(other._single, inputs, others)
+
+    @property
+    def _single(self) -> Worker:
+        return self._worker.worker if isinstance(self._worker, Batcher) else self._worker
+
     def score(self, outputs: Mapping[str, Array]) -> float:
         """Return how sure the light answer is: the score of its least certain row, NaN when a row is not finite."""
         return float(self._score(outputs).min())

@@ -48,6 +48,7 @@ class Plan:
     """A version, and what brings it."""
 
     version: int
+    manifest: Manifest
     manifest_bytes: bytes
     variant: Variant
     files: tuple[FilePlan, ...]
@@ -88,8 +89,14 @@ class Planner:
             got = f"{manifest.name}@{manifest.version}"
             raise BundleError(f"expected the manifest of {self._model}@{version}, got {got}")
         variant = self._choose(manifest)
-        files = plan_files(manifest.device_files(variant.id), self._installed())
-        return Plan(version, target.manifest, variant, files)
+        return Plan(version, manifest, target.manifest, variant, self.files(manifest, variant))
+
+    def files(self, manifest: Manifest, *variants: Variant) -> tuple[FilePlan, ...]:
+        """Return the files that bring these variants."""
+        wanted: dict[str, FileEntry] = {}
+        for variant in variants:
+            wanted |= manifest.device_files(variant.id)
+        return plan_files(wanted, self._installed())
 
     def _check_way_back(self, version: int, newest: int) -> None:
         floor = self._manifests.target(self._model, newest).rollback_floor

@@ -17,6 +17,7 @@ import structlog
 from edge.audit import Audit
 from edge.model import LiveModel, ServedModels
 from edge.outcome import Outcome
+from edge.side_by_side import Side, is_slower
 from edge.soak import TICK_S, Soak, evidence_of
 from edge.state import Became, Course, Order, Progress, Step
 from edge.store import SlotStore
@@ -183,7 +184,10 @@ class Probation:
         async def keep(checkpoint: Progress) -> None:
             await self._persist(lambda: self._store.enter(checkpoint))
 
-        verdict, evidence = await soak.run(keep, self._pause, lambda: self._taken_back)
+        async def slower() -> bool:
+            return await self._is_slower(live, progress.terms.max_latency_ratio)
+
+        verdict, evidence = await soak.run(keep, self._pause, lambda: self._taken_back, slower)
         self._course.enter(Step.COMMIT if verdict.keep else Step.ROLL_BACK, progress.order.version)
         if verdict.keep:
             await self._commit(progress.order, evidence)
@@ -192,6 +196,23 @@ class Probation:
         self._soak = None
         self._course.end()
         self._over.set()
+
+    async def _is_slower(self, live: LiveModel, most: float) -> bool:
+        """Compare a version with the one before it, side by side; where that cannot be, what was seen stands."""
+        state = self._store.state
+        slot, slot_before = self._store.slot(state.current), self._store.slot(state.previous)
+        before = self._before
+        try:
+            if before is None:
+                variant = state.previous_variant or state.variant
+                before = await asyncio.to_thread(self._open_slot, slot_before, variant)
+            return await is_slower(Side(live, slot), Side(before, slot_before), most)
+        except IsthmusError as error:
+            log.warning("cannot compare with the version before", model=self._model, error=error.message)
+            return True
+        finally:
+            if before is not None and before is not self._before:
+                before.retire()
 
     async def _commit(self, order: Order, evidence: Evidence, reason: str = "", detail: str = "") -> None:
         outcome = self._outcome(self._store.state.previous, Became.ACTIVE, reason, detail, evidence, order=order)

@@ -7,7 +7,8 @@ The steps, in order:
 3. score it and decide; a confident answer is returned, and a few of these are audited behind it (edge.audit)
 4. escalate the request's own bytes within what is left of the deadline
 5. return the cloud's answer when it is one to this request, fused with the light one where the calibration record says
-   so, else the light answer, marked as a fallback; a caller who asked for the cloud gets the cloud's answer or none
+   so, else the light answer, marked as a fallback; a caller who asked for the cloud gets the cloud's answer or none;
+   what both models said is learnt from (edge.lessons), also when the cloud's answer came too late to be returned
 6. a fallback whose request asked for it is kept first, and answered by the cloud later (edge.deferred)
 
 A request that is the same to the byte as an earlier one may be answered from the cache before step 2. With hedging on,
@@ -26,35 +27,33 @@ from typing import Any, Protocol
 
 import structlog
 
-from edge.agreement import count_agreement
 from edge.answers import (
     Given,
     check_cloud_answer,
     explained,
     fuse_with_light,
+    kept_answer,
     light_response,
     no_cloud_answer,
     promised,
     wanted_outputs,
-    without_contents,
 )
 from edge.audit import Audit
 from edge.deferred.wish import STORED_ALREADY, Keeper, NoDeferral, Wish
 from edge.hedge import Hedge
+from edge.lessons import Lessons
 from edge.model import LiveModel, ServedModels
 from edge.policy import Decision, decide
 from edge.question import Limits, Question, read_question
 from edge.response_cache import ResponseCache, cache_key
 from edge.sealing import InputSealer
 from edge.shadow import Shadow
-from edge.uplink import Answer, Check, Failure
+from edge.uplink import Answer, Check, Failure, Need
 from isthmus.errors import InputError, OverloadedError, UnavailableError
 from isthmus.policies import Case, Link
 from isthmus.tensors import Array
 
 log = structlog.get_logger(__name__)
-
-Capture = Callable[[str, Mapping[str, Array], Mapping[str, Array]], None]
 
 
 class Escalator(Protocol):
@@ -65,12 +64,17 @@ class Escalator(Protocol):
         """Return what the way to the cloud costs now."""
         ...
 
-    async def escalate(self, request: bytes, *, remaining_s: float, check: Check) -> Answer | Failure:
-        """Return the cloud's checked answer or why there is none, within `remaining_s`; never raise."""
+    async def escalate(
+        self, request: bytes, *, remaining_s: float, check: Check, late: Callable[[], None] | None = None
+    ) -> Answer | Failure:
+        """Return the cloud's checked answer or why there is none, within `remaining_s`; never raise.
+
+        `late` may be called afterwards, when an answer passes the check that came too late.
+        """
         ...
 
-    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Check]) -> Answer | Failure:
-        """Do the same before it is known whether the answer is needed: `needed` then gets the check."""
+    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Need]) -> Answer | Failure:
+        """Do the same before it is known whether the answer is needed: `needed` then gets the rest."""
         ...
 
 
@@ -79,7 +83,7 @@ class _Early:
     """An escalation that began before its request was found to need one."""
 
     call: asyncio.Future[Answer | Failure]
-    needed: asyncio.Future[Check]
+    needed: asyncio.Future[Need]
 
 
 class Router:
@@ -90,7 +94,7 @@ class Router:
         uplink: Where hard requests go.
         limits: What holds where a request says nothing.
         model_calls: Requests of one model that may be in progress.
-        capture: Takes model, inputs and outputs of every cloud answer.
+        lessons: Learns from what both models answered; None counts their agreement, and no more.
         cache: Answers of before; None for no cache.
         hedge: Predicts escalations; None when none begins early.
         deferral: Keeps requests that asked for it and could not be escalated.
@@ -107,7 +111,7 @@ class Router:
         *,
         limits: Limits | None = None,
         model_calls: int = 128,
-        capture: Capture | None = None,
+        lessons: Lessons | None = None,
         cache: ResponseCache | None = None,
         hedge: Hedge | None = None,
         deferral: Keeper | None = None,
@@ -120,7 +124,7 @@ class Router:
         self._uplink = uplink
         self._limits = limits or Limits()
         self._model_calls = model_calls
-        self._capture = capture
+        self._lessons = lessons or Lessons(models)
         self._cache = cache
         self._hedge = hedge
         self._deferral = deferral or NoDeferral()
@@ -200,7 +204,7 @@ class Router:
         if not isinstance(request, bytes):
             yield None
             return
-        needed: asyncio.Future[Check] = asyncio.get_running_loop().create_future()
+        needed: asyncio.Future[Need] = asyncio.get_running_loop().create_future()
         remaining_s = question.deadline - self._clock()
         call = self._uplink.hedge(request, remaining_s=remaining_s, needed=needed)
         early = _Early(asyncio.ensure_future(call), needed)
@@ -253,7 +257,7 @@ class Router:
         response = light_response(question, light, live)
         told = explained(response, question, live, "fallback", failure.reason, score, failure.detail)
         if question.wish is not None:
-            template = explained(without_contents(response), question, live, "cloud", decision.reason, score)
+            template = explained(kept_answer(response), question, live, "cloud", decision.reason, score)
             kept = await self._defer(question, question.wish, live, told, template, failure.reason)
             if forced and not kept:  # neither the cloud's answer now nor the promise of one
                 raise no_cloud_answer(failure)
@@ -285,29 +289,22 @@ class Router:
         def check(response: Any) -> None:
             checked.update(check_cloud_answer(response, expected))
 
+        def learn() -> None:
+            self._lessons.learn(live, question.inputs, light, checked)
+
+        late = None if question.wish is not None else learn  # a kept request will be answered, and learnt from, once
         if early is None:
             request = _to_cloud(question, live)
             if isinstance(request, Failure):
                 return request
             remaining_s = question.deadline - self._clock()
-            outcome = await self._uplink.escalate(request, remaining_s=remaining_s, check=check)
+            outcome = await self._uplink.escalate(request, remaining_s=remaining_s, check=check, late=late)
         else:
-            early.needed.set_result(check)
+            early.needed.set_result(Need(check, late))
             outcome = await early.call
         if isinstance(outcome, Answer):
-            self._use(question, light, live, checked)
+            learn()
         return outcome
-
-    def _use(self, question: Question, light: Mapping[str, Array], live: LiveModel, heavy: Mapping[str, Array]) -> None:
-        """Learn from an answer of both models."""
-        output = live.calibration.output
-        if output in heavy:  # the caller wanted it
-            counters = self._models.counters[live.manifest.name]
-            agreed, rows = count_agreement(light[output], heavy[output])
-            counters.agreed_rows += agreed
-            counters.compared_rows += rows
-        if self._capture is not None and len(heavy) == len(live.manifest.outputs):
-            self._capture(live.manifest.name, question.inputs, heavy)
 
     async def _defer(
         self, question: Question, wish: Wish, live: LiveModel, response: Any, template: Any, failure: str

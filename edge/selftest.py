@@ -70,7 +70,7 @@ def warm_up(runtime: Runtime, manifest: Manifest, golden: Path) -> None:
         manifest: Of the model.
         golden: The bundle's golden file.
     """
-    inputs = _one_row(manifest, _load(golden))
+    inputs = one_row(manifest, golden)
     try:
         for _ in range(_WARM_UPS):
             runtime.infer(inputs)
@@ -99,7 +99,7 @@ def check_ceilings(runtime: Runtime, manifest: Manifest, variant: Variant, golde
         raise VerificationError(f"{variant.id}: {told}", reason="too-large")
     if ceilings.latency_ms is None:
         return
-    inputs = _one_row(manifest, _load(golden))
+    inputs = one_row(manifest, golden)
     times = []
     for _ in range(_TIMED):
         started = time.perf_counter()
@@ -112,6 +112,19 @@ def check_ceilings(runtime: Runtime, manifest: Manifest, variant: Variant, golde
     if median > ceilings.latency_ms:
         told = f"expected one row to take at most {ceilings.latency_ms:g} ms, took {median:.3g} ms here"
         raise VerificationError(f"{variant.id}: {told}", reason="too-slow")
+
+
+def one_row(manifest: Manifest, golden: Path) -> dict[str, Array]:
+    """Return the first golden inputs: one row, where the first axis is the batch.
+
+    Raises:
+        VerificationError: The golden file is malformed.
+    """
+    tensors = _load(golden)
+    return {
+        spec.name: tensors[f"input.{spec.name}"][:1] if spec.shape[:1] == (-1,) else tensors[f"input.{spec.name}"]
+        for spec in manifest.inputs
+    }
 
 
 def resident_bytes() -> int:
@@ -141,13 +154,6 @@ def compare_rows(runtime: Runtime, manifest: Manifest, golden: Path, *, limit: i
         _difference(spec.name, np.concatenate([row[spec.name] for row in alone]), together[spec.name])
         for spec in manifest.outputs
     )
-
-
-def _one_row(manifest: Manifest, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    return {
-        spec.name: tensors[f"input.{spec.name}"][:1] if spec.shape[:1] == (-1,) else tensors[f"input.{spec.name}"]
-        for spec in manifest.inputs
-    }
 
 
 def _load(golden: Path) -> Mapping[str, Array]:

@@ -29,7 +29,7 @@ from isthmus import __version__
 from isthmus.address import UNIX, check_free, is_local
 from isthmus.errors import ConfigError, InputError, IsthmusError, NotFoundError, UnavailableError
 from isthmus.oip import SERVICE, service_pb2, set_parameter
-from isthmus.status import status_of, translate_errors
+from isthmus.status import MethodInterceptor, status_of, translate_errors
 from isthmus.v1 import agent_pb2
 from security.limits import ListenerLimits
 from security.listener import Listener
@@ -252,7 +252,7 @@ class AgentServer:
         unix_socket: Path | None = None,
         credentials: grpc.ServerCredentials | None = None,
         deferred: Mapping[str, grpc.RpcMethodHandler[bytes, Any]] | None = None,
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        interceptors: Sequence[MethodInterceptor] = (),
         concurrent_calls: int = 128,
         message_bytes: int = 64 << 20,
         limits: ListenerLimits = _OWN_MACHINE,

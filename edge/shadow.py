@@ -112,7 +112,7 @@ class ShadowRun:
         output = live.calibration.output
         if live.score(outputs) < live.operating_point.threshold or found[output].shape != outputs[output].shape:
             return
-        agreed, rows = count_agreement(found[output], outputs[output])
+        agreed, rows = count_agreement(found[output], outputs[output], live.calibration.decoding)
         self._agreed += agreed
         self._sure += rows
 

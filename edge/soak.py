@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
+
+import structlog
 
 from edge.audit import Audit
 from edge.model import LiveModel
@@ -14,6 +17,9 @@ from edge.trial import Evidence, Reason, Verdict, judge
 
 TICK_S: Final = 1.0  # between two looks at the evidence
 CHECKPOINT_S: Final = 15.0  # between two writes of it: what a crash may lose
+_BELIEVED_S: Final = 15.0  # how long a version that was found to be no slower is not compared again; doubles
+
+log = structlog.get_logger(__name__)
 
 
 def evidence_of(live: LiveModel, audit: Audit | None, seconds: float) -> Seen:
@@ -47,6 +53,7 @@ class Soak:
         self._audit = audit
         self._clock = clock
         self._began = clock()
+        self._believed_s, self._believed_until = _BELIEVED_S, -math.inf
         earlier = evidence_of(live, audit, 0.0)  # an earlier trial of the version, in this run of the agent
         self._audited, self._disagreed = earlier.audited, earlier.disagreed
 
@@ -70,6 +77,7 @@ class Soak:
         keep: Callable[[Progress], Awaitable[None]],
         pause: Callable[[float], Awaitable[None]],
         taken_back: Callable[[], bool],
+        slower: Callable[[], Awaitable[bool]],
     ) -> tuple[Verdict, Evidence]:
         """Return the verdict, once there is one.
 
@@ -77,6 +85,7 @@ class Soak:
             keep: Writes a checkpoint.
             pause: Waits for so many seconds.
             taken_back: Returns whether somebody has asked for the version before it.
+            slower: Compares its latency with that of the version before it, here and now.
         """
         written = self._clock()
         while True:
@@ -84,9 +93,22 @@ class Soak:
             if taken_back():
                 return Verdict(broken=Reason.TAKEN_BACK, detail="the version before it was asked for"), evidence
             verdict = judge(self._progress.terms, evidence)
+            if verdict.broken is Reason.LATENCY and not await self._is_slower(slower, verdict.detail):
+                verdict = judge(self._progress.terms.model_copy(update={"max_latency_ratio": 0.0}), evidence)
             if verdict.keep or verdict.broken is not None:
                 return verdict, evidence
             if self._clock() - written >= CHECKPOINT_S:
                 written = self._clock()
                 await keep(self.checkpoint)
             await pause(TICK_S)
+
+    async def _is_slower(self, slower: Callable[[], Awaitable[bool]], detail: str) -> bool:
+        """Return whether the version is slower than the one before it on the machine as it is now."""
+        if self._clock() < self._believed_until:
+            return False
+        if await slower():
+            return True
+        log.info("no slower than the version before: the machine is busy", detail=detail)
+        self._believed_until = self._clock() + self._believed_s
+        self._believed_s *= 2
+        return False

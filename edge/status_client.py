@@ -104,11 +104,17 @@ def _plain(status: agent_pb2.GetStatusResponse) -> dict[str, Any]:
             "last_update": _update(model),
             "trial": _fields(model.trial) if model.HasField("trial") else None,
             "audit": _fields(model.audit) if model.HasField("audit") else None,
+            "measured": _measured(model.measured) if model.HasField("measured") else None,
         }
         for model in status.models
     ]
     deferred = _fields(status.deferred) if status.HasField("deferred") else None
     return {"device_id": status.device_id, "uplink": _fields(status.uplink), "deferred": deferred, "models": models}
+
+
+def _measured(measured: agent_pb2.MeasuredVariant) -> dict[str, Any]:
+    latency_ms = measured.latency_ms if measured.HasField("latency_ms") else None
+    return _fields(measured) | {"latency_ms": latency_ms}
 
 
 def _update(model: agent_pb2.ModelStatus) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ import structlog
 
 from edge.assembly import Fetcher, FileResult, bring_file
 from edge.audit import Audit
+from edge.audition import Audition, drop_others
 from edge.conditions import Conditions, Meter, PostponedError, needed_bytes
 from edge.model import LiveModel, ServedModels
 from edge.outcome import MAY_PASS, NO_VERDICT, Outcome, remembered
@@ -61,6 +63,7 @@ class Updater:
         conditions: When an update may go on.
         audit: Compares answers with the cloud's, where it does.
         shadow: Where candidates get copies of live requests.
+        audition: Measures variants where nothing was measured yet; None where that is not wanted.
         clock: Monotonic seconds.
         pause: Waits for so many seconds.
     """
@@ -79,6 +82,7 @@ class Updater:
         conditions: Conditions,
         audit: Audit | None = None,
         shadow: Shadow | None = None,
+        audition: Audition | None = None,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep,
     ) -> None:
@@ -93,6 +97,7 @@ class Updater:
         self._report = report
         self._conditions = conditions
         self._shadow = shadow or Shadow()
+        self._audition = audition
         self._files: list[FileResult] = []
         self._variant = ""
         self._meter = Meter(fetcher, conditions.settings)
@@ -267,7 +272,7 @@ class Updater:
             slot = self._store.slot(plan.version)
             await asyncio.to_thread(check_slot, slot, plan.variant.id)
         else:
-            progress, slot = await self._bring(plan, progress)
+            progress, plan, slot = await self._bring(plan, progress)
         self._conditions.check_window()
         progress = await self._enter(Step.SELF_TEST, progress.model_copy(update={"crashes": progress.crashes + 1}))
         live = await asyncio.to_thread(self._open, slot, plan.variant.id)
@@ -284,7 +289,7 @@ class Updater:
             return found.model_copy(update={"order": order})
         return Progress(order=order, step=Step.PLAN)
 
-    async def _bring(self, plan: Plan, progress: Progress) -> tuple[Progress, Path]:
+    async def _bring(self, plan: Plan, progress: Progress) -> tuple[Progress, Plan, Path]:
         self._conditions.check_turn(plan.version)
         here = self._store.partial_bytes(plan.version)
         self._conditions.check_fetch(needed_bytes(plan.files, here=here), self._store.free_bytes())
@@ -293,15 +298,17 @@ class Updater:
         partial = await asyncio.to_thread(self._store.partial, plan.version)
         try:
             await self._fetch(plan, partial)
+            plan = await self._auditioned(plan, partial)
         except BaseException:
             if self._meter.moved != progress.bytes_fetched:
                 moved = progress.model_copy(update={"bytes_fetched": self._meter.moved})
                 await asyncio.to_thread(self._store.enter, moved)
             raise
         progress = await self._enter(Step.VERIFY, progress.model_copy(update={"bytes_fetched": self._meter.moved}))
+        await asyncio.to_thread(drop_others, partial, plan.variant.id)
         await asyncio.to_thread(check_slot, partial, plan.variant.id)
         progress = await self._enter(Step.APPLY, progress)
-        return progress, await asyncio.to_thread(self._store.seal, plan.version)
+        return progress, plan, await asyncio.to_thread(self._store.seal, plan.version)
 
     async def _put_into_service(self, live: LiveModel, order: Order, progress: Progress) -> Became:
         terms = order.terms or self._conditions.settings.trial
@@ -341,10 +348,33 @@ class Updater:
         return entered
 
     async def _fetch(self, plan: Plan, partial: Path) -> None:
-        base = self._store.slot(self._store.state.current)
         for file in plan.files:
-            self._files.append(await bring_file(self._meter, file, base=base, partial=partial))
+            self._files.append(await bring_file(self._meter, file, base=self._base(), partial=partial))
         await asyncio.to_thread(write_atomically, partial / MANIFEST, plan.manifest_bytes)
+
+    async def _auditioned(self, plan: Plan, partial: Path) -> Plan:
+        """Return the plan with the variant that is fastest here, where that is to be found out now."""
+        if self._audition is None or self._conditions.settings.metered:
+            return plan
+        others = await asyncio.to_thread(self._audition.others, plan.manifest, plan.variant)
+        have = {file.path for file in plan.files}
+        files = [file for file in self._planner.files(plan.manifest, *others) if file.path not in have]
+        if not files or needed_bytes(files, here=0) > self._store.free_bytes():
+            return plan
+        for file in files:
+            try:
+                self._files.append(await bring_file(self._meter, file, base=self._base(), partial=partial))
+            except UnavailableError:
+                raise
+            except IsthmusError as error:
+                log.warning("a variant is not measured", model=self._model, path=file.path, error=error.message)
+        self._conditions.check_window()  # what it computes is a test
+        best = await asyncio.to_thread(self._audition.hold, partial, plan.version, plan.variant)
+        self._variant = best
+        return replace(plan, variant=plan.manifest.variant(best))
+
+    def _base(self) -> Path:
+        return self._store.slot(self._store.state.current)
 
     def _conclude(self, outcome: Outcome) -> None:
         self.last = outcome

@@ -31,6 +31,9 @@ seen it cannot be told, and need not be, as an inference changes nothing. Nothin
 A hedged call starts before anybody knows whether it is needed. It ends, and is counted, when that is known: as any
 other when it is, and as cancelled when it is not.
 
+An attempt that ended with its budget has failed, for its caller and for the breaker. Its answer may still be waited
+for, to learn from it (edge.stragglers).
+
 The breaker's probes are callers' own requests, because only they show what callers need: a cheaper call can succeed
 while the heavy model hangs, and would open the way to it again and again. A probe takes no longer than the deadline of
 its caller allows, there is one at a time, and they become rare; a connection that is down answers them for nothing.
@@ -42,7 +45,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -54,6 +57,7 @@ from google.protobuf.message import DecodeError
 from edge.breaker import Breaker
 from edge.link import LinkMeter
 from edge.retry import QuotaPause, RetryBudget
+from edge.stragglers import Stragglers
 from isthmus.errors import IsthmusError
 from isthmus.oip import MODEL_INFER, service_pb2
 from isthmus.policies import Link
@@ -140,6 +144,14 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Need:
+    """What an escalation is needed for."""
+
+    check: Check
+    late: Callable[[], None] | None = None  # called when the answer passes the check, but too late to be given
+
+
+@dataclass(frozen=True, slots=True)
 class _Admission:
     breaker: Breaker
     ticket: int
@@ -164,6 +176,7 @@ class UplinkCounters:
     retries: int = 0  # calls beyond the first of an attempt
     lost: int = 0  # calls that ended with their connection
     bytes_up: int = 0
+    late: int = 0  # failures whose answer came after all, too late to be given
 
 
 class Uplink:
@@ -179,6 +192,7 @@ class Uplink:
         unauthenticated: Called when the cloud does not accept the token.
         retries: How many calls may be sent again.
         quota: How long the cloud is left alone when a quota is used up.
+        stragglers: Follows calls whose answers are late; none are when it is None.
     """
 
     def __init__(
@@ -193,6 +207,7 @@ class Uplink:
         unauthenticated: Callable[[], None] = lambda: None,
         retries: RetryBudget | None = None,
         quota: QuotaPause | None = None,
+        stragglers: Stragglers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.breaker = breaker
@@ -205,6 +220,7 @@ class Uplink:
         self._unauthenticated = unauthenticated
         self._retries = retries or RetryBudget()
         self._quota = quota or QuotaPause()
+        self.stragglers = stragglers or Stragglers()
         self._clock = clock
         self._pace_s = 0.0  # usual time of an answer
         self._meter = LinkMeter()
@@ -216,25 +232,28 @@ class Uplink:
         """Return what an escalation costs now, as measured on those before it."""
         return self._meter.link(waiting=self._waiting)
 
-    async def escalate(self, request: bytes, *, remaining_s: float, check: Check) -> Answer | Failure:
+    async def escalate(
+        self, request: bytes, *, remaining_s: float, check: Check, late: Callable[[], None] | None = None
+    ) -> Answer | Failure:
         """Ask the cloud.
 
         Args:
             request: A serialized ModelInferRequest.
             remaining_s: What is left of the caller's deadline.
             check: Raises an IsthmusError when a parsed ModelInferResponse does not answer this request.
+            late: Called when an answer passes the check after the failure was returned; None when that is no use.
         """
-        needed: asyncio.Future[Check] = asyncio.get_running_loop().create_future()
-        needed.set_result(check)
+        needed: asyncio.Future[Need] = asyncio.get_running_loop().create_future()
+        needed.set_result(Need(check, late))
         return await self.hedge(request, remaining_s=remaining_s, needed=needed)
 
-    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Check]) -> Answer | Failure:
+    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Need]) -> Answer | Failure:
         """Ask the cloud before it is known whether its answer is needed; cancel this when it is not.
 
         Args:
             request: A serialized ModelInferRequest.
             remaining_s: What is left of the caller's deadline.
-            needed: Gets the check of `escalate` when the answer is needed.
+            needed: Gets what `escalate` is told when the answer is needed.
         """
         admission = self._admit(min(remaining_s - self._guard_s, self._longest_s))
         if isinstance(admission, Failure):
@@ -243,18 +262,26 @@ class Uplink:
             return admission
         self.counters.attempts += 1
         self.counters.hedged += not needed.done()
+        useless = needed.done() and needed.result().late is None
+        grace_s = 0.0 if useless else self.stragglers.grace_s(len(request))
+        sending = self._send(request, admission, grace_s)
+        call = asyncio.ensure_future(sending) if grace_s else None  # a task, to outlive this one
         settled = False
         self._waiting += 1
         try:
-            outcome = await self._ask(request, admission, needed)
-            await needed
+            outcome = await self._ask(asyncio.shield(call) if call else sending, len(request), admission, needed)
+            need = await needed
             settled = True
         finally:
             self._waiting -= 1
             if not settled:
                 self.counters.cancelled += 1
                 admission.breaker.abandon(admission.ticket)
+                if call is not None:
+                    call.cancel()
         self._count(outcome, admission)
+        if call is not None and not call.done():  # its budget has ended, and it has not
+            self._follow(call, len(request), need)
         return outcome
 
     def nudge(self) -> None:
@@ -281,15 +308,17 @@ class Uplink:
             return Failure("deadline", "hurried") if hurried else Failure("unavailable", "breaker-open")
         return _Admission(breaker, ticket, token, budget_s)
 
-    async def _ask(self, request: bytes, admission: _Admission, needed: asyncio.Future[Check]) -> Answer | Failure:
-        budget_s, started = admission.budget_s, self._clock()
+    async def _ask(
+        self, sending: Awaitable[bytes], size: int, admission: _Admission, needed: asyncio.Future[Need]
+    ) -> Answer | Failure:
+        started = self._clock()
         try:
             # Twice on purpose: the peer is told the deadline, and this side keeps it whatever happens there.
-            async with asyncio.timeout(budget_s):
-                raw = await self._send(request, admission.token, time.monotonic() + budget_s)
+            async with asyncio.timeout(admission.budget_s):
+                raw = await sending
             took_s = self._clock() - started
             response = service_pb2.ModelInferResponse.FromString(raw)
-            (await needed)(response)
+            (await needed).check(response)
         except TimeoutError:
             return Failure("deadline")
         except grpc.aio.AioRpcError as error:
@@ -300,14 +329,15 @@ class Uplink:
         except Exception:  # the light answer is there: nothing that happens on this side of it may take it away
             log.exception("escalation failed")
             return Failure("unavailable", "agent-error")
-        self._meter.note(len(request), took_s)
+        self._meter.note(size, took_s)
         self._pace_s = took_s if not self._pace_s else self._pace_s + _PACE_WEIGHT * (took_s - self._pace_s)
         return Answer(response)
 
-    async def _send(self, request: bytes, token: str, deadline: float) -> bytes:
+    async def _send(self, request: bytes, admission: _Admission, grace_s: float) -> bytes:
+        deadline = time.monotonic() + admission.budget_s
         self._retries.earn()
         try:
-            return await self._call(request, token, deadline)
+            return await self._call(request, admission.token, deadline + grace_s)
         except grpc.aio.AioRpcError as error:
             time_left = deadline - time.monotonic() >= _SHORTEST_BUDGET_S
             if not self._broke(error) or self._is_down() or not time_left or not self._retries.spend():
@@ -316,7 +346,24 @@ class Uplink:
         with contextlib.suppress(TimeoutError):  # until gRPC has noticed, it would send on the broken connection
             async with asyncio.timeout(_SETTLING_S):
                 await self._channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
-        return await self._call(request, token, deadline)
+        return await self._call(request, admission.token, deadline + grace_s)
+
+    def _follow(self, call: asyncio.Task[bytes], size: int, need: Need) -> None:
+        late = need.late
+        if late is None:
+            call.cancel()
+            return
+
+        def use(raw: bytes) -> None:
+            try:
+                need.check(service_pb2.ModelInferResponse.FromString(raw))
+            except (DecodeError, IsthmusError) as error:
+                log.warning("bad cloud answer", error=str(error)[:200])
+                return
+            self.counters.late += 1
+            late()
+
+        self.stragglers.follow(call, size, use)
 
     async def _call(self, request: bytes, token: str, deadline: float) -> bytes:
         self.counters.bytes_up += len(request)

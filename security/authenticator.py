@@ -40,7 +40,6 @@ _ONLY_GRANTED: Final = frozenset({GRANTED})
 class _Known:
     claims: Claims
     until: float
-    generation: int
 
 
 class Authenticator:
@@ -67,13 +66,27 @@ class Authenticator:
         self._tenants, self._clock = tenants, clock
         self._ours: set[str] = set()
         self._known: OrderedDict[tuple[str | bytes, str], _Known] = OrderedDict()
+        self.on_change(self._known.clear)
 
-    def verify(self, credential: str, tenant: str = "") -> Claims:
+    def now(self) -> float:
+        """Return the time by which callers are judged, in Unix seconds."""
+        return self._clock()
+
+    def on_change(self, hear: Callable[[], None]) -> None:
+        """Call `hear` whenever a caller may have lost, or got, what it had not before: grants and keys changed."""
+        self._book.heard_by.append(hear)
+        self._tokens.heard_by.append(hear)
+        for issuer in self._issuers.all if self._issuers is not None else ():
+            issuer.keys.heard_by.append(hear)
+
+    def verify(self, credential: str, tenant: str = "", *, at_s: float | None = None) -> Claims:
         """Return the claims of a caller.
 
         Args:
             credential: The token or key.
             tenant: The tenant that the caller wants to act in; "" for its own.
+            at_s: When the credential has to be within its time, for a call that began then; now when None. What was
+                revoked since is refused whatever the time.
 
         Raises:
             IdentityError: The credential is not a valid one.
@@ -81,14 +94,14 @@ class Authenticator:
             NotFoundError: An admin of the cloud named a tenant that does not exist.
         """
         if credential.startswith(SCHEME):
-            return self._api_key(credential, tenant)
+            return self._api_key(credential, tenant, at_s)
         if credential not in self._ours:
             known = self._remembered((credential, tenant))
             if known is not None:
                 return known
             if self._issuers is not None and (issuer := self._issuers.of(credential)) is not None:
-                return self._external(credential, tenant, issuer)
-        claims = self._tokens.verify(credential)  # which remembers, too, and knows what has been revoked
+                return self._external(credential, tenant, issuer, at_s)
+        claims = self._tokens.verify(credential, at_s)  # which remembers, too, and knows what has been revoked
         self._note_ours(credential)
         if claims.scopes == _ONLY_GRANTED:
             return self._granted_token(credential, claims, tenant)
@@ -96,12 +109,13 @@ class Authenticator:
             return self._acting_in(claims, tenant)
         return claims
 
-    def _api_key(self, credential: str, tenant: str) -> Claims:
-        digest, now = key_digest(credential), self._clock()
+    def _api_key(self, credential: str, tenant: str, at_s: float | None) -> Claims:
+        digest, now = key_digest(credential), self._clock() if at_s is None else at_s
         key = self._book.key(digest)
         if key is None or now >= key.expires_at:
             raise IdentityError("the API key is unknown, expired or revoked", reason="unknown-api-key")
-        self._book.used[key.prefix] = now
+        if at_s is None:
+            self._book.used[key.prefix] = now
         known = self._remembered((digest, tenant))
         if known is not None:
             return known
@@ -133,8 +147,8 @@ class Authenticator:
             worth = self._acting_in(worth, tenant)
         return self._remember((credential, tenant), worth, claims.expires_at.timestamp() + EXPIRY_LEEWAY_S)
 
-    def _external(self, credential: str, tenant: str, issuer: OidcIssuer) -> Claims:
-        identity = issuer.verify(credential, self._clock())
+    def _external(self, credential: str, tenant: str, issuer: OidcIssuer, at_s: float | None) -> Claims:
+        identity = issuer.verify(credential, self._clock() if at_s is None else at_s)
         tenants = self._book.tenants_of(identity.principals)
         if tenant in tenants:
             chosen = tenant
@@ -155,13 +169,13 @@ class Authenticator:
         known = self._known.get(name)
         if known is None:
             return None
-        if known.generation != self._book.generation or self._clock() >= known.until:
+        if self._clock() >= known.until:
             del self._known[name]
             return None
         return known.claims
 
     def _remember(self, name: tuple[str | bytes, str], claims: Claims, until: float) -> Claims:
-        self._known[name] = _Known(claims, until, self._book.generation)
+        self._known[name] = _Known(claims, until)
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return claims

@@ -1,12 +1,15 @@
 """Who is at the other end of a connection, and whether the caller's token may be used there.
 
 A device's token is bound to the device's certificate (RFC 8705 section 3): whoever copies the token has nothing. The
-peer's certificate is known to the running call only, so the rules are applied there: before the request is read, where
-requests are read by `security.guard`; else a unary request has arrived, and is not parsed.
+peer's certificate is known to the running call only, so the rules are applied there; where `security.guard` reads the
+requests, that is before they are read.
 
 1. A bound token is good on a connection with exactly the certificate that it names.
 2. A revoked device, and a revoked key whatever certificate it comes with, is refused, at once; calls of theirs that
    are running end with UNAUTHENTICATED and the reason `revoked`.
+3. A stream, which may never end by itself, ends when its caller would not be let in any more: with what a new call is
+   answered; or with `access-changed` where that would be let in, for fewer models. One answer that is being worked out
+   is still given. The end of a credential's own time ends streams that have no end; a transfer may take longer.
 
 TLS has verified the certificate before: that it comes from the authority for devices, and is valid now.
 """
@@ -17,6 +20,7 @@ import asyncio
 import base64
 import hashlib
 import inspect
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,13 +33,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from isthmus.errors import IdentityError, InputError
+from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
 from isthmus.status import wrap_handler
+from security.jws import EXPIRY_LEEWAY_S
 from security.scopes import DEVICE
-from security.tokens import Claims
+from security.tokens import ALL_MODELS, Claims
 
 DEVICE_URI: Final = "isthmus://device/"
 _GRACE_S: Final = 2.0
+_LATE_S: Final = 0.1
 _REMEMBERED: Final = 4096  # certificates, of devices that are connected
 
 _NOT_WATCHED: Final = nullcontext()
@@ -68,9 +74,10 @@ class Revoked:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    subject: str
-    key_sha256: str
-    revoked: bool = False
+    claims: Claims
+    key_sha256: str = ""
+    claims_again: Callable[[], Claims] | None = None  # of a stream, which ends when it would not be let in again
+    refusal: IsthmusError | None = None
     sending: bool = False  # gRPC has the call, and waits for the peer to take a message
 
 
@@ -120,13 +127,25 @@ class Guard:
         """Refuse these from now on, and no others; end their running calls."""
         self._revoked = revoked
         for task, call in self._running.items():
-            if not call.revoked and self._is_revoked(call.subject, call.key_sha256):
-                call.revoked = True
-                self._end(task, call)
-                log.info("call ended", subject=call.subject, reason="revoked")
+            if _concerns(call.claims) and self._is_revoked(call.claims.subject, call.key_sha256):
+                self._end(task, call, _revoked())
 
-    def _end(self, task: asyncio.Task[Any], call: _Call) -> None:
+    def judge_again(self) -> None:
+        """End the streams whose callers would not be let in any more, or for fewer models."""
+        for task in self._running:
+            self._judge(task)
+
+    def _judge(self, task: asyncio.Task[Any]) -> None:
+        call = self._running[task]
+        if (refusal := _refusal(call)) is not None:
+            self._end(task, call, refusal)
+
+    def _end(self, task: asyncio.Task[Any], call: _Call, refusal: IsthmusError) -> None:
         """End a call; one whose peer takes no messages hears why when it takes one, or is cut off after a grace."""
+        if call.refusal is not None:
+            return
+        call.refusal = refusal
+        log.info("call ended", subject=call.claims.subject, reason=refusal.reason)
         if call.sending:
             asyncio.get_running_loop().call_later(_GRACE_S, self._cut_off, task)
         else:
@@ -155,32 +174,38 @@ class Guard:
             self.check_device(claims.subject, "")
 
     def wrap(
-        self, handler: grpc.RpcMethodHandler[Any, Any], claims_of_call: Callable[[], Claims]
+        self,
+        handler: grpc.RpcMethodHandler[Any, Any],
+        claims_of_call: Callable[[], Claims],
+        claims_again: Callable[[], Callable[[], Claims]],
+        *,
+        uploads: bool,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Return a method's handler that follows the rules, which concern callers with a certificate only.
+        """Return a method's handler that follows the rules.
 
         Args:
             handler: The method's.
             claims_of_call: Returns the claims of the caller of the running call.
+            claims_again: Returns, of a stream that runs, what works its caller's claims out anew, or raises what a new
+                call is answered.
+            uploads: Whether its requests are a stream, as the handler of `security.guard` does not say.
         """
-        parts: Any = handler
-        late = not parts.request_streaming
-        parse = parts.request_deserializer if late else None
 
         def unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 claims = claims_of_call()
-                with self._watched(claims, context) if _concerns(claims) else _NOT_WATCHED:
-                    result = behaviour(_parsed(request, parse), context)
+                watched = _concerns(claims) or uploads
+                again = claims_again() if uploads else None
+                with self._watched(claims, again, context) if watched else _NOT_WATCHED:
+                    result = behaviour(request, context)
                     return await result if inspect.isawaitable(result) else result
 
             return call
 
         def stream(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-                claims = claims_of_call()
-                with self._watched(claims, context) if _concerns(claims) else nullcontext(_Call("", "")) as running:
-                    result = behaviour(_parsed(request, parse), context)
+                with self._watched(claims_of_call(), claims_again(), context) as running:
+                    result = behaviour(request, context)
                     if inspect.isawaitable(result):  # a method that calls context.write itself
                         await result
                         return
@@ -189,35 +214,50 @@ class Guard:
                             running.sending = True
                             yield response
                             running.sending = False
-                            if running.revoked:
-                                raise _revoked()
+                            if running.refusal is not None:
+                                raise running.refusal
 
             return call
 
-        return wrap_handler(handler, unary, stream, unparsed=late)
+        return wrap_handler(handler, unary, stream)
 
     @contextmanager
-    def _watched(self, claims: Claims, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[_Call]:
-        """Let a call run while its caller is not revoked.
+    def _watched(
+        self, claims: Claims, again: Callable[[], Claims] | None, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Iterator[_Call]:
+        """Let a call run while its caller is let in.
 
         Raises:
             IdentityError: The token is not good on this connection, or the caller is or becomes revoked.
+            PermissionDeniedError: The caller of a stream has lost what let it in.
         """
-        peer = peer_of(context)
-        _check_bound(claims, peer)
-        call = _Call(claims.subject, peer.key_sha256 if peer else "")
-        self.check_device(call.subject, call.key_sha256)
+        call = _Call(claims, claims_again=again)
+        if _concerns(claims):
+            peer = peer_of(context)
+            _check_bound(claims, peer)
+            call.key_sha256 = peer.key_sha256 if peer else ""
+            self.check_device(claims.subject, call.key_sha256)
+        if (refusal := _refusal(call)) is not None:  # much may have changed since it was let in
+            raise refusal
         task = cast("asyncio.Task[Any]", asyncio.current_task())  # grpc runs each call in one
         self._running[task] = call
+        ends = None if again is None else self._at_end_of(claims, task)
         try:
             yield call
         except asyncio.CancelledError:
-            if not call.revoked:
+            if call.refusal is None:
                 raise
             task.uncancel()
-            raise _revoked() from None
+            raise call.refusal from None
         finally:
             del self._running[task]
+            if ends is not None:
+                ends.cancel()
+
+    def _at_end_of(self, claims: Claims, task: asyncio.Task[Any]) -> asyncio.TimerHandle:
+        """Judge a stream again when its caller's credential has ended, for certain."""
+        left_s = claims.expires_at.timestamp() + EXPIRY_LEEWAY_S - time.time()
+        return asyncio.get_running_loop().call_later(max(left_s, 0.0) + _LATE_S, self._judge, task)
 
     def _is_revoked(self, subject: str, key_sha256: str) -> bool:
         return subject in self._revoked.devices or key_sha256 in self._revoked.keys
@@ -240,13 +280,21 @@ def _check_bound(claims: Claims, peer: Peer | None) -> None:
         raise IdentityError("the token is bound to another certificate", reason="certificate-mismatch")
 
 
-def _parsed(request: Any, parse: Callable[[bytes], Any] | None) -> Any:
-    if parse is None:
-        return request
+def _refusal(call: _Call) -> IsthmusError | None:
+    """Return what a stream ends with; None for one that goes on."""
+    if call.claims_again is None:
+        return None
+    before = call.claims
     try:
-        return parse(request)
-    except Exception as error:  # whatever the library raises for bytes that are no message
-        raise InputError("the request is not a message of this method", reason="malformed-message") from error
+        now = call.claims_again()
+    except IsthmusError as error:
+        return error
+    kept = ALL_MODELS in now.models or before.models <= now.models
+    if kept and now.tenant == before.tenant:
+        return None
+    return PermissionDeniedError(
+        "what this caller may use has changed", reason="access-changed", hint="begin again: a new call is judged anew"
+    )
 
 
 def _revoked() -> IdentityError:

@@ -12,11 +12,11 @@ import typer
 
 from isthmus.errors import InputError
 from isthmus.terminal import JsonOption, note, show_record, show_table
-from security.rotation_cli import DirOption, rotate_issuing, rotate_server, rotate_tokens
+from security.ceremony_cli import app as ceremony_app
+from security.rotation_cli import rotate_issuing, rotate_server, rotate_tokens
 from security.sealing_cli import app as sealing_app
 
 if TYPE_CHECKING:
-    from security.ceremony import Progress
     from security.workspace import Entry
 
 keys_app = typer.Typer(no_args_is_help=True, help="Create and inspect the keys and certificates of a workspace.")
@@ -30,12 +30,6 @@ _SOON_DAYS: Final = {"update root": 90, "update targets": 60, "cloud's TLS ident
 _SOON_PUBLISHER_DAYS: Final = 60
 _PUBLISHED: Final = "update publisher-"
 
-RoleArgument = Annotated[str, typer.Argument(metavar="ROLE", help="root, targets, snapshot or timestamp.")]
-KeyOption = Annotated[
-    list[Path] | None,
-    typer.Option("--key", help="A key file that is elsewhere, to sign with; repeat for more.", metavar="FILE"),
-]
-ThresholdOption = Annotated[int | None, typer.Option(help="How many of the role's keys must sign from now on.")]
 _NEXT_STEPS: Final = """\
 Made the workspace {root}:
   {root}/operator  keep offline: signs models and certificates. Back it up; nothing can replace it.
@@ -48,6 +42,7 @@ Next:
   isthmus device invite DEVICE --cloud {host}:{port} --trust {root}/trust --token-file operator.token"""
 
 
+keys_app.add_typer(ceremony_app)
 keys_app.command("rotate-server")(rotate_server)
 keys_app.command("rotate-issuing")(rotate_issuing)
 keys_app.command("rotate-tokens")(rotate_tokens)
@@ -72,6 +67,7 @@ def init(
     signed: Annotated[
         str, typer.Option("--token-algorithm", help="What tokens are signed with: EdDSA or ES256.")
     ] = "EdDSA",
+    as_json: JsonOption = False,
 ) -> None:
     """Make a workspace: authorities, certificates, token and update keys.
 
@@ -81,6 +77,10 @@ def init(
 
     holders = Holders(root_keys, root_threshold, targets_keys, targets_threshold)
     init_workspace(root, host, name, datetime.now(UTC), holders=holders, token_algorithm=signed)
+    if as_json:
+        made = {part: str(root / part) for part in ("operator", "cloud", "trust")}
+        show_record("workspace", {"workspace": str(root), **made, "hosts": host}, as_json=True)
+        return
     local = all(name in _LOOPBACK for name in host)
     listen = "" if local else f" --listen 0.0.0.0:{_PORT}"  # the default is reachable from this machine only
     note(_NEXT_STEPS.format(root=root, host=host[0], port=_PORT, listen=listen))
@@ -138,154 +138,6 @@ def _role_row(role: dict[str, Any]) -> dict[str, Any]:
         "models": ", ".join(role["models"]) or None,
         "expires": _day(role),
     }
-
-
-@keys_app.command("new")
-def new(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Gets the private key; FILE.pub the public one.")],
-) -> None:
-    """Make an Ed25519 key pair, for a holder of a role; only the public half leaves the machine."""
-    from security.ceremony import new_key_pair
-
-    public = new_key_pair(file)
-    note(f"made {file} (keep it) and {public} (hand it to whoever runs isthmus keys add, rotate or delegate)")
-
-
-@keys_app.command("publisher")
-def publisher(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Operator folder to make.")],
-    name: Annotated[str, typer.Option(help="What the publisher is called.")],
-    trust: Annotated[Path, typer.Option(help="The workspace's trust folder, which holds root.json.")],
-) -> None:
-    """Make the operator folder of somebody who will publish some models only."""
-    from security.ceremony import new_publisher
-    from security.keyfiles import read_file
-
-    public = new_publisher(folder, name, read_file(trust / "root.json"))
-    note(f"made {folder}; hand {public} to the operator, who runs isthmus keys delegate MODEL --name {name}")
-
-
-@keys_app.command("add")
-def add(
-    role: RoleArgument,
-    public: Annotated[Path, typer.Option("--public", help="The new key's public half.", metavar="FILE")],
-    folder: DirOption,
-    threshold: ThresholdOption = None,
-    key: KeyOption = None,
-) -> None:
-    """Let one more key sign for ROLE: starts a new root, or changes the one that waits for signatures."""
-    from security.ceremony import Ceremony, load_public_key
-
-    _tell(Ceremony(folder, keys=key or ()).add(role, load_public_key(public), threshold))
-
-
-@keys_app.command("revoke")
-def revoke(
-    role: RoleArgument,
-    keyid: Annotated[str, typer.Argument(metavar="KEYID", help="From keys show; its first characters will do.")],
-    folder: DirOption,
-    threshold: ThresholdOption = None,
-    key: KeyOption = None,
-) -> None:
-    """Let a key no longer sign for ROLE: starts a new root, or changes the one that waits for signatures."""
-    from security.ceremony import Ceremony
-
-    _tell(Ceremony(folder, keys=key or ()).revoke(role, keyid, threshold))
-
-
-@keys_app.command("rotate")
-def rotate(
-    role: RoleArgument,
-    public: Annotated[Path, typer.Option("--public", help="The new key's public half.", metavar="FILE")],
-    folder: DirOption,
-    old: Annotated[str | None, typer.Option(help="Which key it replaces, where ROLE has several.")] = None,
-    key: KeyOption = None,
-) -> None:
-    """Replace a key of ROLE by another: starts a new root, or changes the one that waits for signatures."""
-    from security.ceremony import Ceremony, load_public_key
-
-    _tell(Ceremony(folder, keys=key or ()).rotate(role, load_public_key(public), old))
-
-
-@keys_app.command("sign")
-def sign(
-    candidate: Annotated[Path, typer.Argument(metavar="FILE", help="The root that waits: candidate.root.json.")],
-    key: Annotated[Path, typer.Option("--key", help="Your root key.", metavar="FILE")],
-) -> None:
-    """Add your signature to a root that waits for signatures, on your own machine."""
-    from security.ceremony import sign_file
-
-    progress = sign_file(candidate, key)
-    note(f"root {progress.version} in {candidate} has {progress.signed} signatures")
-
-
-@keys_app.command("finish")
-def finish(folder: DirOption, key: KeyOption = None) -> None:
-    """Put the root that waits into force, once enough holders have signed; signs with the root keys that are here."""
-    from security.ceremony import Ceremony
-
-    _tell(Ceremony(folder, keys=key or ()).finish())
-
-
-@keys_app.command("renew")
-def renew(
-    folder: DirOption,
-    role: Annotated[str, typer.Option(help="root or targets.")] = "root",
-    key: KeyOption = None,
-) -> None:
-    """Sign metadata anew before it expires; targets also after a rotation of its keys."""
-    from security.ceremony import Ceremony
-
-    ceremony = Ceremony(folder, keys=key or ())
-    if role == "root":
-        _tell(ceremony.renew())
-    elif role == "targets":
-        _hand_over(ceremony.renew_targets())
-    else:
-        raise InputError(f"--role: expected root or targets, got {role[:40]!r}", hint="the cloud renews the others")
-
-
-@keys_app.command("delegate")
-def delegate(
-    models: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name; may hold * and ?.")],
-    name: Annotated[str, typer.Option(help="What the publisher is called.")],
-    public: Annotated[list[Path], typer.Option("--public", help="A key of the publisher; repeat.", metavar="FILE")],
-    folder: DirOption,
-    threshold: Annotated[int, typer.Option(help="How many of the keys must sign.")] = 1,
-    key: KeyOption = None,
-) -> None:
-    """Let a publisher publish MODEL with keys of their own, and nothing else."""
-    from security.ceremony import Ceremony, load_public_key
-
-    keys = [load_public_key(path) for path in public]
-    _hand_over(Ceremony(folder, keys=key or ()).delegate(models, name, keys, threshold))
-
-
-@keys_app.command("undelegate")
-def undelegate(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The publisher.")],
-    folder: DirOption,
-    key: KeyOption = None,
-) -> None:
-    """Take all models from a publisher: devices refuse what it published from then on."""
-    from security.ceremony import Ceremony
-
-    _hand_over(Ceremony(folder, keys=key or ()).undelegate(name))
-
-
-def _tell(progress: Progress) -> None:
-    if progress.complete:
-        _hand_over(progress.file)
-    else:
-        note(
-            f"root {progress.version} has {progress.signed} signatures, {progress.missing} more are needed:\n"
-            f"  each holder: isthmus keys sign {progress.file} --key KEY\n"
-            f"  then here:   isthmus keys finish --dir {progress.file.parent.parent}"
-        )
-
-
-def _hand_over(file: Path) -> None:
-    note(f"signed {file}\nNext: isthmus cloud accept {file}")
 
 
 def warnings(root: Path, now: datetime) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from isthmus.errors import IdentityError, InputError, OverloadedError, UnavailableError
-from isthmus.status import TOO_LATE, WrappedHandlers, fail, refuse
+from isthmus.status import TOO_LATE, MethodInterceptor, fail, refuse
 from security.binding import peer_of
 from security.interceptors import current_claims
 from security.limits import ListenerLimits
@@ -30,7 +30,7 @@ _TOO_MANY: Final = "too-many-calls"
 _PATIENT: Final = frozenset({"/inference.GRPCInferenceService/ModelStreamInfer"})
 
 
-class CallGuard(grpc.aio.ServerInterceptor):
+class CallGuard(MethodInterceptor):
     """Reads requests under a time limit and counts each caller's calls.
 
     Args:
@@ -39,39 +39,29 @@ class CallGuard(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, limits: ListenerLimits, method_scopes: Mapping[str, str] = METHOD_SCOPES) -> None:
+        super().__init__()
         self._limits = limits
         self._method_scopes = method_scopes
-        self._handlers = WrappedHandlers()
         self._calls: dict[str, int] = {}  # in progress, by caller
         self._strangers = 0
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Return the method's handler, guarded."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        method = str(handler_call_details.method)
-        if (size := _size(handler_call_details.invocation_metadata or ())) > self._limits.metadata_bytes:
-            return _too_large(size, self._limits.metadata_bytes)
-        return self._handlers.of(method, handler, partial(self._guarded, method))
+    def refusal(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Refuse metadata that is too large."""
+        size = _size(call.invocation_metadata or ())
+        return _too_large(size, self._limits.metadata_bytes) if size > self._limits.metadata_bytes else None
 
-    def _guarded(self, method: str, handler: Any) -> Any:
+    def wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
         """Return a handler that reads requests itself; to gRPC, each is a stream of bytes."""
         public = self._method_scopes.get(method) == PUBLIC
-        parse = handler.request_deserializer
+        parts: Any = handler
+        parse = parts.request_deserializer
         behaviour = next(
-            b
-            for b in (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
-            if b is not None
+            b for b in (parts.unary_unary, parts.unary_stream, parts.stream_unary, parts.stream_stream) if b is not None
         )
         idle_s = None if method in _PATIENT else self._limits.stream_idle_s
 
         async def argument(context: Any) -> Any:
-            if handler.request_streaming:
+            if parts.request_streaming:
                 return _messages(context, parse, idle_s)
             raw = await _read(context, self._limits.request_s)
             if raw is grpc.aio.EOF:
@@ -93,9 +83,12 @@ class CallGuard(grpc.aio.ServerInterceptor):
                 yield response
 
         make: Any = grpc.stream_unary_rpc_method_handler
-        if handler.response_streaming:
+        if parts.response_streaming:
             make = grpc.stream_stream_rpc_method_handler
-        return make(stream if handler.response_streaming else call, None, handler.response_serializer)
+        guarded: grpc.RpcMethodHandler[Any, Any] = make(
+            stream if parts.response_streaming else call, None, parts.response_serializer
+        )
+        return guarded
 
     async def _enter(self, context: Any, *, public: bool) -> None:
         """Count a call in, or refuse it: its caller has as many in progress as it may have, or strangers do.

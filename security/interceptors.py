@@ -3,23 +3,24 @@
 - `METHOD_SCOPES` says what each method asks for; a method that is not in the table is refused.
 - A refused call is answered before its request is read, so that a stranger cannot make the server parse megabytes.
 - The claims of the caller are a context variable, set before the method runs in the task that runs it. So one handler
-  serves all callers of a method (isthmus.status.WrappedHandlers).
+  serves all callers of a method (isthmus.status.MethodInterceptor).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Final
 
 import grpc
 import structlog
 
 from isthmus.errors import IdentityError, IsthmusError, PermissionDeniedError
-from isthmus.status import WrappedHandlers, fail
+from isthmus.status import MethodInterceptor, fail
 from security.authenticator import Authenticator
 from security.binding import Guard
-from security.scopes import AUTHENTICATED, METHOD_SCOPES, PUBLIC
+from security.scopes import AUTHENTICATED, ENDLESS, METHOD_SCOPES, PUBLIC, UPLOADS
 from security.tenancy import TENANT_HEADER, check_tenant
 from security.tokens import ALL_MODELS, Claims, TokenVerifier
 
@@ -28,6 +29,7 @@ log = structlog.get_logger(__name__)
 _HEADER: Final = "authorization"
 _SCHEME: Final = "bearer "
 _claims: ContextVar[Claims] = ContextVar("isthmus_claims")
+_claims_again: ContextVar[Callable[[], Claims]] = ContextVar("isthmus_claims_again")
 
 
 def current_claims() -> Claims:
@@ -62,7 +64,7 @@ def known_claims() -> Claims | None:
     return _claims.get(None)
 
 
-class AuthInterceptor(grpc.aio.ServerInterceptor):
+class AuthInterceptor(MethodInterceptor):
     """Lets a call pass when its token has the scope that the method asks for.
 
     Args:
@@ -80,39 +82,51 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         guard: Guard | None = None,
         tenant: str | None = None,
     ) -> None:
+        super().__init__()
         self._authenticator = verifier if isinstance(verifier, Authenticator) else Authenticator(verifier)
         self._method_scopes, self._tenant = method_scopes, tenant
         self._guard = guard or Guard()
-        self._handlers = WrappedHandlers()
+        self._authenticator.on_change(self._guard.judge_again)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Return the method's handler, the caller's claims set for this call, or one that refuses."""
-        handler = await continuation(handler_call_details)
-        if handler is None:  # no such method here: grpc answers UNIMPLEMENTED
-            return handler
-        method = str(handler_call_details.method)
+    def refusal(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Set the caller's claims for this call, or return what refuses it."""
+        method = str(call.method)
         try:
-            claims = self._admit(method, handler_call_details.invocation_metadata or ())
+            self._admit(method, call.invocation_metadata or ())
         except IsthmusError as error:
             log.info("call refused", method=method, reason=error.reason)
             return _refusal(error)
-        return handler if claims is None else self._handlers.of(method, handler, self._guarded)
+        return None
 
-    def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
-        return self._guard.wrap(handler, current_claims)
+    def wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """Look at the certificates of those who call, and again at what they may do, where a method is not public."""
+        if self._method_scopes.get(method) == PUBLIC:
+            return handler
+        return self._guard.wrap(handler, current_claims, _claims_again.get, uploads=method in UPLOADS)
 
-    def _admit(self, method: str, metadata: Any) -> Claims | None:
+    def _admit(self, method: str, metadata: Any) -> None:
         needed = self._method_scopes.get(method)
         if needed is None:
             raise PermissionDeniedError("this method is not offered", reason="method-not-allowed")
         if needed == PUBLIC:
-            return None
-        claims = self._authenticator.verify(_bearer_token(metadata), _tenant(metadata))
+            return
+        credential, tenant = _bearer_token(metadata), _tenant(metadata)
+        claims = self._authenticator.verify(credential, tenant)
         _claims.set(claims)  # whoever records a refusal wants to know whose it is
+        _claims.set(self._checked(claims, needed))
+        at_s = None if method in ENDLESS else self._authenticator.now()
+        _claims_again.set(partial(self._judged_again, credential, tenant, needed, at_s))
+
+    def _judged_again(self, credential: str, tenant: str, needed: str, at_s: float | None) -> Claims:
+        return self._checked(self._authenticator.verify(credential, tenant, at_s=at_s), needed)
+
+    def _checked(self, claims: Claims, needed: str) -> Claims:
+        """Return the claims that a caller has for a method that asks for `needed`.
+
+        Raises:
+            IdentityError: The caller is a revoked device.
+            PermissionDeniedError: The caller may not call the method.
+        """
         if self._tenant not in (None, claims.tenant):
             raise PermissionDeniedError("this is not for callers of another tenant", reason="wrong-tenant")
         self._guard.admit(claims)
@@ -122,10 +136,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
                 reason="missing-scope",
                 hint="use a token of a role that has it: isthmus token mint --role ROLE",
             )
-        if needed != AUTHENTICATED and claims.models_by_scope is not None:
-            claims = claims.narrowed_to(needed)
-            _claims.set(claims)
-        return claims
+        return claims if needed == AUTHENTICATED else claims.narrowed_to(needed)
 
 
 def _bearer_token(metadata: Any) -> str:

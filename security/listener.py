@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -17,7 +16,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # compiled, witho
 
 from isthmus.errors import OverloadedError
 from isthmus.memory import give_back
-from isthmus.status import end_call, refuse
+from isthmus.status import MethodInterceptor, end_call, refuse
 from security.limits import ListenerLimits
 from security.scopes import METHOD_SCOPES
 
@@ -34,10 +33,18 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
     is named again and again (HPACK) makes 16 MB of 16 KB.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, interceptors: Sequence[Any], options: Any, calls: int) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, interceptors: Sequence[MethodInterceptor], options: Any, calls: int
+    ) -> None:
         super().__init__(loop, None, (), (), options, None)
         self.event_loop, self.calls_limit, self.calls = loop, calls, 0
         self.interceptors = tuple(interceptors)
+        # The places of those that may refuse, the last one first: what a call costs before its token is looked at.
+        self.checks = [
+            number
+            for number, interceptor in enumerate(self.interceptors)
+            if type(interceptor).refusal is not MethodInterceptor.refusal
+        ][::-1]
         self.handlers: dict[str, Any] = {}
         self.running = set[asyncio.Task[Any]]()
 
@@ -59,11 +66,20 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
                     ended.set_exception(error)
                 return
             full = self.calls >= self.calls_limit
-            serving = self._serve(name, state, full=full)
-            task = self._keep(cygrpc._schedule_rpc_coro(serving, state, self.event_loop, name))
-            if not full:
-                self.calls += 1
-                task.add_done_callback(self._ended)
+            handler = None if full or self.interceptors else self.handlers.get(name)
+            if handler is None:
+                serving = self._serve(name, state, full=full)
+            else:  # nothing has to see the call before it is served
+                serve = _SERVE[handler.request_streaming, handler.response_streaming]
+                serving = serve(handler, state, self.event_loop)
+            call = cygrpc._schedule_rpc_coro(serving, state, self.event_loop, name)
+            if full:
+                self._keep(call)
+                continue
+            self.calls += 1
+            task = self.event_loop.create_task(call)
+            self.running.add(task)
+            task.add_done_callback(self._ended)
 
     async def _serve(self, name: str, state: Any, *, full: bool) -> None:
         context = cygrpc._ServicerContext(state, None, None, self.event_loop)
@@ -71,15 +87,25 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
             await end_call(context, grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
         if full:
             await refuse(context, OverloadedError("too many calls are in progress", reason="too-many-calls"))
-        handler = await self._intercepted(0, _Details(name, context.invocation_metadata()))
+        details = _Details(name, context.invocation_metadata())
         del context  # streams live for hours, and grpc makes one of its own
+        handler = self._refusal(details) or self.handlers[name]
         serve = _SERVE[handler.request_streaming, handler.response_streaming]
         await serve(handler, state, self.event_loop)
 
-    async def _intercepted(self, number: int, details: _Details) -> Any:
-        if number == len(self.interceptors):
-            return self.handlers[details.method]
-        return await self.interceptors[number].intercept_service(partial(self._intercepted, number + 1), details)
+    def _refusal(self, details: _Details) -> Any:
+        """Return what refuses a call: the interceptor that does, as those in front of it see it; None serves it."""
+        for number in self.checks:
+            handler = self.interceptors[number].refusal(details)
+            if handler is not None:
+                return self.wrapped(details.method, handler, number)
+        return None
+
+    def wrapped(self, method: str, handler: Any, number: int) -> Any:
+        """Return what the first interceptors make of a handler."""
+        for interceptor in reversed(self.interceptors[:number]):
+            handler = interceptor.wrap(method, handler)
+        return handler
 
     def _keep(self, work: Any) -> asyncio.Task[Any]:
         task = self.event_loop.create_task(work)
@@ -87,7 +113,8 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
         task.add_done_callback(self.running.discard)
         return task
 
-    def _ended(self, _task: asyncio.Task[Any]) -> None:
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.running.discard(task)
         self.calls -= 1
 
 
@@ -113,7 +140,7 @@ class Listener(grpc.aio.Server):
         limits: What it takes from whoever connects.
         message_bytes: Largest message.
         calls: Calls in progress; more are refused with RESOURCE_EXHAUSTED.
-        interceptors: Run before every call.
+        interceptors: What they make of a method's handler serves its calls; the first one sees them first.
         methods: The full paths of the methods that may exist.
     """
 
@@ -123,7 +150,7 @@ class Listener(grpc.aio.Server):
         *,
         message_bytes: int,
         calls: int,
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        interceptors: Sequence[MethodInterceptor] = (),
         methods: Iterable[str] = METHOD_SCOPES,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -157,7 +184,7 @@ class Listener(grpc.aio.Server):
             details = _Details(method)
             handler = next((h for g in self._generic if (h := g.service(details)) is not None), None)
             if handler is not None:
-                self._server.handlers[method] = handler
+                self._server.handlers[method] = self._server.wrapped(method, handler, len(self._server.interceptors))
         self._server.add_registered_method_handlers(self._server.handlers)
         await self._server.start()
         self._memory = asyncio.create_task(give_back(), name="memory")

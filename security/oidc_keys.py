@@ -93,6 +93,8 @@ class IssuerKeys:
         name: Of the issuer, for logs.
         least_s: The shortest time between two fetches.
         clock: Returns Unix seconds.
+
+    `heard_by` are called when `refresh` has found that the issuer took a key back.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class IssuerKeys:
         self._keys: dict[tuple[str, str], Any] = {}  # by kid and algorithm
         self._had_at: float | None = None
         self._wanted = asyncio.Event()
+        self.heard_by: list[Callable[[], None]] = []
 
     def key(self, kid: Any, algorithm: str, now_s: float) -> Any:
         """Return the key with this id that goes with the algorithm.
@@ -132,7 +135,11 @@ class IssuerKeys:
 
     async def refresh(self) -> None:
         """Fetch the keys; keep the old ones when that fails."""
+        before = self._keys
         await asyncio.to_thread(self.load)
+        if any(self._keys.get(name) != key for name, key in before.items()):
+            for hear in self.heard_by:
+                hear()
 
     def load(self) -> None:
         """Fetch the keys; keep the old ones when that fails. Blocks; the new ones take the old ones' place at once."""

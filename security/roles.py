@@ -14,7 +14,7 @@ whatever was worked out from an older one is forgotten then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Final
@@ -43,11 +43,12 @@ class AccessBook:
     """The grants and API keys that hold now; for one event loop.
 
     `generation` grows with every change. `used` collects when each key was last used, by its prefix, until somebody
-    takes that away to keep it.
+    takes that away to keep it. `heard_by` are called after every change.
     """
 
     generation: int = 0
     used: dict[str, float] = field(default_factory=dict)
+    heard_by: list[Callable[[], None]] = field(default_factory=list)
     _grants: dict[str, dict[str, list[Grant]]] = field(default_factory=dict)  # by principal, then by tenant
     _keys: dict[bytes, ApiKey] = field(default_factory=dict)
 
@@ -58,6 +59,8 @@ class AccessBook:
             found.setdefault(grant.principal, {}).setdefault(grant.tenant, []).append(grant)
         self._grants, self._keys = found, {key.digest: key for key in keys}
         self.generation += 1
+        for hear in self.heard_by:
+            hear()
 
     def key(self, digest: bytes) -> ApiKey | None:
         """Return the API key with this digest."""

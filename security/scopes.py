@@ -157,6 +157,14 @@ _METHODS: Final[Mapping[str, Mapping[str, str]]] = {
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": AUTHENTICATED},
 }
 
+# Methods whose requests are a stream and whose answer is one message.
+UPLOADS: Final = frozenset({"/isthmus.v1.RegistryService/UploadBlob"})
+
+# Methods whose streams have no end of their own. (Devices' Watch ends in order, with their token.)
+ENDLESS: Final = frozenset(
+    {"/inference.GRPCInferenceService/ModelStreamInfer", "/isthmus.v1.AgentService/WatchDeferred"}
+)
+
 # Full method path, as it travels, to what the method asks for.
 METHOD_SCOPES: Final[Mapping[str, str]] = MappingProxyType(
     {f"/{service}/{method}": scope for service, methods in _METHODS.items() for method, scope in methods.items()}

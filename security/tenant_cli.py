@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from isthmus.terminal import JsonOption, note, show_table
+from isthmus.terminal import JsonOption, note, show_record, show_table
 
 app = typer.Typer(no_args_is_help=True, help="Add a tenant to a cloud, with update keys of its own, and list them.")
 
@@ -34,11 +34,16 @@ def add(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make, for the tenant's operators.")],
     home: HomeOption,
     trust: Annotated[Path, typer.Option("--trust", help="The workspace's trust folder.", metavar="DIR")],
+    as_json: JsonOption = False,
 ) -> None:
     """Add a tenant: its own update keys, and a place for its signed metadata in the cloud."""
     from security.tenants import add_tenant
 
     add_tenant(home, name, folder, trust / "ca.pem", datetime.now(UTC))
+    if as_json:
+        made = {"tenant": name, "operator": str(folder / "operator"), "trust": str(folder / "trust")}
+        show_record("tenant", made, as_json=True)
+        return
     note(_NEXT_STEPS.format(name=name, folder=folder, home=home))
 
 

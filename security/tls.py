@@ -7,6 +7,7 @@ old one serves on.
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +59,21 @@ def channel_credentials(ca: Path, key: Path | None = None, chain: Path | None = 
     if key is None or chain is None:
         return grpc.ssl_channel_credentials(root_certificates=pem)
     return grpc.ssl_channel_credentials(pem, *_read_pair(key, chain))
+
+
+def client_context(ca: Path) -> ssl.SSLContext:
+    """Return what `channel_credentials` does, for connections without gRPC: HTTP/2 to servers of one authority.
+
+    Raises:
+        ConfigError: The file does not hold a certificate.
+    """
+    pem = read_file(ca)
+    _load_chain(ca, pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks certificate and host name
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=pem.decode("ascii"))
+    context.set_alpn_protocols(["h2"])
+    return context
 
 
 def negotiated(context: grpc.aio.ServicerContext[Any, Any]) -> tuple[str, str]:

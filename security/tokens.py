@@ -117,6 +117,8 @@ class TokenVerifier:
         clock: Seconds since the epoch.
         remembered: How many verified tokens are kept; the one unused for longest is forgotten first.
 
+    `heard_by` are called after every change of keys.
+
     Raises:
         ConfigError: The key set cannot be used.
     """
@@ -130,6 +132,7 @@ class TokenVerifier:
         self._clock = clock
         self._remembered = remembered
         self._verified: OrderedDict[str, tuple[float, Claims]] = OrderedDict()
+        self.heard_by: list[Callable[[], None]] = []
 
     def use_keys(self, jwks: bytes) -> None:
         """Verify with these keys from now on; what was verified with one that is gone is forgotten.
@@ -139,15 +142,21 @@ class TokenVerifier:
         """
         self._keys = KeySet(jwks)
         self._verified.clear()
+        for hear in self.heard_by:
+            hear()
 
-    def verify(self, token: str) -> Claims:
+    def verify(self, token: str, at_s: float | None = None) -> Claims:
         """Return the claims of a valid token.
+
+        Args:
+            token: The token.
+            at_s: When it has to be within its time; now when None.
 
         Raises:
             IdentityError: The token is missing, malformed, expired, or not signed for us by a known key; `reason` says
                 which.
         """
-        now_s = self._clock()
+        now_s = self._clock() if at_s is None else at_s
         known = self._verified.get(token)
         if known is not None and now_s < known[0]:
             self._verified.move_to_end(token)

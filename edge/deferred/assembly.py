@@ -14,6 +14,7 @@ from edge.deferred.sealing import Sealer, load_key
 from edge.deferred.sender import Sender
 from edge.deferred.service import DeferredService
 from edge.deferred.store import DeferredStore, Limits
+from edge.lessons import Lessons
 from edge.router import Escalator
 
 log = structlog.get_logger(__name__)
@@ -38,6 +39,7 @@ def open_deferred(
     concurrency: int,
     deadline_s: float,
     owner: Callable[[], str],
+    lessons: Lessons,
 ) -> Deferred | None:
     """Open the folder; None when the disk refuses, since serving comes first. Call it inside the event loop.
 
@@ -50,6 +52,7 @@ def open_deferred(
         concurrency: Requests on their way at a time.
         deadline_s: Of one request in the cloud.
         owner: Returns the subject of the caller of the current rpc.
+        lessons: Learns from late answers.
 
     Raises:
         ConfigError: The key cannot be read or made.
@@ -67,5 +70,5 @@ def open_deferred(
             results=store.counters.found_results,
         )
     deferral = Deferral(store, longest_ttl_s=longest_ttl_s, owner=owner)
-    sender = Sender(deferral, uplink, concurrency=concurrency, deadline_s=deadline_s)
+    sender = Sender(deferral, uplink, concurrency=concurrency, deadline_s=deadline_s, lessons=lessons)
     return Deferred(deferral, sender, DeferredService(deferral))

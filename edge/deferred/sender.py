@@ -7,7 +7,8 @@ The rules:
 2. After a failure that may pass, one request alone is tried, after a pause that grows; a new connection ends the pause.
    After its success several go at a time.
 3. A failure that the cloud would give again (`edge.deferred.deferral.FINAL`) ends the request without an answer.
-4. A late answer is checked as a live one: names, datatypes and shapes of the light answer, finite numbers.
+4. A late answer is checked as a live one: names, datatypes and shapes of the light answer, finite numbers; it is fused
+   as a live one, and what it teaches is learnt once it is on the disk (edge.lessons).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from edge.deferred.deferral import FINAL, Deferral
 from edge.deferred.index import Pending
 from edge.deferred.store import Ending
 from edge.deferred.wish import PROVISIONAL
+from edge.lessons import Lessons
 from edge.router import Escalator
 from edge.uplink import Failure
 from isthmus.oip import read_parameters, service_pb2, set_parameter
@@ -42,13 +44,17 @@ class Sender:
         uplink: To the cloud.
         concurrency: Requests on their way at a time.
         deadline_s: Of one request.
+        lessons: Learns from late answers, and knows how both models are fused.
     """
 
-    def __init__(self, deferral: Deferral, uplink: Escalator, *, concurrency: int, deadline_s: float) -> None:
+    def __init__(
+        self, deferral: Deferral, uplink: Escalator, *, concurrency: int, deadline_s: float, lessons: Lessons
+    ) -> None:
         self._deferral = deferral
         self._uplink = uplink
         self._concurrency = concurrency
         self._deadline_s = deadline_s
+        self._lessons = lessons
         self._backoff = Backoff(first_s=1.0, longest_s=60.0)
 
     def connected(self) -> None:
@@ -96,16 +102,18 @@ class Sender:
         if kept is None:
             return True
         template = service_pb2.ModelInferResponse.FromString(kept.template)
-        expected = _expected(template)
+        expected, heavy = _expected(template), dict[str, Array]()
 
         def check(response: Any) -> None:
-            check_cloud_answer(response, expected)
+            heavy.update(check_cloud_answer(response, expected))
 
         self._deferral.counters.attempts += 1
         outcome = await self._uplink.escalate(kept.request, remaining_s=self._deadline_s, check=check)
         if not isinstance(outcome, Failure):
             answer = _late_answer(template, outcome.response)
+            self._lessons.fuse_deferred(template, answer)
             await self._deferral.end(Ending(entry.number, answer=bytes(answer.SerializeToString())))
+            self._lessons.learn_deferred(template, kept.request, heavy)
             return True
         if outcome.reason not in FINAL:
             return False

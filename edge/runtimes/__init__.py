@@ -133,10 +133,40 @@ class Worker:
         self._pace = pace if self._pace == math.inf else self._pace + _PACE_WEIGHT * (pace - self._pace)
         return outputs
 
+    async def time_beside(
+        self, other: Worker, inputs: Mapping[str, Array], others: Mapping[str, Array]
+    ) -> tuple[float, float]:
+        """Return the seconds that one call takes here and one takes there, one right after the other.
+
+        Neither runs beside a call of its own worker, and none of the time that they wait for that counts.
+
+        Args:
+            other: A worker that is open.
+            inputs: For this one's runtime.
+            others: For the other's.
+
+        Raises:
+            InputError: A runtime cannot compute its inputs.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._time_both, other, inputs, others)
+
+    def _time_both(
+        self, other: Worker, inputs: Mapping[str, Array], others: Mapping[str, Array]
+    ) -> tuple[float, float]:
+        with self._turn, other._turn:
+            return _seconds(self._runtime, inputs), _seconds(other._runtime, others)
+
     def close(self) -> None:
         """Close the runtime after the calls that are queued; returns at once."""
         self._executor.submit(_close, self._runtime)
         self._executor.shutdown(wait=False)
+
+
+def _seconds(runtime: Runtime, inputs: Mapping[str, Array]) -> float:
+    started = time.perf_counter()
+    runtime.infer(inputs)
+    return time.perf_counter() - started
 
 
 def _close(runtime: Runtime) -> None:

@@ -26,7 +26,7 @@ from rich.console import Console
 from edge.runtimes import is_installed
 from examples.quickstart import models as story_models
 from examples.quickstart.datasets import Split, Splits
-from examples.quickstart.programs import Shell, wait_until
+from examples.quickstart.programs import ProgramError, Shell, wait_until
 from examples.quickstart.recipe import write_recipe
 from examples.quickstart.site import VARIANT, Site
 from examples.quickstart.story import Story
@@ -178,7 +178,9 @@ def update_light_model(run: Run) -> None:
         run.site.publish(bundle)
         wait_until(lambda: any(r.version == 2 for r in load.since(published)), "the agent to serve version 2", 60)
         run.facts["update_events"] = {"published": published, "serving": time.time()}
-        wait_until(lambda: _last_update(run)["outcome"] == "active", "the end of its trial", 60)
+        wait_until(lambda: _trial_ended(run, version=2), "the end of its trial", 60)
+    if (last := _last_update(run))["outcome"] != "active":
+        raise ProgramError(f"version 2 did not stand its trial: {last['reason']}, {last['detail']}")
     run.facts["update"] = _last_update(run) | {"rebuilt_equal": _slot_equals(run, bundle)}
     before = run.site.agent_status()["uplink"]["bytes_up"]
     _send(run, "v2-isthmus", run.splits.test, "test messages, version 2")
@@ -277,6 +279,11 @@ def _model_status(status: Any, run: Run) -> dict[str, Any]:
 def _last_update(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = _model_status(run.site.agent_status(), run)["last_update"] or {"outcome": ""}
     return found
+
+
+def _trial_ended(run: Run, *, version: int) -> bool:
+    last = _last_update(run)
+    return bool(last.get("to_version") == version and last["outcome"] not in ("updating", "soaking"))
 
 
 def _slot_equals(run: Run, bundle: Path) -> bool:

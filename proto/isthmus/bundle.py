@@ -24,6 +24,7 @@ from typing import Annotated, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from isthmus.decoding import Decoding
 from isthmus.digests import check_file, sha256_bytes, sha256_file, tree_digest
 from isthmus.errors import BundleError, VerificationError
 
@@ -285,6 +286,7 @@ class Calibration(_Strict):
         "max_probability"  # a key of isthmus.scores.SCORES
     )
     output: str = "logits"  # the output that the score is taken from
+    decoding: Decoding = ""  # how that output is read, where it is no class per row
     features: str = ""  # the output with features for the learned score
     costs: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of a wrong answer, by class; empty: all alike
     seed: int = 0  # of everything that was drawn

@@ -18,15 +18,24 @@ def machine() -> str:
 
 def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     """Return what the first processor of /proc/cpuinfo says that it can do; empty when it says nothing."""
+    return frozenset(_first(cpuinfo, "flags", "Features").split())
+
+
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return what the first processor of /proc/cpuinfo is called (on Arm: its part number); empty when nothing is."""
+    return _first(cpuinfo, "model name", "CPU part")
+
+
+def _first(cpuinfo: Path, *keys: str) -> str:
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return frozenset()
+        return ""
     for line in lines:
         key, _, value = line.partition(":")
-        if key.strip() in {"flags", "Features"}:
-            return frozenset(value.split())
-    return frozenset()
+        if key.strip() in keys:
+            return value.strip()
+    return ""
 
 
 def computes_bfloat16() -> bool:

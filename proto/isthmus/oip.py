@@ -7,6 +7,7 @@ descriptor pool, so nothing in this project generates its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
@@ -54,5 +55,16 @@ def override_fields(serialized: bytes, *, model_name: str = "", model_version: s
     Protocol buffers merge concatenated messages and the last value of a scalar field wins (Encoding, "Last One Wins"),
     so a few bytes at the end replace what a decode and encode of megabytes would.
     """
+    if request_id:  # another one each time
+        return serialized + _scalars(model_name, model_version, request_id)
+    return serialized + _names(model_name, model_version)
+
+
+def _scalars(model_name: str, model_version: str, request_id: str) -> bytes:
     extra = service_pb2.ModelInferRequest(model_name=model_name, model_version=model_version, id=request_id)
-    return serialized + bytes(extra.SerializeToString())
+    return bytes(extra.SerializeToString())
+
+
+@lru_cache(maxsize=256)
+def _names(model_name: str, model_version: str) -> bytes:
+    return _scalars(model_name, model_version, "")

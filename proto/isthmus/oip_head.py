@@ -32,7 +32,7 @@ _MOST_NESTED: Final = 100
 Span = tuple[int, int, int, int]  # field number, start of its tag, start of its value, end
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class RequestHead:
     """What a request says beside its tensors."""
 

@@ -122,48 +122,58 @@ def trailing_metadata(error: errors.IsthmusError) -> tuple[tuple[str, str], ...]
     return (*metadata, (HINT_KEY, hint)) if 0 < len(hint) <= _MAX_HINT else metadata
 
 
-class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata."""
+class MethodInterceptor(grpc.aio.ServerInterceptor):
+    """An interceptor that makes one handler of a method, which serves all of its calls that are not refused.
+
+    What a call alone knows, the handler finds in its context (`contextvars`). So a server that knows this kind makes
+    the handlers of its methods once, and of each call it only asks whether it is refused; grpc's own servers ask for a
+    handler at each call.
+    """
 
     def __init__(self) -> None:
-        self._handlers = WrappedHandlers()
+        self._made: dict[str, tuple[Any, Any]] = {}  # by method: the handler, and what was made of it
+
+    def refusal(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Return what refuses a call, in place of its method; None lets it pass, in the same context."""
+        del call
+        return None
+
+    def wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """Return what serves the calls of a method in place of its handler.
+
+        Args:
+            method: The method's full path.
+            handler: What the interceptors behind this one have made of it, or what refuses one call.
+        """
+        raise NotImplementedError
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap the method's behaviour, whichever of the four kinds it is."""
+        """Return what serves one call; None where there is no such method."""
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        return self._handlers.of(str(handler_call_details.method), handler, translate_errors)
-
-
-class WrappedHandlers:
-    """What an interceptor has made of the handlers of methods, for later calls.
-
-    Interceptors stand in a row, and each sees what the one behind it returns: only where all of them return the same
-    handler again for each call of a method is a call free of making handlers. So what a call alone knows does not go
-    into a handler; the call finds it in its context (`contextvars`). A handler that is another one each time, as those
-    that refuse are, is wrapped each time.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[str, tuple[Any, Any]] = {}  # by method: the handler, and what was made of it
-
-    def of(
-        self,
-        method: str,
-        handler: grpc.RpcMethodHandler[Any, Any],
-        wrap: Callable[[grpc.RpcMethodHandler[Any, Any]], grpc.RpcMethodHandler[Any, Any]],
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Return what `wrap` makes, or has made, of a method's handler."""
+        if handler is None:  # grpc answers UNIMPLEMENTED
+            return None
+        refusal = self.refusal(handler_call_details)
+        if refusal is not None:
+            return refusal
+        method = str(handler_call_details.method)
         known = self._made.get(method)
         if known is None or known[0] is not handler:
-            known = self._made[method] = (handler, wrap(handler))
+            known = self._made[method] = (handler, self.wrap(method, handler))
         made: grpc.RpcMethodHandler[Any, Any] = known[1]
         return made
+
+
+class StatusInterceptor(MethodInterceptor):
+    """Lets servicers raise our errors; sends callers a status, a safe message and the reason as trailing metadata."""
+
+    def wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """Wrap the method's behaviour, whichever of the four kinds it is."""
+        del method
+        return translate_errors(handler)
 
 
 def translate_errors(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
@@ -175,13 +185,8 @@ def wrap_handler(
     handler: grpc.RpcMethodHandler[Any, Any],
     unary: Callable[[Callable[..., Any]], Callable[..., Any]],
     stream: Callable[[Callable[..., Any]], Callable[..., Any]],
-    *,
-    unparsed: bool = False,
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response.
-
-    `unparsed` hands requests on as bytes, for a wrapper that parses them itself, after it has looked at the call.
-    """
+    """Return `handler` with its behaviour wrapped by `unary` or `stream`, by the kind of its response."""
     parts: Any = handler
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -195,7 +200,7 @@ def wrap_handler(
     wrapped = stream(behaviour) if parts.response_streaming else unary(behaviour)
     wrapped_handler: grpc.RpcMethodHandler[Any, Any] = make(
         wrapped,
-        request_deserializer=None if unparsed else parts.request_deserializer,
+        request_deserializer=parts.request_deserializer,
         response_serializer=parts.response_serializer,
     )
     return wrapped_handler

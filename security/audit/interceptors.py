@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from functools import partial
 from typing import Any, Final
 
 import grpc
 
 from isthmus.errors import IdentityError, IsthmusError, NotFoundError, PermissionDeniedError
-from isthmus.status import REASON_KEY, WrappedHandlers, wrap_handler
+from isthmus.status import REASON_KEY, MethodInterceptor, wrap_handler
 from security.audit.budget import Budget
 from security.audit.coverage import Coverage, coverage_of
 from security.audit.records import Event, Value, Who
@@ -39,7 +38,7 @@ _Handler = Any  # grpc.RpcMethodHandler, which cannot be given its types at run 
 _Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]]
 
 
-class RefusalAudit(grpc.aio.ServerInterceptor):
+class RefusalAudit(MethodInterceptor):
     """Records who was refused what, and why: before the interceptor that refuses.
 
     Args:
@@ -48,20 +47,11 @@ class RefusalAudit(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, trail: Trail, budget: Budget) -> None:
+        super().__init__()
         self._trail, self._budget = trail, budget
-        self._handlers = WrappedHandlers()
 
-    async def intercept_service(
-        self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> _Handler:
+    def wrap(self, method: str, handler: _Handler) -> _Handler:
         """Watch how the method ends."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        method = str(handler_call_details.method)
-        return self._handlers.of(method, handler, partial(self._watched, method))
-
-    def _watched(self, method: str, handler: _Handler) -> _Handler:
 
         def unary(behaviour: Callable[..., Any]) -> Callable[..., Any]:
             async def call(request: Any, context: Any) -> Any:
@@ -103,7 +93,7 @@ class RefusalAudit(grpc.aio.ServerInterceptor):
             self._trail.note(event)
 
 
-class ActionAudit(grpc.aio.ServerInterceptor):
+class ActionAudit(MethodInterceptor):
     """Records administrative calls: before they run, and how they ended; after the interceptor that lets them in.
 
     Args:
@@ -111,20 +101,11 @@ class ActionAudit(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, trail: Trail) -> None:
+        super().__init__()
         self._trail = trail
-        self._handlers = WrappedHandlers()
 
-    async def intercept_service(
-        self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> _Handler:
-        """Record the call, if it is one of those."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        method = str(handler_call_details.method)
-        return self._handlers.of(method, handler, partial(self._recorded, method))
-
-    def _recorded(self, method: str, handler: _Handler) -> _Handler:
+    def wrap(self, method: str, handler: _Handler) -> _Handler:
+        """Record the calls, if they are some of those."""
         coverage = coverage_of(method)
         if coverage in (Coverage.SAMPLE, Coverage.REFUSALS):
             return handler

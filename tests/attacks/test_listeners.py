@@ -23,7 +23,7 @@ from tests.cloud.workspaces import make_workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-ATTACK_S: Final = 2.0
+ATTACK_S: Final = 1.0
 METHOD: Final = b"/grpc.health.v1.Health/Check"  # the only kind of method that strangers get to
 GROWTH_MIB: Final = 64  # of resident memory, after an attack: what allocators keep
 FEW: Final = 12  # threads and files more than before: pools that grow once, connections of the tests themselves

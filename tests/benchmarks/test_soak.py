@@ -1,13 +1,16 @@
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from benchmarks import soak
-from benchmarks.soak import PHASES, Sample, Soak
+from benchmarks.servers import ServedModel
+from benchmarks.soak import PHASES, QUICK, Sample, Soak
+from tests.compiler.models import write_cnn
 
 
 def _sample(phase: str, rss_kib: int, descriptors: int, *, failures: int = 0) -> Sample:
@@ -34,14 +37,18 @@ def test_growth_errors_and_miscounts_are_seen() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # trains the model first where nobody has yet
 def test_half_a_minute_under_load_loses_nothing(tmp_path: Path) -> None:
-    assert soak.main(["--quick", "--json", str(tmp_path / "soak.json")]) == 0
-    told = json.loads((tmp_path / "soak.json").read_text())
-    dead = next(row for row in told["rows"] if row["phase"] == "cloud dead")
+    inputs = tmp_path / "inputs.safetensors"
+    save_file({"image": np.random.default_rng(0).normal(size=(64, 1, 8, 8)).astype(np.float32)}, inputs)
+    model = ServedModel("tiny", write_cnn(tmp_path / "tiny.onnx"), inputs)
+
+    rows, told = soak.run(tmp_path, model, QUICK)
+
+    assert [row["phase"] for row in rows] == list(PHASES)
+    dead = next(row for row in rows if row["phase"] == "cloud dead")
     assert (dead["cloud"], dead["errors"]) == (0, 0)
     assert dead["fallback"] > 0
-    goals = {goal["goal"]: goal["holds"] for goal in told["goals"]}
+    goals = {goal.goal: goal.holds for goal in told}
     assert goals["errors"]
     assert goals["growth of file descriptors"]
     assert goals["answers that agent and clients count differently"]

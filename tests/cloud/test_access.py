@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,23 @@ async def who(fleet: Fleet, credential: str) -> tuple[str, set[str], str]:
 async def refused(fleet: Fleet, credential: str) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await who(fleet, credential)
+    return raised.value.code(), dict(raised.value.trailing_metadata())["isthmus-reason"]
+
+
+@asynccontextmanager
+async def open_stream(fleet: Fleet, credential: str) -> AsyncIterator[Any]:
+    """Yield a stream that the cloud has taken up, and that never ends by itself."""
+    async with fleet.stubs() as (stub, _):
+        metadata = (("authorization", f"Bearer {credential}"),)
+        stream = stub.Watch(fleet_pb2.WatchRequest(), metadata=metadata, timeout=120)
+        await fleet.until(lambda: bool(fleet.conductor._watchers), "the cloud has taken the stream up")
+        yield stream
+
+
+async def ending(stream: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        async for _ in stream:
+            pass
     return raised.value.code(), dict(raised.value.trailing_metadata())["isthmus-reason"]
 
 
@@ -147,7 +165,7 @@ def test_a_revocation_at_one_cloud_holds_at_the_other_within_seconds(
             fleet_on(database, workspace, tmp_path / "one") as one,
             fleet_on(database, workspace, tmp_path / "two") as two,
         ):
-            key, _ = await as_admin(one, lambda access: access.create_key("shop", "operator", [], DAY))
+            key, _ = await as_admin(one, lambda access: access.create_key("shop", "device", [], DAY))
 
             async def is_let_in() -> bool:
                 try:
@@ -159,10 +177,12 @@ def test_a_revocation_at_one_cloud_holds_at_the_other_within_seconds(
                 return not await is_let_in()
 
             await eventually(is_let_in, "the other cloud knows the key")
-            await as_admin(one, lambda access: access.revoke_key("shop"))
-            revoked = time.monotonic()
-            assert await refused(one, key) == UNKNOWN_KEY  # at once where it was revoked
-            await eventually(is_refused, "the other cloud refuses the key")
+            async with open_stream(one, key) as here, open_stream(two, key) as there:
+                await as_admin(one, lambda access: access.revoke_key("shop"))
+                revoked = time.monotonic()
+                assert await refused(one, key) == UNKNOWN_KEY  # at once where it was revoked
+                await eventually(is_refused, "the other cloud refuses the key")
+                assert [await ending(stream) for stream in (here, there)] == [UNKNOWN_KEY] * 2
             assert time.monotonic() - revoked < 5.0
 
     asyncio.run(work())

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from isthmus.oip import MODEL_INFER
 from isthmus.status import PUSHBACK_KEY, REASON_KEY, RETRY_AFTER_KEY, from_rpc
 from isthmus.tensors import encode_request
 from isthmus.v1 import fleet_pb2, fleet_pb2_grpc, usage_pb2
+from security.tenants import add_tenant
 from security.tls import channel_credentials
 from security.tokens import TokenIssuer
 from tests.cloud.conftest import eventually
@@ -101,6 +102,8 @@ class Stage:
 def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("admission")
     workspace = make_workspace(folder / "workspace")
+    for name in ("mine", "theirs"):
+        add_tenant(workspace.home, name, folder / name, workspace.trust / "ca.pem", datetime.now(UTC))
     redis = request.getfixturevalue("redis_address") if request.param == "redis" else ""
     with asyncio.Runner() as runner:
         running = serving(workspace, redis=redis, redis_timeout_s=60)

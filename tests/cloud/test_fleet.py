@@ -20,6 +20,7 @@ from isthmus.status import REASON_KEY
 from isthmus.v1 import fleet_pb2
 from security.enrolment import make_csr, new_device_key
 from security.tokens import make_assertion
+from tests.cloud.conftest import eventually
 from tests.cloud.fleets import Clock, Fleet, fleet_on
 from tests.cloud.workspaces import make_workspace
 
@@ -188,6 +189,29 @@ def test_an_assertion_gives_a_token_once(stage: Stage) -> None:
             assert me.tls_version == "TLSv1.3"
             again = await refusal(fleet.IssueToken(request, timeout=10))
             assert again == (grpc.StatusCode.UNAUTHENTICATED, "replayed-assertion")
+
+    stage.runner.run(story())
+
+
+def test_a_device_is_online_once_it_has_connected(stage: Stage) -> None:
+    async def story() -> None:
+        async with stage.stub() as fleet:
+
+            async def device() -> Any:
+                call = fleet.ListDevices(fleet_pb2.ListDevicesRequest(), metadata=stage.bearer("operator"), timeout=10)
+                return (await call).devices[0]
+
+            async def is_online() -> bool:
+                return bool((await device()).online)
+
+            await enrol(stage, fleet)
+            assert not await is_online()  # it has its certificate; its agent was never started
+            stream = fleet.Watch(fleet_pb2.WatchRequest(), metadata=stage.bearer("device", "camera-1"), timeout=60)
+            await eventually(is_online, "the device is online")
+            stream.cancel()
+            assert await is_online()  # it may be back in a moment
+            stage.clock.offset_s += 600
+            assert not await is_online()
 
     stage.runner.run(story())
 

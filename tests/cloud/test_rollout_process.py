@@ -188,7 +188,8 @@ def test_the_operators_commands_of_a_rollout(tmp_path: Path, command: Command) -
             await asyncio.gather(running, return_exceptions=True)
 
         asyncio.run(go_online())
-        asyncio.run(be_online(lambda: device.serving == 1))
+        with client_of(workspace, ready["address"]) as client:  # the cloud has heard of it, too
+            asyncio.run(be_online(lambda: client.list_devices()[0]["serving"] == 1))
         assert shown("device", "label", "camera-1", "group=line-3", "site=a") == {"group": "line-3", "site": "a"}
         assert shown("device", "label", "camera-1", "site-") == {"group": "line-3"}
         (row,) = shown("device", "list", "--selector", "group=line-3")

@@ -154,7 +154,12 @@ def test_the_operators_commands_from_publish_to_status(workspace: Workspace, tmp
         assert [(row["version"], row["released"]) for row in listed] == [(1, True), (2, False)]
         typo = command("model", "release", "triag@2", **environment)
         assert (typo.returncode, "did you mean triage?" in typo.stderr) == (2, True)
-        assert command("model", "release", "triage@2", **environment).returncode == 0
+        released = json.loads(command("model", "release", "triage@2", "--json", **environment).stdout)
+        assert released == {"model": "triage", "version": 2, "replaced": [1], "kept": []}
+        renewed = json.loads(command("keys", "renew", "--dir", workspace.operator, "--json").stdout)
+        assert (renewed["complete"], renewed["version"]) == (True, 2)
+        accepted = json.loads(command("cloud", "accept", renewed["file"], "--json", **environment).stdout)
+        assert accepted == {"files": ["2.root.json"]}
         invited = command("device", "invite", "camera-1", "--json", **environment)
         assert len(json.loads(invited.stdout)["code"]) >= 22
         assert command("device", "list", **environment).returncode == 0

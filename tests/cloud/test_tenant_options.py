@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from cloud import access_cli, audit_cli, cli, operator_cli, rollout_cli, traffic_cli, usage_cli
+from cloud import access_cli, audit_cli, cli, connection, operator_cli, rollout_cli, traffic_cli, usage_cli
 from isthmus.errors import ConfigError
 
 APPS = {
@@ -50,12 +50,11 @@ def test_every_command_that_asks_the_cloud_takes_a_tenant() -> None:
 def test_what_is_for_the_whole_cloud_is_asked_in_no_tenant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def connected(flags: dict[str, Any], config: Path | None) -> Any:
+    def loaded(_kind: Any, _file: Path | None, flags: dict[str, Any]) -> Any:
         seen.append(flags)
         raise ConfigError("seen")
 
-    monkeypatch.setattr(traffic_cli, "connect", connected)
-    monkeypatch.setattr(audit_cli, "connect", connected)
+    monkeypatch.setattr(connection, "load_settings", loaded)
     arguments = ["triton-1"] if name in ("traffic drain", "traffic resume") else []
     with pytest.raises(ConfigError, match="seen"):
         commands()[name].main(arguments, standalone_mode=False)

@@ -44,10 +44,27 @@ def test_an_admin_sets_shows_and_clears_quotas(
             def all_of_it() -> None:
                 as_role("admin")
                 place = ("--home", workspace.home, "--trust", workspace.trust)
-                assert command("tenant", "add", "acme", tmp_path / "acme", *place).returncode == 0
+                for name in ("acme", "other"):
+                    added = json.loads(command("tenant", "add", name, tmp_path / name, *place, "--json").stdout)
+                    assert added["tenant"] == name
+                    assert (Path(added["operator"]) / "root.key").is_file()
+                    assert Path(added["trust"]).is_dir()
                 limits = ("--rate", "100/s", "--burst", 200, "--concurrency", 16, "--bytes-rate", "10MB/s")
                 ask("quota", "set", "--tenant", "acme", *limits, "--bytes-burst", "50MiB")
-                ask("quota", "set", "--tenant", "other", "--device", "*", "--model", "triage", "--rate", "5/min")
+                early = ("--tenant", "other", "--device", "*", "--model", "other.triage", "--rate", "5/min")
+                assert (
+                    "warning: no model of tenant other is called 'other.triage' yet"
+                    in ask("quota", "set", *early).stderr
+                )
+                told = json.loads(ask("quota", "set", *early, "--json").stdout)
+                assert (told["tenant"], told["rate"], len(told["warnings"])) == ("other", "5/min", 1)
+                missing = refused("quota", "set", "--tenant", "acmee", "--rate", "5/min", *flags)
+                assert (missing.code, missing.error, missing.hint) == (
+                    2, "cannot set the quota: there is no tenant 'acmee'", "did you mean acme?",
+                )  # fmt: skip
+                assert json.loads(ask("quota", "set", "--tenant", "*", "--json").stdout)["warnings"] == []
+                cleared = json.loads(ask("quota", "clear", "--tenant", "*", "--json").stdout)
+                assert cleared == {"tenant": "*", "device": None, "model": None, "cleared": True}
                 ask("quota", "set", "--tenant", "acme", "--device", "free")
                 rows = json.loads(ask("quota", "show", "--json").stdout)
                 assert rows == [
@@ -60,7 +77,7 @@ def test_an_admin_sets_shows_and_clears_quotas(
                         "bytes_rate": None, "bytes_burst": None, "concurrency": None,
                     },
                     {
-                        "tenant": "other", "device": "*", "model": "triage", "rate": "5/min", "burst": None,
+                        "tenant": "other", "device": "*", "model": "other.triage", "rate": "5/min", "burst": None,
                         "bytes_rate": None, "bytes_burst": None, "concurrency": None,
                     },
                 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,28 @@ from isthmus.errors import InputError
 from tests.compiler import models
 
 pytestmark = pytest.mark.slow
+TRIALS = 16
 Seen = list[tuple[str, int, int]]
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> CapturedModel:
-    return capture(models.write_cnn(tmp_path / "m.onnx"), tmp_path / "captured.onnx")
+@dataclass(frozen=True)
+class Searched:
+    """A model, the only search of this file, and what it left."""
+
+    model: CapturedModel
+    database: Path
+    folder: Path
+    built: BuildResult
+    seen: Seen
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    root = tmp_path_factory.mktemp("tuning")
+    model = capture(models.write_cnn(root / "m.onnx"), root / "captured.onnx")
+    seen: Seen = []
+    built = build(model, root / "first", Tuning(trials=TRIALS, database=root / "database"), seen=seen)
+    return Searched(model, root / "database", root / "first", built, seen)
 
 
 def build(
@@ -39,44 +57,40 @@ def build(
     return BuildResult.model_validate_json((folder / RESULT).read_bytes())
 
 
-def test_what_a_search_spent_is_not_spent_again(model: CapturedModel, tmp_path: Path) -> None:
-    seen: Seen = []
-    tuning = Tuning(trials=12, database=tmp_path / "database")
+def test_what_a_search_spent_is_not_spent_again(searched: Searched, tmp_path: Path) -> None:
+    assert searched.built.note.startswith(f"tuned: {TRIALS} trials")
+    assert searched.built.not_reproducible
+    assert ("tune", TRIALS, TRIALS) in searched.seen
+    assert list(searched.database.glob("*/ledger.json"))
 
-    first, second = (build(model, tmp_path / run, tuning, seen=seen) for run in ("first", "second"))
+    second = build(searched.model, tmp_path / "second", Tuning(trials=TRIALS, database=searched.database))
 
-    assert first.note.startswith("tuned: 12 trials")
     assert second.note.startswith("tuned: 0 trials")
-    assert first.not_reproducible
-    assert ("tune", 12, 12) in seen
-    assert list((tmp_path / "database").glob("*/ledger.json"))
-    files = [{p.name: p.read_bytes() for p in (tmp_path / run / ARTEFACT).iterdir()} for run in ("first", "second")]
+    runs = (searched.folder, tmp_path / "second")
+    files = [{p.name: p.read_bytes() for p in (run / ARTEFACT).iterdir()} for run in runs]
     assert files[0] == files[1]  # one database, the same code
 
 
-def test_a_tuned_library_computes_what_the_source_does(model: CapturedModel, tmp_path: Path) -> None:
-    built = build(model, tmp_path / "out", Tuning(trials=16))
+def test_a_tuned_library_computes_what_the_source_does(searched: Searched) -> None:
     image = np.random.default_rng(0).normal(size=(3, 1, 8, 8)).astype(np.float32)
 
-    answers = TvmTarget().open(tmp_path / "out" / ARTEFACT / built.entry, threads=1).infer({"image": image})["logits"]
+    tuned = TvmTarget().open(searched.folder / ARTEFACT / searched.built.entry, threads=1)
 
-    np.testing.assert_allclose(
-        answers, onnxruntime.InferenceSession(str(model.path)).run(None, {"image": image})[0], atol=1e-4
-    )
+    expected = onnxruntime.InferenceSession(str(searched.model.path)).run(None, {"image": image})[0]
+    np.testing.assert_allclose(tuned.infer({"image": image})["logits"], expected, atol=1e-4)
 
 
-def test_another_machine_cannot_be_searched_for(model: CapturedModel, tmp_path: Path) -> None:
+def test_another_machine_cannot_be_searched_for(searched: Searched, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot search for faster code for aarch64"):
-        build(model, tmp_path / "out", Tuning(trials=4), platform="aarch64")
+        build(searched.model, tmp_path / "out", Tuning(trials=4), platform="aarch64")
 
 
-def test_a_broken_database_is_named(model: CapturedModel, tmp_path: Path) -> None:
-    tuning = Tuning(trials=4, database=tmp_path / "database")
-    build(model, tmp_path / "a", tuning)
-    (ledger,) = (tmp_path / "database").glob("*/ledger.json")
+def test_a_broken_database_is_named(searched: Searched, tmp_path: Path) -> None:
+    database = shutil.copytree(searched.database, tmp_path / "database")
+    (ledger,) = database.glob("*/ledger.json")
     ledger.write_text("{broken")
 
     with pytest.raises(InputError, match=r"tuning database .* cannot be read") as caught:
-        build(model, tmp_path / "b", tuning)
+        build(searched.model, tmp_path / "out", Tuning(trials=TRIALS, database=database))
 
     assert "remove the folder" in caught.value.hint

@@ -16,19 +16,23 @@ from edge.agent import describe_status
 from edge.audit import Audit
 from edge.breaker import Breaker
 from edge.hedge import Hedge
+from edge.lessons import Capture, Lessons
 from edge.model import LiveModel, ServedModels, open_model
 from edge.question import Limits
 from edge.response_cache import ResponseCache
-from edge.router import Capture, Router
+from edge.router import Router
 from edge.runtimes import Worker
 from edge.server import AgentServer, InferenceService, may_use_all
+from edge.stragglers import Stragglers
 from edge.uplink import Uplink, open_channel, watch_connection
+from isthmus.bundle import Fusion
 from isthmus.oip import read_parameters
 from isthmus.tensors import Array
 from tests.edge import bundles
 from tests.edge.faulty_cloud import FaultyCloud, Identity, faulty_cloud, make_identity
 
 MODEL = "triage"
+FUSION_WEIGHT = 0.4
 
 
 @dataclass
@@ -61,6 +65,15 @@ def computed_by(live: LiveModel, worker: Worker) -> LiveModel:
     return LiveModel(live.manifest, live.variant, live.calibration, worker, live._score, live.policy)
 
 
+def fuse_answers(models: ServedModels, *, outputs: int = 1) -> None:
+    """Let the record of the version that serves ask for fusion; leave the model its first outputs."""
+    live = models.find(MODEL)
+    point = live.operating_point.model_copy(update={"fusion": Fusion(light_weight=FUSION_WEIGHT, gain=0.01)})
+    calibration = live.calibration.model_copy(update={"variants": {live.variant.id: point}})
+    manifest = live.manifest.model_copy(update={"outputs": live.manifest.outputs[:outputs]})
+    models._live[MODEL] = LiveModel(manifest, live.variant, calibration, live._worker, live._score, live.policy)
+
+
 @asynccontextmanager
 async def serving(
     folder: Path,
@@ -68,6 +81,7 @@ async def serving(
     breaker: Breaker | None = None,
     token: str | None = "token",
     capture: Capture | None = None,
+    stragglers: Stragglers | None = None,
     default_deadline_s: float = 1.0,
     guard_s: float = 0.05,
     may_use: Callable[[str], bool] = may_use_all,
@@ -93,14 +107,22 @@ async def serving(
     models.swap(MODEL, open_variant(folder / "bundle"))
     async with faulty_cloud(identity) as cloud:
         channel = open_channel(outside[0] if outside else cloud.address, identity.ca)
-        uplink = Uplink(channel, lambda: token, breaker or Breaker(), Breaker(), guard_s=guard_s, longest_s=10.0)
+        uplink = Uplink(
+            channel,
+            lambda: token,
+            breaker or Breaker(),
+            Breaker(),
+            guard_s=guard_s,
+            longest_s=10.0,
+            stragglers=stragglers,
+        )
         alarms: list[str] = []
         audit = Audit(uplink, share=audit_share, alarm=lambda _, what: alarms.append(what)) if audit_share else None
         router = Router(
             models,
             uplink,
             limits=Limits(default_deadline_s, allow_non_finite),
-            capture=capture,
+            lessons=Lessons(models, capture),
             hedge=hedge,
             model_calls=model_calls,
             audit=audit,

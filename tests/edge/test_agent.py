@@ -23,8 +23,10 @@ import pytest
 import tritonclient.grpc.aio as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from edge.bootstrap import build_agent
+from edge.cli import app
 from edge.config import EdgeSettings
 from edge.identity import DeviceHome, enrol
 from edge.spool import export_captures
@@ -129,6 +131,10 @@ def test_life_of_a_device(tmp_path: Path) -> None:
                 status = await agent.status()
                 assert status["device_id"] == DEVICE
                 assert status["models"][0]["answers"] == {"edge": 2, "cloud": 2, "fallback": 0}
+                assert status["uplink"]["retries"] == 0
+                shown = await asyncio.to_thread(CliRunner().invoke, app, ["status", "--address", agent.address])
+                assert "uplink failures" in shown.stdout  # none, which is good to know
+                assert not [row for row in ("uplink retries", "uplink lost", "uplink skipped") if row in shown.stdout]
                 last = status["models"][0]["last_update"]
                 assert (last["outcome"], last["reason"]) == ("refused", "golden-mismatch")
                 assert (status["uplink"]["attempts"], status["uplink"]["successes"]) == (2, 2)
@@ -241,6 +247,63 @@ def test_captures_are_what_the_cloud_answered(tmp_path: Path) -> None:
     captures = load_file(tmp_path / "captures.safetensors")
     np.testing.assert_array_equal(captures["input.x"], np.concatenate([bundles.HARD, bundles.SURE]))
     np.testing.assert_array_equal(captures["output.logits"], captures["input.x"] + np.float32(100))
+
+
+def test_first_install_may_measure_and_says_what_it_found(tmp_path: Path) -> None:
+    home = tmp_path / "device"
+
+    async def scenario() -> None:
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            cloud.publish(1)
+            cloud.release(1)
+            async with running(home, choose_by="install") as agent:
+                await agent.serves(1)
+                (model,) = (await agent.status())["models"]
+                shown = await asyncio.to_thread(CliRunner().invoke, app, ["status", "--address", agent.address])
+            assert model["measured"]["variant"] == model["variant"]
+            assert model["measured"]["version"] == 1
+            assert 0 < model["measured"]["latency_ms"] < 1000
+            assert {file["path"].split("/")[1] for file in model["last_update"]["files"] if "/" in file["path"]} == {
+                "onnxruntime-fp32",
+                "openvino-fp32",
+            }
+            assert "fastest measured" in shown.output
+            async with running(home, choose_by="order") as agent:
+                await agent.serves(1)
+                (model,) = (await agent.status())["models"]
+            assert model["measured"] is None, "it does not count"
+
+    asyncio.run(scenario())
+
+
+def test_captures_take_answers_that_came_too_late(tmp_path: Path) -> None:
+    home = tmp_path / "device"
+
+    async def scenario() -> None:
+        let = asyncio.Event()
+
+        async def slow(raw: bytes, context: Any) -> bytes:
+            await let.wait()
+            return await faulty_cloud.right(raw, context)
+
+        async with simulated_cloud(SimulatedCloud(tmp_path / "workspace")) as cloud:
+            await enrolled(cloud, home)
+            cloud.publish(1)
+            cloud.release(1)
+            async with running(home, capture=True, capture_late_s=60) as agent:
+                await agent.serves(1)
+                cloud.inference.behaviour = slow
+                told = await agent.infer(bundles.HARD, timeout=500_000)
+                assert (told["isthmus.route"], told["isthmus.reason"]) == ("fallback", "deadline")
+                let.set()
+                await until(lambda: _late_is(agent, 1))
+
+    async def _late_is(agent: Running, count: int) -> bool:
+        return bool((await agent.status())["uplink"]["late"] == count)
+
+    asyncio.run(scenario())
+    assert export_captures(home / "spool" / "triage", tmp_path / "captures.safetensors") == 1
 
 
 def test_metrics_are_told_where_the_ready_file_says(tmp_path: Path) -> None:

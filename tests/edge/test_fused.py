@@ -7,35 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from edge.model import LiveModel
-from isthmus.bundle import Fusion
 from isthmus.fusion import fuse
 from tests.edge import bundles, faulty_cloud
-from tests.edge.serving import MODEL, Serving, explanation, serving
+from tests.edge.serving import FUSION_WEIGHT, explanation, fuse_answers, serving
 
-WEIGHT = 0.4
 HEAVY = np.array([[0.0, 0.1, 3.0]], np.float32)
-
-
-def fusing(agent: Serving, *, outputs: int = 1) -> None:
-    """Let the record of the version that serves ask for fusion; leave the model its first outputs."""
-    live = agent.models.find(MODEL)
-    point = live.operating_point.model_copy(update={"fusion": Fusion(light_weight=WEIGHT, gain=0.01)})
-    calibration = live.calibration.model_copy(update={"variants": {live.variant.id: point}})
-    manifest = live.manifest.model_copy(update={"outputs": live.manifest.outputs[:outputs]})
-    agent.models._live[MODEL] = LiveModel(manifest, live.variant, calibration, live._worker, live._score, live.policy)
 
 
 def test_an_escalated_request_is_answered_by_both(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path) as agent:
-            fusing(agent)
+            fuse_answers(agent.models)
             agent.cloud.behaviour = faulty_cloud.answering_logits(HEAVY)
             result = await agent.infer(bundles.HARD)
             told = explanation(result)
             assert (told["isthmus.route"], told["isthmus.fused"]) == ("cloud", True)
             light = bundles.HARD @ bundles.weights(1)
-            both = fuse(light, HEAVY, temperature=1.0, light_weight=WEIGHT)
+            both = fuse(light, HEAVY, temperature=1.0, light_weight=FUSION_WEIGHT)
             np.testing.assert_allclose(result.as_numpy("logits"), both, rtol=1e-5)
 
     asyncio.run(scenario())
@@ -44,7 +32,7 @@ def test_an_escalated_request_is_answered_by_both(tmp_path: Path) -> None:
 def test_who_asks_for_the_cloud_gets_the_clouds_own_answer(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path) as agent:
-            fusing(agent)
+            fuse_answers(agent.models)
             agent.cloud.behaviour = faulty_cloud.answering_logits(HEAVY)
             result = await agent.infer(bundles.HARD, parameters={"isthmus.route": "cloud"})
             assert "isthmus.fused" not in explanation(result)
@@ -56,7 +44,7 @@ def test_who_asks_for_the_cloud_gets_the_clouds_own_answer(tmp_path: Path) -> No
 def test_a_model_with_further_outputs_is_not_fused(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path) as agent:
-            fusing(agent, outputs=2)
+            fuse_answers(agent.models, outputs=2)
             result = await agent.infer(bundles.HARD)
             assert "isthmus.fused" not in explanation(result)
 

@@ -20,8 +20,8 @@ from edge.router import Router
 from edge.shadow import Shadow
 from edge.state import Became, Order, State, Step
 from edge.store import SlotStore
-from edge.trial import Terms
-from edge.uplink import Answer, Check, Failure
+from edge.trial import Reason, Terms, judge
+from edge.uplink import Answer, Check, Failure, Need
 from isthmus.bundle import Ceilings
 from isthmus.errors import NotFoundError
 from isthmus.policies import Link
@@ -39,10 +39,12 @@ TERMS = Terms(
 class NoCloud:
     link = Link()
 
-    async def escalate(self, request: bytes, *, remaining_s: float, check: Check) -> Answer | Failure:
+    async def escalate(
+        self, request: bytes, *, remaining_s: float, check: Check, late: Callable[[], None] | None = None
+    ) -> Answer | Failure:
         return Failure("unavailable")
 
-    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Check]) -> Answer | Failure:
+    async def hedge(self, request: bytes, *, remaining_s: float, needed: asyncio.Future[Need]) -> Answer | Failure:
         return Failure("unavailable")
 
 
@@ -172,6 +174,50 @@ def test_a_bad_version_goes_back_by_itself(tmp_path: Path, fault: str, reason: s
         assert await device.right(1)
         assert (device.state.current, device.state.newest, device.state.failed) == (1, 1, {3: reason})
         assert sorted(path.name for path in (device.folder / "slots").iterdir()) == ["1"]
+
+    with_device(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("both_fit", [True, False])
+def test_a_machine_that_has_become_busy_costs_a_good_version_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both_fit: bool
+) -> None:
+    monkeypatch.setattr("edge.probation._memory_allows", lambda slot: both_fit)
+
+    async def scenario(device: Device) -> None:
+        await device.serve(1)
+        asked = device.ask
+
+        async def ask_busy() -> Any:
+            told = await asked()
+            live = device.models.live(MODEL)
+            assert live is not None
+            for _ in range(9):  # as long as it takes where something else wants the machine
+                live.tally.computed(0.5)
+            return told
+
+        device.ask = ask_busy  # type: ignore[method-assign]
+        outcome = await device.try_out(2)
+        assert (outcome.became, outcome.reason) == (Became.ACTIVE, "")
+        assert outcome.evidence is not None
+        assert judge(TERMS, outcome.evidence).broken is Reason.LATENCY  # it looks much slower than the one before
+        device.ask = asked  # type: ignore[method-assign]
+        assert await device.right(2)
+
+    with_device(tmp_path, scenario)
+
+
+def test_a_slow_version_goes_back_where_memory_does_not_allow_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.probation._memory_allows", lambda slot: False)
+
+    async def scenario(device: Device) -> None:
+        await device.serve(1)
+        spoil(device, 3, "slow")
+        outcome = await device.try_out(3)
+        assert (outcome.became, outcome.reason) == (Became.ROLLED_BACK, "trial-latency")
+        assert await device.right(1)
 
     with_device(tmp_path, scenario)
 

@@ -135,9 +135,9 @@ class PowerCuts:
             self._copying = False
 
 
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    cuts = PowerCuts.active
-    if cuts is None or event not in PowerCuts.WRITES or cuts._copying:
+def _audit(event: str, arguments: tuple[Any, ...], kind: type[PowerCuts] = PowerCuts) -> None:
+    cuts = kind.active  # not by the name of the class: that may be gone when Python ends
+    if cuts is None or event not in kind.WRITES or cuts._copying:
         return
     if (
         event == "open"

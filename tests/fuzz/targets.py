@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from cloud.fleet import _checked_report, check_labels
+from cloud.fleet_messages import check_labels, checked_report
 from cloud.request_names import check_names
 from edge.messages import parse_message
 from edge.request import check_form, check_values, read_options
@@ -28,7 +28,7 @@ from isthmus.tensors import decode_inputs, encode_request
 from isthmus.v1 import fleet_pb2
 from security.assertions import make_assertion, read_assertion_subject, verify_assertion
 from security.enrolment import IssuingCa, make_csr, new_device_key, public_key_of
-from security.interceptors import AuthInterceptor
+from security.interceptors import AuthInterceptor, current_claims
 from security.tokens import TokenIssuer, describe_token
 from security.workspace import init_workspace
 
@@ -131,8 +131,9 @@ def _interceptor() -> AuthInterceptor:
 def _verify(text: str, scheme: str = "Bearer ") -> None:
     metadata = (("authorization", scheme + text),)
     # In a context of its own, as each call has one: who was let in must not be the caller of what runs next.
-    claims = copy_context().run(_interceptor()._admit, "/isthmus.v1.FleetService/WhoAmI", metadata)
-    assert claims is not None
+    context = copy_context()
+    context.run(_interceptor()._admit, "/isthmus.v1.FleetService/WhoAmI", metadata)
+    claims = context.run(current_claims)
     assert claims.subject == "fuzzed"
 
 
@@ -164,7 +165,7 @@ def signing_request(data: bytes) -> None:
 def report(data: bytes) -> None:
     """Take a device's report."""
     message = parse_message(fleet_pb2.ReportRequest, data)
-    kept = _checked_report(message)
+    kept = checked_report(message)
     assert all(getattr(kept, name).isprintable() for name in ("reason", "detail", "variant", "rollout", "step"))
 
 

@@ -240,6 +240,39 @@ def test_the_ceremony_by_hand(tmp_path: Path) -> None:
     assert "publisher-alice" not in _succeed(keys_app, "show", tmp_path / "w").stdout
 
 
+def test_the_ceremony_by_a_script(tmp_path: Path) -> None:
+    """Each step says what it made, so that the next one needs no parsing of what is said to people."""
+
+    def told(*arguments: object) -> dict[str, Any]:
+        result = _succeed(keys_app, *arguments, "--json")
+        assert result.stderr == ""
+        answer: dict[str, Any] = json.loads(result.stdout)
+        return answer
+
+    made = told("init", tmp_path / "w", "--host", "localhost", "--root-keys", 2, "--root-threshold", 2)
+    operator = Path(made["operator"])
+    stick = tmp_path / "root-2.key"
+    (operator / "root-2.key").rename(stick)
+    key = told("new", tmp_path / "targets-2.key")
+    begun = told("add", "targets", "--public", key["public"], "--dir", operator)
+    assert (begun["complete"], begun["version"], begun["signed"], begun["missing"]) == (False, 2, 1, 1)
+    signed = told("sign", begun["file"], "--key", stick)
+    assert signed["signed"] == 2
+    done = told("finish", "--dir", operator)
+    assert (done["complete"], Path(done["file"]).name) == (True, "2.root.json")
+    both = ("--dir", operator, "--key", stick)
+    assert told("rotate", "targets", "--public", told("new", tmp_path / "3.key")["public"], "--old",
+                load_public_key(Path(key["public"])).keyid, *both)["complete"]  # fmt: skip
+    gone = load_public_key(tmp_path / "3.pub").keyid
+    assert told("revoke", "targets", gone, *both)["version"] == 4
+    assert told("renew", *both)["version"] == 5
+    assert Path(told("renew", "--role", "targets", "--dir", operator)["file"]).name == "targets.json"
+    publisher = told("publisher", tmp_path / "alice", "--name", "alice", "--trust", made["trust"])
+    delegated = told("delegate", "line-*", "--name", "alice", "--public", publisher["public"], "--dir", operator)
+    assert Path(delegated["file"]).is_file()
+    assert told("undelegate", "alice", "--dir", operator) == delegated
+
+
 def test_show_warns_of_what_ends_soon(tmp_path: Path) -> None:
     init_workspace(tmp_path / "w", ["localhost"], "acme", datetime.now(UTC) - timedelta(days=330))
     told = _succeed(keys_app, "show", tmp_path / "w").stderr

@@ -81,7 +81,7 @@ def test_an_upload_that_falls_silent_is_not_waited_for(workspace: Path, limit_s:
 
 def test_an_upload_goes_on_for_as_long_as_it_moves(workspace: Path) -> None:
     async def slowly() -> AsyncIterator[bytes]:
-        for _ in range(5):
+        for _ in range(10):
             await asyncio.sleep(0.2)
             yield b"part"
 
@@ -90,7 +90,7 @@ def test_an_upload_goes_on_for_as_long_as_it_moves(workspace: Path) -> None:
             answer: bytes = await upload(slowly(), timeout=60)
             return answer
 
-    assert with_listener(workspace, story, stream_idle_s=0.9) == b"20"
+    assert with_listener(workspace, story, stream_idle_s=1.8) == b"40"
 
 
 @pytest.mark.parametrize(

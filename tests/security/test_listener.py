@@ -120,7 +120,7 @@ def half_a_hello(place: Place) -> Wire:
 def test_handshakes_have_a_time_limit(workspace: Path, start: Callable[[Place], Wire], limit_s: float) -> None:
     def attack(place: Place) -> bool:
         with start(place) as connection:
-            return until_closed(connection, 1.5 if limit_s == FAR else 20) is not None
+            return until_closed(connection, 3 * 0.3 if limit_s == FAR else 20) is not None
 
     assert attacked(workspace, attack, handshake_s=limit_s) is (limit_s != FAR)
 
@@ -129,7 +129,7 @@ def test_handshakes_have_a_time_limit(workspace: Path, start: Callable[[Place], 
 def test_a_connection_without_calls_is_ended(workspace: Path, limit_s: float) -> None:
     def attack(place: Place) -> bool:
         with Wire.open(place.address, place.ca) as connection:
-            frames = until_closed(connection, 3 if limit_s == FAR else 30)
+            frames = until_closed(connection, 2 if limit_s == FAR else 30)
             return frames is not None and frames[-1].kind == wire.GOAWAY
 
     assert attacked(workspace, attack, idle_s=limit_s) is (limit_s != FAR)
@@ -145,7 +145,7 @@ def test_headers_that_never_end_are_ended_with_the_idle_connection(workspace: Pa
             connection.polite = False
             headers = wire.block(wire.request_headers(ECHO.encode()))
             connection.send(wire.frame(wire.HEADERS, 0, connection.new_stream(), headers))
-            return until_closed(connection, 3 if limit_s == FAR else 30) is not None
+            return until_closed(connection, 2 if limit_s == FAR else 30) is not None
 
     assert attacked(workspace, attack, idle_s=limit_s) is (limit_s != FAR)
 
@@ -155,7 +155,7 @@ def test_old_connections_are_ended_with_their_streams(workspace: Path, limit_s: 
     def attack(place: Place) -> bool:
         with Wire.open(place.address, place.ca) as connection:
             connection.call(HOLD.encode(), data=b"x")
-            frames = until_closed(connection, 30 if limit_s else 4)
+            frames = until_closed(connection, 30 if limit_s else 2.5)
             return frames is not None and wire.GOAWAY in {frame.kind for frame in frames}
 
     assert attacked(workspace, attack, age_s=limit_s, age_grace_s=1) is bool(limit_s)
@@ -167,7 +167,7 @@ def test_answers_that_nobody_reads_are_kept_as_long_as_the_connection(workspace:
         with Wire.open(place.address, place.ca, initial_window_size=0) as connection:
             for _ in range(4):
                 connection.call(BIG.encode(), data=b"x")
-            return until_closed(connection, 30 if limit_s else 4) is not None
+            return until_closed(connection, 30 if limit_s else 2.5) is not None
 
     assert attacked(workspace, attack, age_s=limit_s, age_grace_s=1) is bool(limit_s)
 
@@ -179,7 +179,7 @@ def test_a_peer_that_reads_nothing_is_found_by_keepalive(workspace: Path, limit_
             connection.send(wire.frame(wire.WINDOW_UPDATE, payload=(1 << 30).to_bytes(4)))
             for _ in range(8):
                 connection.call(BIG.encode(), data=b"x")
-            end = time.monotonic() + (4 if limit_s == FAR else 30)
+            end = time.monotonic() + (2.5 if limit_s == FAR else 30)
             while established(place) and time.monotonic() < end:
                 time.sleep(0.05)
             return not established(place)

@@ -14,7 +14,7 @@ from isthmus.v1 import (
     traffic_pb2,
     usage_pb2,
 )
-from security.scopes import AUTHENTICATED, GRANTED, METHOD_SCOPES, PUBLIC, SCOPES, SCOPES_OF_ROLE
+from security.scopes import AUTHENTICATED, GRANTED, METHOD_SCOPES, PUBLIC, SCOPES, SCOPES_OF_ROLE, UPLOADS
 
 FILES = (
     service_pb2, access_pb2, agent_pb2, audit_pb2, fleet_pb2, registry_pb2, sealing_pb2, traffic_pb2, usage_pb2,
@@ -39,6 +39,17 @@ def test_the_table_has_nothing_else() -> None:
     others = set(METHOD_SCOPES) - _methods()
     # Newer releases of these two libraries add methods; the table knows them already.
     assert all(name.startswith(("/grpc.reflection.v1.", "/grpc.health.v1.Health/List")) for name in others), others
+
+
+def test_the_methods_that_take_uploads_are_known() -> None:
+    streams = {
+        f"/{service.full_name}/{method.name}"
+        for file in FILES
+        for service in file.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+        if method.client_streaming and not method.server_streaming
+    }
+    assert streams == UPLOADS
 
 
 def test_methods_ask_for_scopes_that_exist() -> None:

@@ -414,6 +414,7 @@ class ModelStatus(_message.Message):
     AUDIT_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     TRIAL_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     version: _builtins.int
     """The version that serves; 0 when none does."""
@@ -440,6 +441,10 @@ class ModelStatus(_message.Message):
     def trial(self) -> Global___TrialStatus:
         """How the version that serves does on its trial; absent when it is on none."""
 
+    @_builtins.property
+    def measured(self) -> Global___MeasuredVariant:
+        """What was measured to be the fastest here; absent when nothing was, or when it does not count."""
+
     def __init__(
         self,
         *,
@@ -454,14 +459,46 @@ class ModelStatus(_message.Message):
         audit: Global___AuditStatus | None = ...,
         step: _builtins.str = ...,
         trial: Global___TrialStatus | None = ...,
+        measured: Global___MeasuredVariant | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "last_update", b"last_update", "trial", b"trial"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "last_update", b"last_update", "measured", b"measured", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "audit", b"audit", "calibration", b"calibration", "errors", b"errors", "last_update", b"last_update", "model", b"model", "step", b"step", "threshold", b"threshold", "trial", b"trial", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "audit", b"audit", "calibration", b"calibration", "errors", b"errors", "last_update", b"last_update", "measured", b"measured", "model", b"model", "step", b"step", "threshold", b"threshold", "trial", b"trial", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
+
+@_typing.final
+class MeasuredVariant(_message.Message):
+    """The fastest variant on this device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VARIANT_FIELD_NUMBER: _builtins.int
+    LATENCY_MS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    variant: _builtins.str
+    latency_ms: _builtins.float
+    """Median of single calls with one row; absent when measuring failed and is not repeated."""
+    version: _builtins.int
+    """The version that was measured."""
+    def __init__(
+        self,
+        *,
+        variant: _builtins.str = ...,
+        latency_ms: _builtins.float | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_ms", b"_latency_ms", "latency_ms", b"latency_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_ms", b"_latency_ms", "latency_ms", b"latency_ms", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__latency_ms: _TypeAlias = _typing.Literal["latency_ms"]  # noqa: Y015
+    _WhichOneofArgType__latency_ms: _TypeAlias = _typing.Literal["_latency_ms", b"_latency_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__latency_ms) -> _WhichOneofReturnType__latency_ms | None: ...
+
+Global___MeasuredVariant: _TypeAlias = MeasuredVariant  # noqa: Y015
 
 @_typing.final
 class TrialStatus(_message.Message):
@@ -652,6 +689,7 @@ class UplinkStatus(_message.Message):
     RETRIES_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
     HEDGED_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
     breaker: _builtins.str
     """"closed" (calls pass), "open" (the cloud is skipped) or "half-open" (one call probes)."""
     attempts: _builtins.int
@@ -670,6 +708,8 @@ class UplinkStatus(_message.Message):
     """Calls that ended with their connection; the cloud may have received them. Each attempt and each retry is one call."""
     hedged: _builtins.int
     """Attempts that began before the light answer was there."""
+    late: _builtins.int
+    """Failures whose answer came after all: too late for the caller, learnt from (capture_late_s)."""
     def __init__(
         self,
         *,
@@ -683,10 +723,11 @@ class UplinkStatus(_message.Message):
         retries: _builtins.int = ...,
         lost: _builtins.int = ...,
         hedged: _builtins.int = ...,
+        late: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "breaker", b"breaker", "bytes_up", b"bytes_up", "cancelled", b"cancelled", "failures", b"failures", "hedged", b"hedged", "lost", b"lost", "retries", b"retries", "skipped", b"skipped", "successes", b"successes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "breaker", b"breaker", "bytes_up", b"bytes_up", "cancelled", b"cancelled", "failures", b"failures", "hedged", b"hedged", "late", b"late", "lost", b"lost", "retries", b"retries", "skipped", b"skipped", "successes", b"successes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

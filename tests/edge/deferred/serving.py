@@ -14,6 +14,7 @@ import tritonclient.grpc.aio as triton
 from edge.breaker import Breaker
 from edge.deferred.assembly import Deferred, open_deferred
 from edge.deferred.store import Limits
+from edge.lessons import Capture, Lessons
 from edge.model import ServedModels
 from edge.router import Router
 from edge.server import AgentServer, InferenceService
@@ -68,6 +69,7 @@ async def deferring(
     limits: Limits | None = None,
     listen: str = "127.0.0.1:0",
     longest_ttl_s: int = 3600,
+    capture: Capture | None = None,
 ) -> AsyncIterator[Deferring]:
     """Serve version 1 from `folder`; the sender runs when `sending`."""
     if not (folder / "bundle").exists():
@@ -78,6 +80,7 @@ async def deferring(
     async with faulty_cloud(identity) as cloud, open_channel(cloud.address, identity.ca) as channel:
         breaker = Breaker(failures=1000)  # faults are the cloud's here, not the breaker's
         uplink = Uplink(channel, lambda: "token", breaker, breaker, guard_s=0.05, longest_s=10.0)
+        lessons = Lessons(models, capture)
         deferred = open_deferred(
             folder / "deferred",
             folder / "deferred.key",
@@ -87,9 +90,10 @@ async def deferring(
             concurrency=2,
             deadline_s=5.0,
             owner=lambda: "",
+            lessons=lessons,
         )
         assert deferred is not None
-        router = Router(models, uplink, deferral=deferred.deferral)
+        router = Router(models, uplink, deferral=deferred.deferral, lessons=lessons)
         server = AgentServer(
             listen,
             InferenceService(models, router),

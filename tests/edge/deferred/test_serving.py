@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from tritonclient.utils import InferenceServerException
 from edge.deferred.store import Limits
 from isthmus.deferred import DeferredAnswers
 from isthmus.errors import InputError
+from isthmus.fusion import fuse
 from isthmus.oip import read_parameters, service_pb2
-from isthmus.tensors import decode_outputs
+from isthmus.tensors import Array, decode_outputs
 from isthmus.v1 import agent_pb2, agent_pb2_grpc
 from tests.edge import bundles, faulty_cloud
 from tests.edge.deferred.serving import deferring
+from tests.edge.serving import FUSION_WEIGHT, MODEL, fuse_answers, open_variant
 
 DOWN = faulty_cloud.refusing(grpc.StatusCode.UNAVAILABLE)
 NO = faulty_cloud.refusing(grpc.StatusCode.INVALID_ARGUMENT)
@@ -255,5 +258,69 @@ def test_client_that_fails_while_it_handles_an_answer_gets_it_again(tmp_path: Pa
             rest = await agent.receive(2, cursor=cursor)
             assert rest[0].request_id == seen[1]
             assert {seen[0], *(answer.request_id for answer in rest)} == {"r0", "r1", "r2"}
+
+    asyncio.run(scenario())
+
+
+def test_late_answer_is_captured_and_counted_once(tmp_path: Path) -> None:
+    captured: list[tuple[str, Mapping[str, Array], Mapping[str, Array]]] = []
+
+    async def scenario() -> None:
+        async with deferring(tmp_path, capture=lambda *given: captured.append(given)) as agent:
+            agent.cloud.behaviour = DOWN
+            await agent.infer("r1")
+            counted = agent.models.counters[MODEL]
+            assert (captured, counted.compared_rows) == ([], 0)
+            agent.cloud.behaviour = faulty_cloud.answering(np.array([[0, 0, 9]], np.float32))
+            agent.deferred.sender.connected()
+            await agent.receive(1)
+            await agent.until(lambda: bool(captured))
+            ((model, inputs, outputs),) = captured
+            assert model == MODEL
+            np.testing.assert_array_equal(inputs["x"], bundles.HARD)
+            np.testing.assert_array_equal(outputs["logits"], np.array([[0, 0, 9]], np.float32))
+            assert (counted.compared_rows, counted.agreed_rows) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+def test_late_answer_of_another_version_is_given_and_not_learnt_from(tmp_path: Path) -> None:
+    captured: list[object] = []
+
+    async def scenario() -> None:
+        async with deferring(tmp_path, capture=lambda *given: captured.append(given)) as agent:
+            agent.cloud.behaviour = DOWN
+            await agent.infer("r1")
+            bundles.build_bundle(tmp_path / "second", version=2)
+            agent.models.swap(MODEL, open_variant(tmp_path / "second"))
+            agent.cloud.behaviour = faulty_cloud.right
+            agent.deferred.sender.connected()
+            (late,) = await agent.receive(1)
+            await agent.until(lambda: agent.deferred.deferral.counters.answered == 1)
+            assert late.response is not None
+            assert (captured, agent.models.counters[MODEL].compared_rows) == ([], 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("route", [None, "cloud"])
+def test_late_answer_is_fused_as_a_live_one(tmp_path: Path, route: str | None) -> None:
+    async def scenario() -> None:
+        async with deferring(tmp_path) as agent:
+            fuse_answers(agent.models)
+            agent.cloud.behaviour = DOWN
+            wish: dict[str, Any] = {} if route is None else {"route": route}
+            await agent.infer("r1", **wish)
+            heavy = np.array([[0.0, 0.1, 3.0]], np.float32)
+            agent.cloud.behaviour = faulty_cloud.answering_logits(heavy)
+            agent.deferred.sender.connected()
+            (late,) = await agent.receive(1)
+            assert late.response is not None
+            told = read_parameters(late.response.parameters)
+            light = bundles.HARD @ bundles.weights(1)
+            both = fuse(light, heavy, temperature=1.0, light_weight=FUSION_WEIGHT)
+            assert told.get("isthmus.fused") is (None if route else True)
+            expected = heavy if route else both  # who asks for the cloud gets the cloud's own
+            np.testing.assert_allclose(decode_outputs(late.response)["logits"], expected, rtol=1e-5)
 
     asyncio.run(scenario())
