@@ -15,6 +15,7 @@ from isthmus.delta.early import early_blocks
 from isthmus.delta.elements import FLOATS, Kind
 from isthmus.delta.factors import MAX_NUMBERS, Factors
 from isthmus.delta.literals import Run, compress, pack_literals
+from isthmus.delta.memory import keep_freed_memory
 from isthmus.delta.model import Model, Numbers, Part
 from isthmus.delta.pieces import MAX_EARLY, Piece, Segment
 from isthmus.delta.rans import U8, U16, U32, Coded, Stream, encode
@@ -48,6 +49,7 @@ class _Draft:
 
 def write_groups(pairs: Sequence[Pair], base: memoryview, target: memoryview) -> Iterator[bytes]:
     """Yield the body's groups."""
+    keep_freed_memory()
     free = _complement([(pair.old_offset, pair.length) for pair in pairs], len(base))
     for group in _grouped(_runs(pairs, len(target))):
         yield _write_group(group, base, target, free)
