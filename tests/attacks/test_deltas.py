@@ -19,7 +19,8 @@ from isthmus.delta.container import HEADER_BYTES, Header, Method
 from isthmus.delta.elements import Kind
 from isthmus.delta.fields import pack_numbers, pack_signed
 from isthmus.delta.model import BLOCK
-from isthmus.delta.segments import GROUP_HEADER, MAX_EARLY, MAX_MAP, Piece, read_group
+from isthmus.delta.pieces import MAX_EARLY, Piece
+from isthmus.delta.segments import GROUP_HEADER, MAX_MAP, read_group
 from isthmus.digests import sha256_bytes, sha256_file
 from isthmus.errors import DeltaError, DigestMismatchError
 

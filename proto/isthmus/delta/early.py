@@ -14,8 +14,8 @@ import numpy as np
 from isthmus.delta import elements, model
 from isthmus.delta.elements import Kind
 from isthmus.delta.model import Model, Part
+from isthmus.delta.pieces import Segment
 from isthmus.delta.rans import Decoder
-from isthmus.delta.segments import Segment
 from isthmus.errors import DeltaError
 
 

@@ -241,14 +241,6 @@ def _bases(kind: Kind) -> Ints:
     return found
 
 
-@cache
-def _downwards(kind: Kind) -> Ints:
-    """Return for each symbol all ones where its difference is negative."""
-    symbols = np.arange(symbol_count(kind))
-    found: Ints = np.where((symbols > 0) & (symbols % 2 == 0), -1, 0).astype(_DTYPES[kind])
-    return found
-
-
 def move(
     old: Ints,
     symbols: U8,
@@ -259,10 +251,11 @@ def move(
 ) -> Ints:
     """Return the new elements: `old` moved as predicted and by what the symbols and raw bits say, modulo 2^width."""
     dtype = old.dtype
-    base = _bases(kind).take(symbols)
+    base = _bases(kind).take(symbols, mode="clip")
     if raw is not None:
         extra = raw.astype(dtype)
-        turn = _downwards(kind).take(symbols)
+        turn = (symbols & np.uint8(1)).astype(dtype)
+        turn -= dtype.type(1)  # all ones where it goes down, or where there is no difference and no bits
         extra ^= turn
         extra -= turn
         base += extra

@@ -187,14 +187,15 @@ def _predict_integers(product: NDArray[np.floating[Any]], shift: int) -> Predict
     fine += 128
     rest = fine.astype(np.uint8)
     fine >>= 8
-    return Prediction(fine, _BUCKETS.take(rest), rest < 128)
+    return Prediction(fine, _BUCKETS.take(rest, mode="clip"), rest < 128)
 
 
 def contexts(old: Ints, kind: Kind, feature_numbers: I16, parts: Sequence[Part], buckets: U8 | None = None) -> U16:
     """Return the context of each element of a block, which are those of the parts."""
     bases = np.array([part.numbers.base for part in parts], np.int16)
     if feature_numbers.any():
-        total = feature_numbers.take(elements.key_features(kind)).take(elements.keys(old, kind))
+        numbers = feature_numbers.take(elements.key_features(kind))
+        total = numbers.take(elements.keys(old, kind), mode="clip")  # keys are within: faster than to check that
         total += bases[0] if len(parts) == 1 else np.repeat(bases, [part.size for part in parts])
     else:
         total = np.repeat(bases, [part.size for part in parts])

@@ -237,12 +237,12 @@ class Decoder:
         self._refill(state)
 
     def _pull_bits(self, state: U32, symbols: U8, raw: _Raw, bits: U32) -> None:
-        low = raw.low.take(symbols)
-        np.bitwise_and(state, raw.low_mask.take(symbols), out=bits)
+        low = raw.low.take(symbols, mode="clip")  # symbols are within
+        np.bitwise_and(state, raw.low_mask.take(symbols, mode="clip"), out=bits)
         state >>= low
         self._refill(state)
         if raw.high is not None:
-            high = raw.high.take(symbols)
+            high = raw.high.take(symbols, mode="clip")
             if high.any():
                 bits |= (state & ((np.uint32(1) << high) - np.uint32(1))) << _WORD
                 state >>= high

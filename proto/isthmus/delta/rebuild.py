@@ -16,9 +16,11 @@ from isthmus.delta.container import Header, Method
 from isthmus.delta.early import decode_early, moved, read_exactly, scaled
 from isthmus.delta.elements import Kind
 from isthmus.delta.factors import read
+from isthmus.delta.memory import keep_freed_memory
 from isthmus.delta.model import Model, Part
+from isthmus.delta.pieces import Piece, Segment
 from isthmus.delta.rans import U16, Decoder
-from isthmus.delta.segments import Group, Piece, Section, Segment, decompress, read_group, read_states
+from isthmus.delta.segments import Group, Section, decompress, read_group, read_states
 from isthmus.digests import CHUNK
 from isthmus.errors import DeltaError
 
@@ -30,6 +32,7 @@ def rebuild_groups(file: BinaryIO, old: Path, *, length: int, old_length: int) -
         DeltaError: The delta is malformed.
     """
     left = length
+    keep_freed_memory()
     with old.open("rb") as base:
         while left:
             group = read_group(file, left=left, old_length=old_length)

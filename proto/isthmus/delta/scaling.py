@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from isthmus.delta.alignment import Pair
 from isthmus.delta.early import scaled
 from isthmus.delta.elements import Kind
-from isthmus.delta.segments import MAX_EARLY
+from isthmus.delta.pieces import MAX_EARLY
 
 _LONGEST: Final = MAX_EARLY >> 3  # bytes of a tensor that is looked at
 _LOOKED_AT: Final = 64  # tensors of the same length that may be the source

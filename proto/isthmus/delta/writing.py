@@ -15,18 +15,13 @@ from isthmus.delta.early import early_blocks
 from isthmus.delta.elements import FLOATS, Kind
 from isthmus.delta.factors import MAX_NUMBERS, Factors
 from isthmus.delta.literals import Run, compress, pack_literals
+from isthmus.delta.memory import keep_freed_memory
 from isthmus.delta.model import Model, Numbers, Part
+from isthmus.delta.pieces import MAX_EARLY, Piece, Segment
 from isthmus.delta.rans import U8, U16, U32, Coded, Stream, encode
 from isthmus.delta.rebuild import blocks
 from isthmus.delta.scaling import find_scaled
-from isthmus.delta.segments import (
-    GROUP_HEADER,
-    MAX_EARLY,
-    MAX_GROUP,
-    Piece,
-    Segment,
-    pack_map,
-)
+from isthmus.delta.segments import GROUP_HEADER, MAX_GROUP, pack_map
 
 _PART: Final = 1 << 25  # bytes: longer pairs and gaps are cut, so that a group can end between their parts
 _LANE_SHARE: Final = 0.008  # of what is coded may go into the lanes
@@ -54,6 +49,7 @@ class _Draft:
 
 def write_groups(pairs: Sequence[Pair], base: memoryview, target: memoryview) -> Iterator[bytes]:
     """Yield the body's groups."""
+    keep_freed_memory()
     free = _complement([(pair.old_offset, pair.length) for pair in pairs], len(base))
     for group in _grouped(_runs(pairs, len(target))):
         yield _write_group(group, base, target, free)
