@@ -43,7 +43,6 @@ class Link(asyncio.Protocol):
         self._transport: Any = None
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._reader = FrameReader()
-        self._closed = asyncio.Event()
         self._calls: dict[int, UnaryCall] = {}
         self._next = 1
         self._window, self._call_window, self._frame_size = (
@@ -56,6 +55,7 @@ class Link(asyncio.Protocol):
         self._queue: deque[int] = deque()  # streams with a rest to send
         self._paused = False
         self._received = 0
+        self.closed = asyncio.Event()
         self.usable = True  # whether new calls may begin
 
     async def ready(self) -> None:
@@ -70,7 +70,7 @@ class Link(asyncio.Protocol):
         """End the connection and what runs on it."""
         self._end(ConnectionAbortedError("closed"))
         self._transport.abort()
-        await self._closed.wait()
+        await self.closed.wait()
 
     async def call(self, head: bytes, message: bytes, timeout_s: float) -> bytes:
         """Return the answer to one call.
@@ -90,7 +90,7 @@ class Link(asyncio.Protocol):
             raise CallError(grpc.StatusCode.UNAVAILABLE, "the connection is closing", unsent=True)
         stream, self._next = self._next, self._next + 2
         self.usable = stream < http2.MOST_STREAM - 2
-        call = self._calls[stream] = UnaryCall(self._loop.create_future(), self._call_window)
+        call = self._calls[stream] = UnaryCall(self._loop.create_future(), until, self._call_window)
         timer = self._loop.call_at(until, self._too_late, stream)
         try:
             self._send(stream, call, head + time_limit(timeout_s), message)
@@ -139,8 +139,12 @@ class Link(asyncio.Protocol):
             data = http2.frame_head(size, http2.DATA, http2.END_STREAM, stream)
             self._transport.write(b"".join((head, data, before, message)))
             return
-        self._transport.write(head)
-        call.rest = memoryview(before + message)
+        if min(self._window, call.window) < len(before):
+            before, message = b"", before + message
+        self._window -= len(before)
+        call.window -= len(before)
+        self._transport.write(head + (http2.frame(http2.DATA, 0, stream, before) if before else b""))
+        call.rest = memoryview(message)
         self._queue.append(stream)
         self._pump()
 
@@ -212,7 +216,7 @@ class Link(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Fail what runs: nobody knows whether the server ran it."""
         self._end(error or ConnectionResetError("the connection was closed"))
-        self._closed.set()
+        self.closed.set()
 
     def _end(self, error: Exception) -> None:
         self.usable = False
@@ -246,7 +250,7 @@ class Link(asyncio.Protocol):
         elif kind == http2.RST_STREAM:
             call = self._leave(stream)
             if call is not None:
-                call.reset(http2.read_number(payload))
+                call.reset(http2.read_number(payload), self._loop.time())
         elif kind == http2.SETTINGS and not flags & http2.ACK:
             self._settings(payload)
         elif kind == http2.PING and not flags & http2.ACK:

@@ -12,7 +12,10 @@ _MOST_HEADERS: Final = 1 << 20
 
 
 class Frame(NamedTuple):
-    """A frame without padding; headers are whole, with the flags of their first frame."""
+    """A frame without padding; headers are whole, with the flags of their first frame.
+
+    DATA comes in pieces, as the socket has them, each as a frame of its own.
+    """
 
     kind: int
     flags: int
@@ -25,7 +28,9 @@ class FrameReader:
     """See the module."""
 
     def __init__(self) -> None:
-        self._left = b""  # the beginning of a frame
+        self._left: list[bytes] = []  # the beginning of a frame, as it came
+        self._missing = 0  # bytes of it, as far as that is known
+        self._data: tuple[int, int, int] | None = None  # flags, stream and missing bytes of a DATA frame
         self._headers: tuple[int, int, list[bytes]] | None = None  # stream, flags and parts of an unfinished block
         self._begun = False
 
@@ -35,16 +40,23 @@ class FrameReader:
         Raises:
             ProtocolError: The peer sent what it may not.
         """
-        if self._left:
-            data = self._left + data
+        data = self._with_left(data)
         frames: list[Frame] = []
         place, size = 0, len(data)
+        if not data:
+            return frames
+        if self._data is not None:
+            place = self._piece(frames, *self._data, data, 0)
         while size - place >= http2.FRAME_HEAD:
             length, kind, flags, stream = http2.read_frame_head(data, place)
             if length > LARGEST_FRAME:
                 raise ProtocolError("a frame is too large")
             start = place + http2.FRAME_HEAD
+            if kind == http2.DATA and not flags & http2.PADDED and self._begun and self._headers is None:
+                place = self._piece(frames, flags, stream, length, data, start)
+                continue
             if start + length > size:
+                self._missing = start + length - size
                 break
             place = start + length
             if not self._begun and kind != http2.SETTINGS:
@@ -61,8 +73,32 @@ class FrameReader:
                     frames.append(whole)
             else:
                 frames.append(Frame(kind, flags, stream, payload, length))
-        self._left = data[place:]
+        else:
+            self._missing = http2.FRAME_HEAD - (size - place)
+        if place < size:
+            self._left.append(data[place:])
         return frames
+
+    def _with_left(self, data: bytes) -> bytes:
+        """Return the bytes that can be read now: none where a frame goes on being incomplete."""
+        if not self._left:
+            return data
+        self._left.append(data)
+        self._missing -= len(data)
+        if self._missing > 0:
+            return b""
+        whole = b"".join(self._left)
+        self._left.clear()
+        return whole
+
+    def _piece(self, frames: list[Frame], flags: int, stream: int, length: int, data: bytes, start: int) -> int:
+        """Add what has come of a DATA frame that `length` bytes are missing of; return where it ends for now."""
+        end = min(start + length, len(data))
+        missing = start + length - end
+        self._data = (flags, stream, missing) if missing else None
+        piece = data if start == 0 and end == len(data) else data[start:end]
+        frames.append(Frame(http2.DATA, 0 if missing else flags, stream, piece, end - start))
+        return end
 
     def _part(self, kind: int, flags: int, stream: int, payload: bytes) -> Frame | None:
         """Take a part of a block of headers that comes in several frames; return the block with its last one."""

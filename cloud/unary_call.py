@@ -19,6 +19,7 @@ _OF_RESET: Final = {
     http2.ENHANCE_YOUR_CALM: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 _OF_HTTP: Final = dict.fromkeys(("429", "502", "503", "504"), grpc.StatusCode.UNAVAILABLE)
+_SLACK_S: Final = 0.01
 _PREFIX: Final = 5  # bytes before a message: whether it is compressed, and its length
 
 
@@ -41,13 +42,14 @@ class UnaryCall:
 
     Args:
         answer: Gets the serialized answer, or a CallError.
+        until: Loop time at which it is too late for one.
         window: Bytes of the request that the server takes now.
     """
 
-    __slots__ = ("_begun", "_parts", "answer", "rest", "size", "window")
+    __slots__ = ("_begun", "_parts", "answer", "rest", "size", "until", "window")
 
-    def __init__(self, answer: asyncio.Future[bytes], window: int) -> None:
-        self.answer, self.window = answer, window
+    def __init__(self, answer: asyncio.Future[bytes], until: float, window: int) -> None:
+        self.answer, self.until, self.window = answer, until, window
         self.rest: memoryview | None = None  # of the request, that waits for the server's window
         self.size = 0  # of the answer so far
         self._begun = False
@@ -77,15 +79,21 @@ class UnaryCall:
             code = _CODES.get(int(status), grpc.StatusCode.UNKNOWN) if status.isdecimal() else grpc.StatusCode.INTERNAL
             self.fail(code, unquote(trailers.get("grpc-message", "")))
             return
-        whole = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        if len(whole) < _PREFIX or whole[0] or int.from_bytes(whole[1:_PREFIX]) != len(whole) - _PREFIX:
+        parts: list[bytes | memoryview] = list(self._parts)
+        if not parts or len(parts[0]) < _PREFIX:
+            parts = [b"".join(parts)]
+        first = parts[0]
+        if len(first) < _PREFIX or first[0] or int.from_bytes(first[1:_PREFIX]) != self.size - _PREFIX:
             self.fail(grpc.StatusCode.INTERNAL, "expected one plain message")
         elif not self.answer.done():
-            self.answer.set_result(whole[_PREFIX:])
+            parts[0] = memoryview(first)[_PREFIX:]
+            self.answer.set_result(b"".join(parts))
 
-    def reset(self, error: int) -> None:
-        """End it because the server did, with a code of HTTP/2."""
+    def reset(self, error: int, now: float) -> None:
+        """End it because the server did, with a code of HTTP/2; a server's clock may strike before ours."""
         code = _OF_RESET.get(error, grpc.StatusCode.INTERNAL)
+        if error == http2.CANCEL and now > self.until - _SLACK_S:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED
         self.fail(code, f"the server ended the call ({error})", unsent=error == http2.REFUSED_STREAM)
 
     def fail(self, code: grpc.StatusCode, details: str, *, unsent: bool = False) -> None:

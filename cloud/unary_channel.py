@@ -46,6 +46,7 @@ class UnaryChannel:
         self._common = (b"\x86" if self._tls is None else b"\x87") + http2.literal(b":authority", authority.encode())
         self._heads: dict[str, bytes] = {}
         self._link: Link | None = None
+        self._closing: list[Link] = []  # with calls that the server still answers
         self._connecting: asyncio.Task[Link | None] | None = None
         self._pause_s, self._again_at = 0.0, 0.0
         self._closed = False
@@ -97,8 +98,8 @@ class UnaryChannel:
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait((self._connecting,))
-        if self._link is not None:
-            await self._link.close()
+        for link in (*self._closing, *filter(None, (self._link,))):
+            await link.close()
 
     def _head(self, method: str) -> bytes:
         """Return the header block of calls of a method, which ends where the time limit comes."""
@@ -143,6 +144,7 @@ class UnaryChannel:
         finally:
             self._connecting = None
         self._pause_s = 0.0
+        self._closing = [old for old in (*self._closing, *filter(None, (self._link,))) if not old.closed.is_set()]
         self._link = link
         return link
 

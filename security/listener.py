@@ -87,9 +87,8 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
             await end_call(context, grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
         if full:
             await refuse(context, OverloadedError("too many calls are in progress", reason="too-many-calls"))
-        details = _Details(name, context.invocation_metadata())
+        handler = self._refusal(_Details(name, context.invocation_metadata())) or self.handlers[name]
         del context  # streams live for hours, and grpc makes one of its own
-        handler = self._refusal(details) or self.handlers[name]
         serve = _SERVE[handler.request_streaming, handler.response_streaming]
         await serve(handler, state, self.event_loop)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ TOGETHER: Final = "tests/e2e/"  # for one worker: these files share a story that
 
 tls13.enforce()
 forbid_usage_reports()
+os.environ.pop("COLUMNS", None)  # how wide tables are is no matter of the terminal; workers are told 80
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,11 @@ from typing import Any
 import grpc
 import pytest
 from hpack import Encoder
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cloud import http2
+from cloud.http2_reader import FrameReader
 from cloud.unary_call import CallError
 from cloud.unary_channel import UnaryChannel
 from security.tls import server_credentials
@@ -312,6 +315,21 @@ def test_a_refused_call_is_sent_again_and_one_that_may_have_run_is_not() -> None
     asyncio.run(story())
 
 
+def test_a_server_that_cancels_when_the_time_is_up_is_late_and_not_lost() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _connection: int) -> None:
+        while True:
+            stream = await next_call(reader)
+            writer.write(http2.frame(http2.RST_STREAM, 0, stream, http2.number(http2.CANCEL)))
+
+    async def story() -> None:
+        async with scripted(script) as address, channel_to(address) as channel:
+            assert (await failure(channel)).code is grpc.StatusCode.CANCELLED
+            for _ in range(20):
+                assert (await failure(channel, timeout_s=0.009)).code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+    asyncio.run(story())
+
+
 def test_frames_that_only_other_servers_send_are_understood() -> None:
     data = b"\0\0\0\0\3yes"
 
@@ -342,6 +360,26 @@ def test_frames_that_only_other_servers_send_are_understood() -> None:
             assert await channel.call(METHOD, b"x", timeout_s=60) == b"yes"
 
     asyncio.run(story())
+
+
+@given(
+    kinds=st.lists(
+        st.tuples(st.sampled_from((http2.DATA, http2.HEADERS, http2.PING)), st.integers(0, 40)), max_size=12
+    ),
+    cuts=st.lists(st.integers(1, 30), max_size=60),
+)
+def test_frames_are_the_same_wherever_the_socket_cuts_them(kinds: list[tuple[int, int]], cuts: list[int]) -> None:
+    flags = http2.END_STREAM | http2.END_HEADERS
+    wanted = [(kind, flags, n, bytes([n]) * size) for n, (kind, size) in enumerate(kinds, 1)]
+    sent = http2.settings({}) + b"".join(http2.frame(kind, flags, n, load) for kind, flags, n, load in wanted)
+    reader, got = FrameReader(), list[tuple[int, int, int, bytes]]()
+    for cut in [*cuts, len(sent)]:
+        piece, sent = sent[:cut], sent[cut:]
+        for kind, flags, n, load, _ in reader.feed(piece) if piece else ():
+            if got and kind == http2.DATA and got[-1][:3] == (kind, 0, n):
+                load = got.pop()[3] + load
+            got.append((kind, flags, n, load))
+    assert got[1:] == wanted
 
 
 BROKEN = {
