@@ -18,13 +18,14 @@ PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM, ACK, END_HEADERS, PADDED, HAS_PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
 NO_ERROR, PROTOCOL_ERROR, REFUSED_STREAM, CANCEL, ENHANCE_YOUR_CALM = 0x0, 0x1, 0x7, 0x8, 0xB
-HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 1, 2, 3, 4, 5
+HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS = 1, 2, 3
+INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = 4, 5, 6
 FIRST_WINDOW: Final = 65_535  # of the connection, and of streams until settings say otherwise
 FIRST_FRAME_SIZE: Final = 16_384
 MOST_WINDOW: Final = 2**31 - 1
 MOST_STREAM: Final = 2**31 - 1
 FRAME_HEAD: Final = 9  # bytes
-_MOST_HEADERS: Final = 64 << 10
+MOST_HEADERS: Final = 64 << 10  # bytes of one block that are read
 _LARGEST_FRAME: Final = 2**24 - 1
 _HEAD: Final = struct.Struct(">BHBBI")
 _PAIR: Final = struct.Struct(">HI")
@@ -111,14 +112,12 @@ def literal(name: bytes, value: bytes) -> bytes:
 
 @lru_cache(maxsize=256)
 def read_headers(block: bytes) -> Mapping[str, str]:
-    """Return the fields of a block.
+    """Return the fields of a block of at most `MOST_HEADERS`.
 
     Raises:
         ProtocolError: It is none, or uses a dynamic table.
     """
-    if len(block) > _MOST_HEADERS:
-        raise ProtocolError("headers are too large")
-    decoder = Decoder(max_header_list_size=_MOST_HEADERS)
+    decoder = Decoder(max_header_list_size=2 * MOST_HEADERS)  # Huffman's code makes at most 8 of 5
     decoder.max_allowed_table_size = decoder.header_table_size = 0
     try:
         fields = decoder.decode(block, raw=True)

@@ -209,6 +209,7 @@ class Link(asyncio.Protocol):
             http2.ENABLE_PUSH: 0,
             http2.INITIAL_WINDOW_SIZE: _WINDOW,
             http2.MAX_FRAME_SIZE: LARGEST_FRAME,
+            http2.MAX_HEADER_LIST_SIZE: http2.MOST_HEADERS,
         }
         window = http2.frame(http2.WINDOW_UPDATE, 0, 0, http2.number(_WINDOW - http2.FIRST_WINDOW))
         self._transport.write(http2.PREFACE + http2.settings(agreed) + window)
@@ -244,7 +245,7 @@ class Link(asyncio.Protocol):
         if kind == http2.DATA:
             self._data(flags, stream, payload, size)
         elif kind == http2.HEADERS:
-            self._headers(flags, stream, http2.read_headers(payload))
+            self._headers(flags, stream, http2.read_headers(payload) if payload else None)
         elif kind == http2.WINDOW_UPDATE:
             self._more_window(stream, http2.read_number(payload))
         elif kind == http2.RST_STREAM:
@@ -276,11 +277,14 @@ class Link(asyncio.Protocol):
         elif flags & http2.END_STREAM:
             self._finish(stream, call, _NO_FIELDS)
 
-    def _headers(self, flags: int, stream: int, fields: Mapping[str, str]) -> None:
+    def _headers(self, flags: int, stream: int, fields: Mapping[str, str] | None) -> None:
         call = self._calls.get(stream)
         if call is None:
             return
-        if not call.begins(fields):
+        if fields is None:
+            self._reset(stream)
+            call.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "the headers of the answer are too large")
+        elif not call.begins(fields):
             self._reset(stream)
         elif flags & http2.END_STREAM:
             self._finish(stream, call, fields)

@@ -8,11 +8,14 @@ from cloud import http2
 from cloud.http2 import ProtocolError
 
 LARGEST_FRAME: Final = 1 << 20  # what the peer is told
-_MOST_HEADERS: Final = 1 << 20
+_MOST_LEFT_OUT: Final = 1 << 24  # bytes of headers that are too large to be read
 
 
 class Frame(NamedTuple):
     """A frame without padding; headers are whole, with the flags of their first frame.
+
+    The payload of headers that are too large to be read is empty: what a server says of one call may repeat what the
+    caller has sent, and must not end the calls of others.
 
     DATA comes in pieces, as the socket has them, each as a frame of its own.
     """
@@ -32,6 +35,7 @@ class FrameReader:
         self._missing = 0  # bytes of it, as far as that is known
         self._data: tuple[int, int, int] | None = None  # flags, stream and missing bytes of a DATA frame
         self._headers: tuple[int, int, list[bytes]] | None = None  # stream, flags and parts of an unfinished block
+        self._headers_size = 0
         self._begun = False
 
     def feed(self, data: bytes) -> list[Frame]:
@@ -62,17 +66,9 @@ class FrameReader:
             if not self._begun and kind != http2.SETTINGS:
                 raise ProtocolError("expected SETTINGS first")
             self._begun = True
-            payload = data[start:place]
-            if kind in (http2.DATA, http2.HEADERS) and flags & (http2.PADDED | http2.HAS_PRIORITY):
-                payload = http2.unpadded(kind, flags, payload)
-            if self._headers is not None or kind == http2.CONTINUATION or (
-                kind == http2.HEADERS and not flags & http2.END_HEADERS
-            ):  # fmt: skip
-                whole = self._part(kind, flags, stream, payload)
-                if whole is not None:
-                    frames.append(whole)
-            else:
-                frames.append(Frame(kind, flags, stream, payload, length))
+            whole = self._whole(kind, flags, stream, data[start:place])
+            if whole is not None:
+                frames.append(whole)
         else:
             self._missing = http2.FRAME_HEAD - (size - place)
         if place < size:
@@ -100,20 +96,37 @@ class FrameReader:
         frames.append(Frame(http2.DATA, 0 if missing else flags, stream, piece, end - start))
         return end
 
+    def _whole(self, kind: int, flags: int, stream: int, payload: bytes) -> Frame | None:
+        """Return a frame; nothing where it begins or continues a block of headers."""
+        length = len(payload)
+        if kind in (http2.DATA, http2.HEADERS) and flags & (http2.PADDED | http2.HAS_PRIORITY):
+            payload = http2.unpadded(kind, flags, payload)
+        if self._headers is not None or kind == http2.CONTINUATION or (
+            kind == http2.HEADERS and not flags & http2.END_HEADERS
+        ):  # fmt: skip
+            return self._part(kind, flags, stream, payload)
+        if kind == http2.HEADERS and length > http2.MOST_HEADERS:
+            payload = b""
+        return Frame(kind, flags, stream, payload, length)
+
     def _part(self, kind: int, flags: int, stream: int, payload: bytes) -> Frame | None:
         """Take a part of a block of headers that comes in several frames; return the block with its last one."""
         if self._headers is None:
             if kind != http2.HEADERS:
                 raise ProtocolError("CONTINUATION of nothing")
-            self._headers = stream, flags, [payload]
+            self._headers, self._headers_size = (stream, flags, [payload]), len(payload)
             return None
         of, first_flags, parts = self._headers
         if kind != http2.CONTINUATION or stream != of:
             raise ProtocolError("expected CONTINUATION")
-        parts.append(payload)
-        if sum(map(len, parts)) > _MOST_HEADERS or len(parts) > _MOST_HEADERS >> 10:
+        self._headers_size += max(len(payload), 1)  # empty parts are endless, too
+        if self._headers_size > _MOST_LEFT_OUT:
             raise ProtocolError("headers are too large")
+        if self._headers_size > http2.MOST_HEADERS:
+            parts.clear()
+        else:
+            parts.append(payload)
         if not flags & http2.END_HEADERS:
             return None
         self._headers = None
-        return Frame(http2.HEADERS, first_flags, stream, b"".join(parts), 0)
+        return Frame(http2.HEADERS, first_flags, stream, b"".join(parts), self._headers_size)

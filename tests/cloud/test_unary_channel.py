@@ -382,6 +382,19 @@ def test_frames_are_the_same_wherever_the_socket_cuts_them(kinds: list[tuple[int
     assert got[1:] == wanted
 
 
+def test_headers_too_large_to_be_read_are_left_out_wherever_they_are_cut() -> None:
+    large = bytes(http2.MOST_HEADERS + 1)
+    reader = FrameReader()
+    reader.feed(http2.settings({}))
+    whole = reader.feed(http2.frame(http2.HEADERS, http2.END_HEADERS | http2.END_STREAM, 1, large))
+    assert whole == [(http2.HEADERS, http2.END_HEADERS | http2.END_STREAM, 1, b"", len(large))]
+    parts = http2.frame(http2.HEADERS, http2.END_STREAM, 3, large[:40_000])
+    parts += http2.frame(http2.CONTINUATION, http2.END_HEADERS, 3, large[40_000:])
+    assert reader.feed(parts) == [(http2.HEADERS, http2.END_STREAM, 3, b"", len(large))]
+    parts = http2.frame(http2.HEADERS, 0, 5, large[:100]) + http2.frame(http2.CONTINUATION, http2.END_HEADERS, 5, b"y")
+    assert reader.feed(parts) == [(http2.HEADERS, 0, 5, large[:100] + b"y", 101)]
+
+
 BROKEN = {
     "too large": b"\xff\xff\xff" + bytes((http2.DATA, 0)) + (1).to_bytes(4),
     "too much padding": http2.frame(http2.DATA, http2.PADDED, 1, b"\x09abc"),
@@ -391,7 +404,7 @@ BROKEN = {
     "a push": http2.frame(http2.PUSH_PROMISE, http2.END_HEADERS, 1, bytes(4) + FIRST),
     "no end of headers": http2.frame(http2.HEADERS, 0, 1, FIRST) + http2.frame(http2.DATA, 0, 1),
     "endless headers": http2.frame(http2.HEADERS, 0, 1, FIRST)
-    + 2 * http2.frame(http2.CONTINUATION, 0, 1, bytes(1 << 20)),
+    + 17 * http2.frame(http2.CONTINUATION, 0, 1, bytes(1 << 20)),
     "a short number": http2.frame(http2.GOAWAY, payload=b"\0\0"),
     "half a setting": http2.frame(http2.SETTINGS, payload=b"\0\4\0"),
     "a window beyond all": http2.settings({http2.INITIAL_WINDOW_SIZE: 1 << 31}),
@@ -422,6 +435,7 @@ ODD = {
     "no number": (FIRST, fields(("grpc-status", "x")), grpc.StatusCode.INTERNAL),
     "a status of the future": (FIRST, fields(("grpc-status", "99")), grpc.StatusCode.UNKNOWN),
     "no message": (FIRST, OK, grpc.StatusCode.INTERNAL),
+    "too much said": (FIRST, fields(("grpc-message", "~" * 100_000)), grpc.StatusCode.RESOURCE_EXHAUSTED),
 }
 
 
