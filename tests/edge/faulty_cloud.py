@@ -178,7 +178,7 @@ async def faulty_cloud(identity: Identity, *, port: int = 0) -> AsyncIterator[Fa
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(cloud.infer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
     pair = (identity.key.read_bytes(), identity.certificate.read_bytes())
-    bound = server.add_secure_port(f"localhost:{port}", grpc.ssl_server_credentials([pair]))
+    bound = server.add_secure_port(f"127.0.0.1:{port}", grpc.ssl_server_credentials([pair]))
     cloud.address = f"localhost:{bound}"
     await server.start()
     try:

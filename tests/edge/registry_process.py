@@ -37,7 +37,7 @@ async def serve(folder: Path, port: int) -> None:
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
     registry_pb2_grpc.add_RegistryServiceServicer_to_server(Blob(folder), server)  # type: ignore[abstract]
     pair = ((folder / "cloud.key").read_bytes(), (folder / "cloud.pem").read_bytes())
-    bound = server.add_secure_port(f"localhost:{port}", grpc.ssl_server_credentials([pair]))
+    bound = server.add_secure_port(f"127.0.0.1:{port}", grpc.ssl_server_credentials([pair]))
     await server.start()
     sys.stdout.write(f"{bound}\n")
     sys.stdout.flush()

@@ -171,7 +171,7 @@ async def simulated_cloud(cloud: SimulatedCloud, *, port: int = 0) -> AsyncItera
     infer: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(cloud.inference.infer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"ModelInfer": infer}),))
     credentials = server_credentials(cloud.workspace / "cloud/server.key", cloud.workspace / "cloud/server.pem")
-    bound = server.add_secure_port(f"localhost:{port}", credentials)
+    bound = server.add_secure_port(f"127.0.0.1:{port}", credentials)
     cloud.address = f"localhost:{bound}"
     await server.start()
     try:

@@ -81,7 +81,7 @@ def with_fetcher(
         server = grpc.aio.server()
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server)
         pair = (identity.key.read_bytes(), identity.certificate.read_bytes())
-        port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
         await server.start()
         async with open_channel(f"localhost:{port}", identity.ca) as channel:
             fetcher = RegistryFetcher(channel, token, stall_s=stall_s, slow_s=slow_s, pace=pace)
