@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 
 from edge.plan import fits
 from edge.runtimes import RUNTIMES, Runtime, is_installed, open_runtime
-from edge.selftest import run_selftest
+from edge.selftest import check_ceilings, resident_bytes, run_selftest, warm_up
 from edge.store import check_slot, write_atomically
 from isthmus.bundle import (
     CALIBRATION,
@@ -107,11 +107,14 @@ def _open(folder: Path, manifest: Manifest, variant: Variant, calibration: Calib
         raise BundleError(why, reason="no-fitting-variant")
     check_slot(folder, variant.id)
     check_calibration(manifest, variant, calibration)
+    resident = resident_bytes()
     runtime = open_runtime(
         variant.runtime, folder / variant.entry, threads=threads, inference_precision=variant.inference_precision
     )
     try:
         run_selftest(runtime, manifest, variant, folder / GOLDEN)
+        warm_up(runtime, manifest, folder / GOLDEN)
+        check_ceilings(runtime, manifest, variant, folder / GOLDEN, grown_bytes=resident_bytes() - resident)
     except BaseException:
         runtime.close()
         raise

@@ -266,6 +266,8 @@ class Uplink:
         grace_s = 0.0 if useless else self.stragglers.grace_s(len(request))
         sending = self._send(request, admission, grace_s)
         call = asyncio.ensure_future(sending) if grace_s else None  # a task, to outlive this one
+        if call is not None:
+            call.add_done_callback(_heard)
         settled = False
         self._waiting += 1
         try:
@@ -415,6 +417,12 @@ class Uplink:
             breaker.succeed(ticket)
         else:
             breaker.fail(ticket)
+
+
+def _heard(call: asyncio.Task[Any]) -> None:
+    """Take note of how a call ended, for one that nobody waits for any more."""
+    if not call.cancelled():
+        call.exception()
 
 
 def _fail_for_nothing(breaker: Breaker) -> None:

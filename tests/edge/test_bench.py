@@ -11,7 +11,7 @@ from edge.bootstrap import _choose
 from edge.cli import app
 from edge.config import EdgeSettings
 from edge.identity import DeviceHome
-from isthmus.bundle import open_bundle
+from isthmus.bundle import Ceilings, open_bundle
 from isthmus.errors import BundleError
 from isthmus.settings import load_settings
 from tests.edge import bundles
@@ -39,6 +39,13 @@ def test_a_variant_that_fails_its_self_test_takes_no_part(tmp_path: Path) -> Non
     assert [timing.variant for timing in timings] == ["onnxruntime-fp32", "openvino-fp32"]
     assert timings[1].latency_ms is None
     assert "expected to be within" in timings[1].note
+
+
+def test_a_variant_that_would_be_refused_for_its_ceilings_takes_no_part(tmp_path: Path) -> None:
+    bundles.build_bundle(tmp_path / "bundle", ceilings=Ceilings(latency_ms=1e-6))
+    _, timings = measure_variants(tmp_path / "bundle", rounds=1)
+    assert [timing.latency_ms for timing in timings] == [None, None]
+    assert all("expected one row to take at most" in timing.note for timing in timings)
 
 
 def test_an_installed_version_has_one_variant(tmp_path: Path) -> None:
