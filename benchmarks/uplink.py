@@ -63,12 +63,12 @@ ANSWERS: Final[dict[str, faulty_cloud.Behaviour]] = {
     "errors": faulty_cloud.refusing(grpc.StatusCode.INTERNAL),
 }
 FAULTS: Final = ("refuses", "black hole", *ANSWERS, "flaps")
-REASONS: Final = {  # those that the agent may give; "uncertain" is an answer of the cloud
-    "refuses": {"unavailable"},
+REASONS: Final = {  # those that the agent may give, on a busy machine "deadline"; "uncertain" is an answer of the cloud
+    "refuses": {"deadline", "unavailable"},
     "black hole": {"deadline", "unavailable"},
     "stalls": {"deadline", "unavailable"},
-    "garbage": {"bad-response", "unavailable"},
-    "errors": {"unavailable"},
+    "garbage": {"bad-response", "deadline", "unavailable"},
+    "errors": {"deadline", "unavailable"},
     "flaps": {"deadline", "unavailable", "uncertain"},
 }
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Final
 
-from hpack import Decoder, HPACKError
+from hpack import Decoder, HPACKError, OversizedHeaderListError
 from hpack.hpack import encode_integer
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -111,8 +111,8 @@ def literal(name: bytes, value: bytes) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def read_headers(block: bytes) -> Mapping[str, str]:
-    """Return the fields of a block of at most `MOST_HEADERS`.
+def read_headers(block: bytes) -> Mapping[str, str] | None:
+    """Return the fields of a block of at most `MOST_HEADERS`; None where they are too many.
 
     Raises:
         ProtocolError: It is none, or uses a dynamic table.
@@ -121,6 +121,8 @@ def read_headers(block: bytes) -> Mapping[str, str]:
     decoder.max_allowed_table_size = decoder.header_table_size = 0
     try:
         fields = decoder.decode(block, raw=True)
+    except OversizedHeaderListError:
+        return None
     except HPACKError as error:
         raise ProtocolError("headers") from error
     return {str(name, "latin-1"): str(value, "latin-1") for name, value in fields}

@@ -91,9 +91,9 @@ class Link(asyncio.Protocol):
         stream, self._next = self._next, self._next + 2
         self.usable = stream < http2.MOST_STREAM - 2
         call = self._calls[stream] = UnaryCall(self._loop.create_future(), until, self._call_window)
-        timer = self._loop.call_at(until, self._too_late, stream)
+        timer = self._loop.call_at(until, self._too_late, stream, call)
         try:
-            self._send(stream, call, head + time_limit(timeout_s), message)
+            self._send(stream, call, head + time_limit(until - self._loop.time()), message)
             return await call.answer
         finally:
             timer.cancel()
@@ -109,6 +109,8 @@ class Link(asyncio.Protocol):
                 async with asyncio.timeout_at(until):
                     await free
             except (TimeoutError, asyncio.CancelledError) as error:
+                if free in self._waiting:
+                    self._waiting.remove(free)
                 if not free.cancelled():  # it has a place, and does not want it any more
                     self._wake()
                 if isinstance(error, asyncio.CancelledError):
@@ -184,11 +186,10 @@ class Link(asyncio.Protocol):
         self._transport.write(http2.frame(http2.RST_STREAM, 0, stream, http2.number(http2.CANCEL)))
         self._leave(stream)
 
-    def _too_late(self, stream: int) -> None:
-        call = self._calls.get(stream)
-        if call is not None:
+    def _too_late(self, stream: int, call: UnaryCall) -> None:
+        if stream in self._calls:
             self._reset(stream)
-            call.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer came in time")
+        call.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer came in time")
 
     def _leave(self, stream: int) -> UnaryCall | None:
         """Forget a call; return it, where it was one."""
@@ -249,9 +250,10 @@ class Link(asyncio.Protocol):
         elif kind == http2.WINDOW_UPDATE:
             self._more_window(stream, http2.read_number(payload))
         elif kind == http2.RST_STREAM:
+            code = http2.read_number(payload)
             call = self._leave(stream)
             if call is not None:
-                call.reset(http2.read_number(payload), self._loop.time())
+                call.reset(code, self._loop.time())
         elif kind == http2.SETTINGS and not flags & http2.ACK:
             self._settings(payload)
         elif kind == http2.PING and not flags & http2.ACK:

@@ -76,7 +76,8 @@ class UnaryCall:
         """End it as its trailers say."""
         status = trailers.get("grpc-status", "")
         if status != "0":
-            code = _CODES.get(int(status), grpc.StatusCode.UNKNOWN) if status.isdecimal() else grpc.StatusCode.INTERNAL
+            number = int(status) if status.isdecimal() and len(status) < _PREFIX else None
+            code = grpc.StatusCode.INTERNAL if number is None else _CODES.get(number, grpc.StatusCode.UNKNOWN)
             self.fail(code, unquote(trailers.get("grpc-message", "")))
             return
         parts: list[bytes | memoryview] = list(self._parts)

@@ -7,6 +7,7 @@ put off, up to half a second; a call that the server certainly has not run is se
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import socket
 from pathlib import Path
 from typing import Final
@@ -113,7 +114,10 @@ class UnaryChannel:
         if self._closed or (self._connecting is None and loop.time() < self._again_at):
             raise CallError(grpc.StatusCode.UNAVAILABLE, "not connected", unsent=True)
         if self._connecting is None:
-            self._connecting = loop.create_task(self._connect(), name=f"connect-{self._address}")
+            # In a context of its own: the connection outlives the call that it is made for, and its credential.
+            self._connecting = loop.create_task(
+                self._connect(), name=f"connect-{self._address}", context=contextvars.Context()
+            )
         try:
             async with asyncio.timeout(timeout_s):
                 link = await asyncio.shield(self._connecting)
@@ -134,7 +138,7 @@ class UnaryChannel:
                 if tls is not None and tls.selected_alpn_protocol() != "h2":
                     raise ConnectionError("the server does not speak HTTP/2")
                 await link.ready()
-        except (OSError, TimeoutError) as error:  # errors of TLS and of names are such, too
+        except (OSError, TimeoutError, UnicodeError) as error:  # errors of TLS are such, too; names may be no IDNA
             log.debug("no connection", address=self._address, error=type(error).__name__, detail=str(error)[:200])
             if link is not None:
                 await link.close()
@@ -151,7 +155,8 @@ class UnaryChannel:
     async def _open(self) -> tuple[asyncio.Transport, Link]:
         loop = asyncio.get_running_loop()
         if self._address.startswith(UNIX):
-            return await loop.create_unix_connection(self._new_link, self._address.removeprefix(UNIX))
+            path, name = self._address.removeprefix(UNIX), None if self._tls is None else "localhost"
+            return await loop.create_unix_connection(self._new_link, path, ssl=self._tls, server_hostname=name)
         host, port = split_address(self._address, "triton")
         transport, link = await loop.create_connection(self._new_link, host, port, ssl=self._tls)
         connection = transport.get_extra_info("socket")

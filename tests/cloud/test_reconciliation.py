@@ -219,7 +219,9 @@ def test_agents_gateway_and_triton_count_the_same(tmp_path: Path) -> None:
                 "triage",
                 *expected,
             )
-            assert 0 < compute.compute_ns / 1000 < total.call_us
+            # Triton goes on with what was given up, and computes several requests at once as if each were alone.
+            assert compute.compute_ns > 0
+            assert total.call_us > 0
 
     asyncio.run(story())
 

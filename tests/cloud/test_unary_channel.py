@@ -405,6 +405,7 @@ BROKEN = {
     "no end of headers": http2.frame(http2.HEADERS, 0, 1, FIRST) + http2.frame(http2.DATA, 0, 1),
     "endless headers": http2.frame(http2.HEADERS, 0, 1, FIRST)
     + 17 * http2.frame(http2.CONTINUATION, 0, 1, bytes(1 << 20)),
+    "a short reset": http2.frame(http2.RST_STREAM, 0, 1, b"\0"),
     "a short number": http2.frame(http2.GOAWAY, payload=b"\0\0"),
     "half a setting": http2.frame(http2.SETTINGS, payload=b"\0\4\0"),
     "a window beyond all": http2.settings({http2.INITIAL_WINDOW_SIZE: 1 << 31}),
@@ -433,6 +434,8 @@ ODD = {
     "a proxy's": (fields((":status", "503")), b"", grpc.StatusCode.UNAVAILABLE),
     "no status": (FIRST, b"", grpc.StatusCode.INTERNAL),
     "no number": (FIRST, fields(("grpc-status", "x")), grpc.StatusCode.INTERNAL),
+    "a number without end": (FIRST, fields(("grpc-status", "9" * 5000)), grpc.StatusCode.INTERNAL),
+    "too many fields": (FIRST, fields(*[("a", "b")] * 5000), grpc.StatusCode.RESOURCE_EXHAUSTED),
     "a status of the future": (FIRST, fields(("grpc-status", "99")), grpc.StatusCode.UNKNOWN),
     "no message": (FIRST, OK, grpc.StatusCode.INTERNAL),
     "too much said": (FIRST, fields(("grpc-message", "~" * 100_000)), grpc.StatusCode.RESOURCE_EXHAUSTED),
