@@ -63,7 +63,10 @@ class Factors:
     @cached_property
     def parts(self) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
         """Both factors in a precision in which every product is exact, whatever the order of its sums."""
-        left, right = (np.abs(part.astype(np.int64)).max(axis=0, initial=0) for part in (self.left, self.right))
+        left, right = (
+            np.maximum(part.max(axis=0, initial=0).astype(np.int64), -part.min(axis=0, initial=0).astype(np.int64))
+            for part in (self.left, self.right)
+        )
         dtype = np.float32 if int((left * right).sum()) < _EXACT else np.float64
         return self.left.astype(dtype), np.ascontiguousarray(self.right.T.astype(dtype))
 

@@ -134,7 +134,10 @@ def _scaled(
     reader: Reader, plain: Sequence[Segment], tensors: Sequence[Segment], models: Sequence[Model]
 ) -> list[Segment]:
     sources, made = reader.numbers(len(plain)), []
-    scales = reader.array("<f4", len(plain)).tolist()
+    read = reader.array("<f4", len(plain))
+    if not np.isfinite(read).all():
+        raise DeltaError("the scale of a scaled tensor is not finite")
+    scales = read.tolist()
     for segment, number, scale in zip(plain, sources, scales, strict=True):
         source = tensors[number] if number < len(tensors) else None
         if source is None or not source.early or source.length != segment.length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -66,8 +67,10 @@ def _scale(source: Numbers, wanted: Numbers) -> float | None:
     """Return the number that makes `wanted` of the source."""
     with np.errstate(all="ignore"):
         pattern = int((wanted[:1] / source[:1]).view(np.uint32)[0])
+    if not np.isfinite(source).all():
+        return None  # machines make different bits of inf * 0 and of NaN
     for step in sorted(range(-_NEAR, _NEAR + 1), key=abs):
         candidate = float(np.uint32(max(0, pattern + step) & 0xFFFFFFFF).view(np.float32))
-        if scaled(source.tobytes(), candidate) == wanted.tobytes():
+        if math.isfinite(candidate) and scaled(source.tobytes(), candidate) == wanted.tobytes():
             return candidate
     return None

@@ -124,11 +124,17 @@ def _drafted(
     """Return segments without models, what is coded by the number of its segment, and the literals."""
     scaled = find_scaled((run for run in runs if isinstance(run, Pair)), base, target)
     made: dict[Pair | Run, _Draft | Segment | Run] = {}
+    held: set[Pair] = set()  # sources: all of them must be early
     room = MAX_NUMBERS
     for run in sorted(runs, key=lambda run: run in scaled):  # sources first
         if not isinstance(run, Pair):
             made[run] = run
-        elif run in scaled and isinstance(made[scaled[run][0]], _Draft):
+        elif (
+            run in scaled
+            and _may_be_early(made[scaled[run][0]])
+            and (scaled[run][0] in held or sum(one.length for one in held) + run.length <= MAX_EARLY)
+        ):
+            held.add(scaled[run][0])
             made[run] = Segment(Piece.SCALED, run.length, scale=scaled[run][1])
         else:
             made[run] = draft = _draft(run, base, target, room)
@@ -158,6 +164,10 @@ def _drafted(
         segments[place] = replace(segments[place], source=source)
     _choose_early(segments, drafts, set(sources.values()))
     return segments, drafts, literals
+
+
+def _may_be_early(source: _Draft | Segment | Run) -> bool:
+    return isinstance(source, _Draft) and not source.segment.numbers.still_rows
 
 
 def _choose_early(segments: list[Segment], drafts: dict[int, _Draft], sources: set[int]) -> None:

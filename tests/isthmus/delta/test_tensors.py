@@ -177,6 +177,31 @@ def test_a_change_of_low_rank_costs_little_more_than_its_factors(folder: Path) -
     assert part < 0.13
 
 
+def test_products_of_tensors_that_cannot_be_read_early_come_back_too(folder: Path) -> None:
+    rng = np.random.default_rng(1)
+    one = rng.random((1024, 1), dtype=np.float32)
+    changed = one.copy()
+    changed[:700] *= (1 + 0.01 * rng.normal(size=(700, 1))).astype(np.float32)
+    old, new = {"s": one, "p": one * np.float32(0.3)}, {"s": changed, "p": changed * np.float32(0.4)}
+    share(folder, safetensors(old), safetensors(new), ".still")
+
+    for place in range(10):  # sources of more than may be read early, together
+        source = rng.random(1 << 17, dtype=np.float32)
+        changed = (source * (1 + 0.01 * rng.normal(size=source.size))).astype(np.float32)
+        old |= {f"s{place}": source, f"p{place}": source * np.float32(0.3)}
+        new |= {f"s{place}": changed, f"p{place}": changed * np.float32(0.4)}
+    share(folder, safetensors(old), safetensors(new), ".many")
+
+
+def test_products_of_numbers_that_are_not_finite_come_back_too(folder: Path) -> None:
+    rng = np.random.default_rng(2)
+    source = rng.random(1 << 12, dtype=np.float32)
+    changed = (source * (1 + 0.01 * rng.normal(size=source.size))).astype(np.float32)
+    changed[50] = np.inf
+    old, new = {"s": source, "p": source * np.float32(0.5)}, {"s": changed, "p": changed * np.float32(0.25)}
+    share(folder, safetensors(old), safetensors(new), ".infinite")
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_channels_that_were_rescaled_cost_little_more_than_a_number_each(
     folder: Path, dtype: type[np.floating[Any]]
