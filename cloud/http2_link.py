@@ -66,10 +66,14 @@ class Link(asyncio.Protocol):
         """
         await self._ready
 
-    async def close(self) -> None:
+    def abort(self) -> None:
         """End the connection and what runs on it."""
         self._end(ConnectionAbortedError("closed"))
         self._transport.abort()
+
+    async def close(self) -> None:
+        """End the connection and what runs on it, and wait until it is closed."""
+        self.abort()
         await self.closed.wait()
 
     async def call(self, head: bytes, message: bytes, timeout_s: float) -> bytes:

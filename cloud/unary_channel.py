@@ -87,6 +87,8 @@ class UnaryChannel:
         """
         async with asyncio.timeout(timeout_s):
             while self._link is None or not self._link.usable:
+                if self._closed:
+                    raise TimeoutError
                 self._again_at = 0.0
                 try:
                     await self._connected(timeout_s)
@@ -123,6 +125,11 @@ class UnaryChannel:
                 link = await asyncio.shield(self._connecting)
         except TimeoutError as error:
             raise CallError(grpc.StatusCode.DEADLINE_EXCEEDED, "no connection in time") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if self._closed and (task is None or not task.cancelling()):  # not the caller was cancelled
+                raise CallError(grpc.StatusCode.UNAVAILABLE, "closed", unsent=True) from error
+            raise
         if link is None:
             raise CallError(grpc.StatusCode.UNAVAILABLE, "not connected", unsent=True)
         return link
@@ -138,6 +145,8 @@ class UnaryChannel:
                 if tls is not None and tls.selected_alpn_protocol() != "h2":
                     raise ConnectionError("the server does not speak HTTP/2")
                 await link.ready()
+                if not link.usable:
+                    raise ConnectionError("the server is closing")
         except (OSError, TimeoutError, UnicodeError) as error:  # errors of TLS are such, too; names may be no IDNA
             log.debug("no connection", address=self._address, error=type(error).__name__, detail=str(error)[:200])
             if link is not None:
@@ -145,6 +154,10 @@ class UnaryChannel:
             self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _MOST_PAUSE_S)
             self._again_at = loop.time() + self._pause_s
             return None
+        except BaseException:
+            if link is not None:
+                link.abort()
+            raise
         finally:
             self._connecting = None
         self._pause_s = 0.0

@@ -361,13 +361,17 @@ class Updater:
         files = [file for file in self._planner.files(plan.manifest, *others) if file.path not in have]
         if not files or needed_bytes(files, here=0) > self._store.free_bytes():
             return plan
+        lost = set[str]()
         for file in files:
             try:
                 self._files.append(await bring_file(self._meter, file, base=self._base(), partial=partial))
             except UnavailableError:
                 raise
             except IsthmusError as error:
+                lost.add(file.path)
                 log.warning("a variant is not measured", model=self._model, path=file.path, error=error.message)
+        if all(lost & {file.path for file in self._planner.files(plan.manifest, other)} for other in others):
+            return plan  # there is nothing to compare it with, and a later version may bring what there is
         self._conditions.check_window()  # what it computes is a test
         best = await asyncio.to_thread(self._audition.hold, partial, plan.version, plan.variant)
         self._variant = best

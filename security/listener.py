@@ -97,7 +97,9 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # compiled, without types
         for number in self.checks:
             handler = self.interceptors[number].refusal(details)
             if handler is not None:
-                return self.wrapped(details.method, handler, number)
+                for interceptor in reversed(self.interceptors[:number]):
+                    handler = interceptor.wrap_refusal(details.method, handler)
+                return handler
         return None
 
     def wrapped(self, method: str, handler: Any, number: int) -> Any:

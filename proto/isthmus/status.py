@@ -143,9 +143,13 @@ class MethodInterceptor(grpc.aio.ServerInterceptor):
 
         Args:
             method: The method's full path.
-            handler: What the interceptors behind this one have made of it, or what refuses one call.
+            handler: What the interceptors behind this one have made of it.
         """
         raise NotImplementedError
+
+    def wrap_refusal(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """Return what refuses one call, in place of what an interceptor behind this one refuses it with."""
+        return self.wrap(method, handler)
 
     async def intercept_service(
         self,

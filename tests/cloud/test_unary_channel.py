@@ -239,6 +239,51 @@ def test_connections_that_the_server_ends_cost_no_call() -> None:
     asyncio.run(story())
 
 
+def test_a_server_that_closes_at_once_is_not_called_again_and_again() -> None:
+    connections = 0
+
+    async def closing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        writer.write(http2.settings({}) + http2.frame(http2.GOAWAY, payload=http2.number(0) + http2.number(0)))
+        await reader.read()
+        writer.close()
+
+    async def story() -> None:
+        server = await asyncio.start_server(closing, "127.0.0.1", 0)
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server, channel_to(address) as channel, asyncio.timeout(60):
+            for _ in range(100):
+                assert (await failure(channel)).unsent
+
+    asyncio.run(story())
+    assert connections < 100  # without a pause, three for each call
+
+
+def test_closing_ends_a_connection_that_is_being_made_and_tells_its_callers() -> None:
+    ended = asyncio.Event()
+    begun = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        begun.set()
+        await reader.read()
+        ended.set()
+        writer.close()
+
+    async def story() -> None:
+        server = await asyncio.start_server(silent, "127.0.0.1", 0)
+        async with server, asyncio.timeout(60):
+            channel = UnaryChannel(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", ca=None, most_bytes=1 << 20)
+            caller = asyncio.create_task(failure(channel))
+            await begun.wait()
+            await channel.close()
+            error = await caller
+            assert (error.code, error.unsent) == (grpc.StatusCode.UNAVAILABLE, True)
+            await ended.wait()
+
+    asyncio.run(story())
+
+
 def test_a_server_that_is_away_is_told_at_once_and_found_again(tmp_path: Path) -> None:
     address = f"unix:{tmp_path / 'socket'}"
 
